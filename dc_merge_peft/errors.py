@@ -1,0 +1,71 @@
+"""Every error this library raises on purpose.
+
+::
+
+    Exception
+     └─ MergeError                      anything below; catch this one to catch them all
+         ├─ OptionError                 (ValueError)           an option, weight or argument is wrong
+         ├─ SourceError                 (ValueError)           an adapter can't be read, or holds bad numbers
+         ├─ IncompatibleAdaptersError   (ValueError)           adapters that don't belong together
+         ├─ UnsupportedAdapterError     (NotImplementedError)  an adapter whose delta is not ``scaling * B @ A``
+         └─ OutputError                 (ValueError)           the result can't be written where it was asked for
+
+Each message is one sentence or two with what was found, what was expected, and what to do next. ``UserWarning``'s
+child :class:`MergeWarning` is for merges that are right but that the user should know something about.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MergeError(Exception):
+    """Base class of the errors of this library."""
+
+
+class OptionError(MergeError, ValueError):
+    """An option, a weight or an argument is unknown, of the wrong type or out of range."""
+
+
+class SourceError(MergeError, ValueError):
+    """An adapter is missing, corrupt, incomplete, no LoRA, or holds NaN, Inf or only zeros."""
+
+
+class IncompatibleAdaptersError(MergeError, ValueError):
+    """Adapters that can't be merged with each other: other base models, shapes or modules."""
+
+
+class UnsupportedAdapterError(MergeError, NotImplementedError):
+    """An adapter whose delta is not ``scaling * B @ A`` alone, or a layer type that is not supported."""
+
+
+class OutputError(MergeError, ValueError):
+    """The merged adapter can't be written: the target exists, or a name or dtype can't hold it."""
+
+
+class MergeWarning(UserWarning):
+    """The merge is right, but there is something to know about it."""
+
+
+def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
+    """One sentence for a name that is not in a list: what was found, the closest match, and the whole list."""
+    valid = list(valid)
+    close = difflib.get_close_matches(str(found), valid, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    listing = ", ".join(valid) if valid else "there are none"
+    return f"unknown {kind} '{found}': {hint}valid names are: {listing}"
+
+
+def preview(names: Iterable[str], limit: int = 3) -> str:
+    """The first ``limit`` names, quoted, and how many more there are: for error texts."""
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line, with the cause that it may hide."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cause = error.__cause__
+    return f"{text} ({first_line(cause)})" if cause is not None and str(cause) and str(cause) not in text else text

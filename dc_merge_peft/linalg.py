@@ -1,0 +1,126 @@
+"""The few matrix routines that merging needs, on factors: nothing here forms an m x n matrix.
+
+Cores (k x k, with k the summed rank of the tasks) are float64: they cost next to nothing and the accuracy of
+whitening near-duplicate directions depends on them. Tall factors (m x k) stay in the dtype they come in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+# Above this condition number (columns scaled to unit norm) a float64 Gram matrix no longer gives float32-accurate
+# directions: its error is eps64 * cond^2, here 2e-8. Worse stacks take a float64 QR, which has no such limit.
+GRAM_CONDITION_LIMIT = 1e4
+
+# Up to this condition number the product of a float32 stack with its k x k coefficients loses at most
+# eps32 * cond = 1e-5 to cancellation; above it that product runs in float64.
+FLOAT32_CONDITION_LIMIT = 100.0
+
+
+class SVD(NamedTuple):
+    """A thin singular value decomposition ``U @ diag(S) @ Vh``, S descending and free of null components."""
+
+    U: Tensor  # (m, r), orthonormal columns
+    S: Tensor  # (r,), descending, > 0
+    Vh: Tensor  # (r, n), orthonormal rows
+
+    def truncate(self, rank: int | None) -> SVD:
+        """The ``rank`` leading components (all of them for ``None``): the best approximation of that rank."""
+        return self if rank is None else SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+
+
+def null_threshold(S: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The size up to which singular values of a matrix of ``shape`` are rounding noise of float32 input.
+
+    ``S_max * eps * max(shape)``, numpy's ``matrix_rank`` rule with the eps of float32: adapters are stored in float32
+    or less, so that smaller components have arbitrary directions even where the arithmetic is float64.
+    """
+    return S.amax() * FLOAT32_EPS * max(shape) if S.numel() else S.new_zeros(())
+
+
+def svd_of_product(
+    B: Tensor,  # (m, r)
+    A: Tensor,  # (r, n)
+) -> SVD:
+    """Thin SVD of ``B @ A`` from the factors: QR of each, SVD of the r x r core; O((m + n) r^2), exact.
+
+    Null components are dropped: their directions are arbitrary, and energy smoothing would raise them to the level
+    of the real ones.
+    """
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    core = R_B @ R_A.mT
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    kept = int((null_threshold(S, (core.shape[0], core.shape[1])) < S).sum())
+    return SVD(Q_B @ U[:, :kept], S[:kept], Vh[:kept] @ Q_A.mT)
+
+
+def polar_factor(
+    X: Tensor,  # (p, k)
+) -> Tensor:  # (p, k), orthonormal columns where X has full column rank
+    """The nearest matrix with orthonormal columns: whitening, the Procrustes solution of Eq. 25.
+
+    With ``X = P diag(S) Q^T`` it is ``P Q^T``. A rank-deficient X (the same adapter twice, shared directions) has many
+    solutions; over the non-zero singular values alone it is the minimum-norm partial isometry: deterministic, and
+    free of directions that no task has.
+    """
+    if X.shape[1] <= X.shape[0]:
+        # X (X^T X)^(-1/2) by one symmetric eigendecomposition: twice as fast as the SVD. It squares the condition
+        # number, so it is used only where eps64 * cond^2 stays below 1e-8.
+        eigenvalues, Q = torch.linalg.eigh(X.mT @ X)
+        if eigenvalues.numel() == 0 or eigenvalues[0] > 1e-8 * eigenvalues[-1]:
+            return X @ (Q * eigenvalues.rsqrt()) @ Q.mT
+    P, S, Qh = torch.linalg.svd(X, full_matrices=False)
+    kept = null_threshold(S, (X.shape[0], X.shape[1])) < S
+    return (P * kept) @ Qh
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Orthonormal coordinates for the columns of a tall stack X: ``X = Q @ coordinates``, ``Q = basis @ transform``.
+
+    Q is never formed where X is well conditioned; :meth:`expand` goes straight from coordinates to the result, so
+    that a whole merge makes two passes over X: its Gram matrix here, and one product there.
+    """
+
+    basis: Tensor  # (m, k): X itself, or (m, p): Q
+    transform: Tensor | None  # (k, p) float64, or None where basis is Q
+    coordinates: Tensor  # (p, k) float64, p = min(m, k)
+    exact_in_float32: bool  # whether basis @ transform can be multiplied out in float32
+
+    def expand(
+        self,
+        x: Tensor,  # (p, r) float64, coordinates of r vectors
+    ) -> Tensor:  # (m, r) float32
+        """From coordinates back to the full space: ``Q @ x``."""
+        coefficients = x if self.transform is None else self.transform @ x
+        dtype = torch.float32 if self.exact_in_float32 else torch.float64
+        return (self.basis.to(dtype) @ coefficients.to(dtype)).to(torch.float32)
+
+
+def orthonormal_frame(
+    X: Tensor,  # (m, k), any floating dtype
+) -> Frame:
+    """Orthonormal coordinates of the columns of X by Cholesky of its float64 Gram matrix, or by QR where X is
+    ill-conditioned, rank-deficient or wider than tall. Either way p = min(m, k) coordinates."""
+    m, k = X.shape
+    if 0 < k <= m:
+        X64 = X.to(torch.float64)
+        gram = X64.mT @ X64
+        lengths = gram.diagonal().sqrt()
+        L, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
+        if not failed and bool(torch.isfinite(L).all()):
+            inverse = torch.linalg.solve_triangular(L, torch.eye(k, dtype=L.dtype, device=L.device), upper=False)
+            # Frobenius norms bound the condition number of L, which is that of X with unit columns.
+            condition = float(torch.linalg.norm(L) * torch.linalg.norm(inverse)) / k
+            if condition <= GRAM_CONDITION_LIMIT:
+                exact = condition <= FLOAT32_CONDITION_LIMIT
+                return Frame(X, inverse.mT / lengths[:, None], L.mT * lengths, exact)
+    Q, R = torch.linalg.qr(X.to(torch.float64))
+    return Frame(Q.to(torch.float32), None, R, exact_in_float32=True)

@@ -1,0 +1,111 @@
+"""The one currency of this library: a low-rank delta as its two factors, scaling folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.linalg import SVD, Frame, orthonormal_frame, svd_of_product
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``dW = B @ A``, never formed. Any LoRA scaling is already inside ``B``.
+
+    Examples:
+        >>> import torch
+        >>> delta = LowRank(torch.ones(4, 1), torch.tensor([[3.0, 4.0]]))
+        >>> delta.shape, delta.rank
+        ((4, 2), 1)
+        >>> delta.norm()
+        10.0
+    """
+
+    B: Tensor  # (m, r)
+    A: Tensor  # (r, n)
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(
+                f"LowRank needs B (m, r) and A (r, n), found B {tuple(self.B.shape)} and A {tuple(self.A.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the delta."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of B: an upper bound of the true rank."""
+        return self.B.shape[1]
+
+    @cached_property
+    def svd(self) -> SVD:
+        """Thin SVD from the factors, null components dropped; computed once."""
+        return svd_of_product(self.B, self.A)
+
+    @classmethod
+    def from_svd(cls, svd: SVD) -> LowRank:
+        """Balanced factors ``B = U sqrt(S)``, ``A = sqrt(S) Vh``: equal norms, the safest for float16."""
+        root = svd.S.sqrt()
+        return cls(svd.U * root, root[:, None] * svd.Vh)
+
+    def dense(self) -> Tensor:
+        """The (m, n) delta itself. For tests and for writing into full weights; merging never needs it."""
+        return self.B @ self.A
+
+    def scaled(self, factor: float) -> LowRank:
+        """``factor * dW``, shared out between both factors so that they stay balanced."""
+        root = abs(factor) ** 0.5
+        return LowRank(self.B * (root if factor >= 0 else -root), self.A * root)
+
+    def to(self, *args, **kwargs) -> LowRank:
+        """Both factors through ``torch.Tensor.to``."""
+        return LowRank(self.B.to(*args, **kwargs), self.A.to(*args, **kwargs))
+
+    def inner(self, other: LowRank) -> float:
+        """Frobenius inner product ``<dW, dW'>`` from k x k products, in float64."""
+        left = other.B.to(torch.float64).mT @ self.B.to(torch.float64)
+        right = other.A.to(torch.float64) @ self.A.to(torch.float64).mT
+        return float((left * right).sum())
+
+    def norm(self) -> float:
+        """Frobenius norm, in float64."""
+        return max(self.inner(self), 0.0) ** 0.5
+
+
+def concatenate(deltas: Sequence[LowRank]) -> LowRank:
+    """The exact sum of deltas as one LowRank of summed rank: ``[B_1 .. B_T] @ [A_1; ..; A_T]``."""
+    return LowRank(torch.cat([d.B for d in deltas], dim=1), torch.cat([d.A for d in deltas], dim=0))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedSpace:
+    """The joint column and row space of several deltas, with orthonormal coordinates on both sides.
+
+    ``dW_i = Q_U core_i Q_V^T`` with every core at most k x k, k the summed rank. Whatever commutes with a change of
+    orthonormal basis (SVDs, whitening, sums, inner products: every merging method in factor space) gives the same
+    result on the cores as on the deltas, at the cost of k x k arithmetic.
+    """
+
+    rows: Frame  # of [B_1 .. B_T], (m, k)
+    columns: Frame  # of [A_1^T .. A_T^T], (n, k)
+    cores: tuple[LowRank, ...]  # (min(m, k), min(n, k)) each, float64
+
+    @classmethod
+    def of(cls, deltas: Sequence[LowRank]) -> SharedSpace:
+        """Build it from deltas of one shape: one Gram matrix a side."""
+        stack = concatenate(deltas)
+        rows, columns = orthonormal_frame(stack.B), orthonormal_frame(stack.A.mT)
+        ranks = [delta.rank for delta in deltas]
+        cores = zip(rows.coordinates.split(ranks, dim=1), columns.coordinates.split(ranks, dim=1), strict=True)
+        return cls(rows, columns, tuple(LowRank(B, A.mT) for B, A in cores))
+
+    def expand(self, core: LowRank) -> LowRank:
+        """``Q_U core Q_V^T`` as (m, r) and (r, n) factors in float32: one product a side."""
+        return LowRank(self.rows.expand(core.B), self.columns.expand(core.A.mT).mT)

@@ -1,0 +1,44 @@
+"""The merging methods. A new one is one file here and one row in :data:`METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dc_merge_peft.errors import OptionError, unknown_name
+from dc_merge_peft.methods.arithmetic import TaskArithmetic, WeightAveraging
+from dc_merge_peft.methods.base import Method, MethodConfig
+from dc_merge_peft.methods.dc import DCMerge, DCMergeConfig
+
+METHODS: dict[str, type[Method]] = {
+    "dc": DCMerge,
+    "ta": TaskArithmetic,
+    "average": WeightAveraging,
+}
+
+
+def method_named(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name with these options.
+
+    Raises:
+        OptionError: an unknown method or option, or a value of the wrong type or range.
+    """
+    if name not in METHODS:
+        raise OptionError(unknown_name("method", name, METHODS))
+    return METHODS[name].from_options(options or {})
+
+
+def method_for(config: MethodConfig) -> Method:
+    """The method that a config instance belongs to.
+
+    Raises:
+        OptionError: the config class belongs to no method.
+    """
+    for method in METHODS.values():
+        if type(config) is method.Config:
+            return method(config)
+    names = ", ".join(method.Config.__name__ for method in METHODS.values())
+    raise OptionError(f"found a {type(config).__name__} where a method's config was expected: one of {names}")
+
+
+__all__ = ["METHODS", "DCMerge", "DCMergeConfig", "Method", "MethodConfig", "method_for", "method_named"]

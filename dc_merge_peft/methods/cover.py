@@ -1,0 +1,57 @@
+"""The cover space: one orthonormal basis a side for all tasks (Section 3), and the mask on what is merged in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.linalg import polar_factor
+
+
+def cover_basis(
+    bases: Sequence[Tensor],  # (m, r_i) each, orthonormal columns
+) -> Tensor:  # (m, k), k = sum r_i <= m; orthonormal columns, or a partial isometry where the bases overlap
+    """Whiten the concatenated per-task bases (Eq. 9 and 25): the closest orthonormal basis to all of them."""
+    return polar_factor(torch.cat(list(bases), dim=1))
+
+
+def ranks_that_fit(ranks: Sequence[int], limit: int) -> list[int]:
+    """Per-task ranks of sum at most ``limit`` = min(m, n), beyond which no orthonormal basis exists.
+
+    Every rank shrinks in proportion, rounded down; places that rounding leaves free go to the largest remainders, one
+    each, and of equals to the larger rank. Equal ranks stay equal, so that the order of the tasks does not matter.
+    """
+    total = sum(ranks)
+    if total <= limit:
+        return list(ranks)
+    shrunk = [rank * limit // total for rank in ranks]
+    by_remainder: dict[tuple[int, int], list[int]] = {}
+    for index, rank in enumerate(ranks):
+        by_remainder.setdefault((rank * limit % total, rank), []).append(index)
+    for _, tied in sorted(by_remainder.items(), reverse=True):
+        if sum(shrunk) + len(tied) > limit:
+            break
+        for index in tied:
+            shrunk[index] += 1
+    return shrunk
+
+
+def structural_mask(
+    ranks: Sequence[int],
+    *,
+    mask: bool,
+    mask_size: int | None,
+    device: torch.device,
+) -> Tensor:  # (k, k), bool
+    """What Eq. 11 keeps of the merged core: task i's own r_i x r_i block; ``mask_size`` b x b squares along the
+    diagonal instead (Figure 5); everything without a mask."""
+    k = sum(ranks)
+    if not mask:
+        return torch.ones(k, k, dtype=torch.bool, device=device)
+    if mask_size is None:
+        block = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks, dtype=torch.long))
+    else:
+        block = torch.arange(k) // mask_size
+    return (block[:, None] == block).to(device)

@@ -1,0 +1,103 @@
+"""Options as dataclass fields: declared once, and used by Python, PEFT, the command line, YAML files and the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from dc_merge_peft.errors import OptionError, unknown_name
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field with its help text and its closed range."""
+    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+def build_config(config_type: type[C], values: Mapping[str, Any], *, method: str) -> C:
+    """A config from loose values: keyword arguments, YAML entries or command-line strings.
+
+    Raises:
+        OptionError: an unknown name (the valid ones are listed), a wrong type, or a value out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, config_type))}
+    for name in values:
+        if name not in fields:
+            raise OptionError(unknown_name(f"option of method '{method}'", name, fields))
+    types_of = typing.get_type_hints(config_type)
+    return config_type(**{name: coerce(name, value, types_of[name]) for name, value in values.items()})
+
+
+def check_config(config: Any) -> None:
+    """Types and ranges of every field of a config, for its ``__post_init__``.
+
+    Raises:
+        OptionError: with the field, the value found and what is allowed.
+    """
+    types_of = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = coerce(field.name, getattr(config, field.name), types_of[field.name])
+        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and ((low is not None and value < low) or (high is not None and value > high)):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise OptionError(f"option '{field.name}' is {value}: expected {bounds}")
+        object.__setattr__(config, field.name, value)
+
+
+def coerce(name: str, value: Any, expected: Any) -> Any:
+    """``value`` as one of the types of ``expected``; strings are parsed, so that the command line needs no other
+    code. Booleans are no numbers here, and a whole float is an int only when it was written as one."""
+    for kind in _alternatives(expected):
+        parsed = _parse(value, kind)
+        if parsed is not _NO_MATCH:
+            return parsed
+    raise OptionError(f"option '{name}' is {value!r}: expected {describe_type(expected)}")
+
+
+def describe_type(expected: Any) -> str:
+    """The allowed values in words: ``'linear', 'average' or 'none'``, ``a number or 'auto'``."""
+    words = []
+    for kind in _alternatives(expected):
+        if typing.get_origin(kind) is Literal:
+            words += [repr(choice) for choice in typing.get_args(kind)]
+        else:
+            words.append(
+                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "none")
+            )
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+_NO_MATCH = object()
+_WORDS: dict[str, Any] = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _alternatives(expected: Any) -> tuple[Any, ...]:
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        return typing.get_args(expected)
+    return (expected,)
+
+
+def _parse(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or ``_NO_MATCH``."""
+    if typing.get_origin(kind) is Literal:
+        return value if value in typing.get_args(kind) else _NO_MATCH
+    if kind is type(None):
+        return None if value is None or (isinstance(value, str) and value.lower() in ("none", "null")) else _NO_MATCH
+    if kind is bool:
+        value = _WORDS.get(value.lower(), value) if isinstance(value, str) else value
+        return value if isinstance(value, bool) else _NO_MATCH
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            return _NO_MATCH
+        if kind is float and isinstance(number, int):
+            number = float(number)
+        return number if isinstance(number, kind) and math.isfinite(number) else _NO_MATCH
+    return value if kind is str and isinstance(value, str) else _NO_MATCH

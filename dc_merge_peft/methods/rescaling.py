@@ -1,0 +1,38 @@
+"""``alpha="auto"``: the data-free coefficient, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dc_merge_peft.lowrank import LowRank
+
+
+class AlphaFit(NamedTuple):
+    """The two sums of a least-squares fit of alpha; those of several modules add up."""
+
+    overlap: float = 0.0  # sum_i <P_i dW~, w_i dW_i>
+    energy: float = 0.0  # sum_i ||P_i dW~||^2
+
+    def plus(self, other: AlphaFit) -> AlphaFit:
+        """The fit over both."""
+        return AlphaFit(self.overlap + other.overlap, self.energy + other.energy)
+
+    @property
+    def alpha(self) -> float | None:
+        """The minimiser, or None where the merged delta has no energy in any task's subspace."""
+        return self.overlap / self.energy if self.energy > 0 else None
+
+
+def fit_alpha(tasks: Sequence[LowRank], weights: Sequence[float], merged: LowRank) -> AlphaFit:
+    """Least squares of the weighted task vectors on the merged delta inside each task's own subspaces.
+
+    Minimises ``sum_i || alpha P_i dW~ - w_i dW_i ||^2`` with ``P_i X = U_i U_i^T X V_i V_i^T``, from factors. Since
+    ``P_i dW_i = dW_i`` the overlap needs no projection.
+    """
+    fit = AlphaFit()
+    for task, weight in zip(tasks, weights, strict=True):
+        U, _, Vh = task.svd
+        projected = (U.mT @ merged.B) @ (merged.A @ Vh.mT)  # (r, r)
+        fit = fit.plus(AlphaFit(weight * merged.inner(task), float(projected.square().sum())))
+    return fit
