@@ -1,0 +1,8 @@
+"""Where task vectors come from: adapter directories and the Hub, and adapters of a PeftModel in memory."""
+
+from __future__ import annotations
+
+from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.checkpoint import CheckpointSource
+
+__all__ = ["AdapterInfo", "CheckpointSource", "ModuleSpec", "Source", "Targets"]

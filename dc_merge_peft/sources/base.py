@@ -1,0 +1,97 @@
+"""What a source of task vectors is: a description, a list of modules, and their factors on demand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dc_merge_peft.layout import Layout
+from dc_merge_peft.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One target module of one adapter, known before its factors are read."""
+
+    shape: tuple[int, int]  # (m, n) of the delta
+    rank: int
+    layout: Layout
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How an adapter's config says which modules of the base model it wraps."""
+
+    target_modules: str | frozenset[str] | None = None  # a regex, or names
+    exclude_modules: str | frozenset[str] | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Targets:
+        """The targeting fields of a LoRA config, hashable and comparable."""
+
+        def names(value: Any) -> str | frozenset[str] | None:
+            return value if isinstance(value, str) or value is None else frozenset(value) or None
+
+        def sequence(value: Any) -> Any:
+            return tuple(value) or None if isinstance(value, (list, tuple)) else value
+
+        return cls(
+            names(config.get("target_modules")),
+            names(config.get("exclude_modules")),
+            sequence(config.get("layers_to_transform")),
+            sequence(config.get("layers_pattern")),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields that are set, as plain JSON values."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, frozenset):
+                return sorted(value)
+            return list(value) if isinstance(value, tuple) else value
+
+        return {name: plain(value) for name, value in vars(self).items() if value is not None}
+
+
+# The location of an adapter that lives in a model in memory.
+IN_MEMORY = "model"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Where an adapter comes from and what it was made for."""
+
+    name: str  # short and unique within one merge
+    location: str  # directory, Hub id, or IN_MEMORY
+    revision: str | None = None  # commit of a Hub adapter
+    base_model: str | None = None
+    base_revision: str | None = None
+    task_type: str | None = None
+    auto_mapping: Mapping[str, Any] | None = None
+    fan_in_fan_out: bool = False
+    targets: Targets = field(default_factory=Targets)
+
+
+class Source(ABC):
+    """One adapter, read one module at a time."""
+
+    info: AdapterInfo
+    modules: Mapping[str, ModuleSpec]  # by path in the base model
+
+    @abstractmethod
+    def factors(self, module: str) -> LowRank:
+        """The delta of one module, scaling folded in, on the device where it is stored.
+
+        Raises:
+            SourceError: the factors can't be read.
+        """
+
+    def close(self) -> None:  # noqa: B027 (optional: most sources keep nothing open)
+        """Let go of open files; reading again is an error."""

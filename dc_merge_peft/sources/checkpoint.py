@@ -1,0 +1,122 @@
+"""PEFT adapter directories: ``adapter_config.json`` beside safetensors or an old ``.bin``, one module at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dc_merge_peft.errors import SourceError
+from dc_merge_peft.layout import Layout
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.files import open_weights
+from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
+from dc_merge_peft.sources.keys import FactorKeys, factor_keys
+from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
+from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
+
+
+class CheckpointSource(Source):
+    """One adapter directory, local or from the Hub. Opening it reads the config and the headers, no tensors."""
+
+    def __init__(self, source: str | Path, *, name: str | None = None) -> None:
+        """
+        Args:
+            source: A directory or a Hub id (``org/name``, ``org/name@revision``, ``org/name/subfolder``).
+            name: How to call the adapter; by default the last part of its path.
+
+        Raises:
+            SourceError: missing, corrupt or incomplete files, or no LoRA.
+            UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A``.
+        """
+        files = locate(source)
+        self.name = name or files.directory.name if files.revision is None else name or files.location
+        self._config = _read_config(files, self.name)
+        refuse_unless_plain_lora(self._config, self.name)
+        self._tensors = open_weights(files.directory, self.name)
+        self._keys = factor_keys(self._tensors.shapes, self.name)
+        self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
+        self.info = _describe(self.name, files, self._config)
+
+    def factors(self, module: str) -> LowRank:
+        keys, spec = self._keys[module], self.modules[module]
+        scaling = lora_scaling(self._config, module, spec.rank)
+        return spec.layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), scaling)
+
+    def close(self) -> None:
+        self._tensors.close()
+
+    def _spec(self, module: str, keys: FactorKeys) -> ModuleSpec:
+        """Shape, rank and layout from the headers, checked against each other and the config."""
+        A: tuple[int, ...] = self._tensors.shapes[keys.A]
+        B: tuple[int, ...] = self._tensors.shapes[keys.B]
+        where = f"adapter '{self.name}' has lora_A {A} and lora_B {B} in '{module}'"
+        if len(A) != len(B) or not 2 <= len(A) <= 5 or 0 in (*A, *B) or any(size != 1 for size in B[2:]):
+            raise SourceError(
+                f"{where}: expected (r, n) and (m, r), or 4-d factors of a Conv2d; the checkpoint is damaged or was "
+                "saved from a sharded model"
+            )
+        rank = A[0]
+        if rank != B[1]:
+            raise SourceError(
+                f"{where}: expected one rank in both; a convolution with groups > 1 is not supported, anything else is "
+                "a damaged checkpoint"
+            )
+        if rank != expected_rank(self._config, module):
+            raise SourceError(
+                f"{where}, but its {CONFIG_FILE} says rank {expected_rank(self._config, module)} for it: the scaling "
+                "would be wrong; expected config and weights of one training run"
+            )
+        kind = "embedding" if keys.embedding else "conv" if len(A) > 2 else "linear"
+        columns = 1
+        for size in A[1:]:
+            columns *= size
+        dtype = torch.promote_types(self._tensors.dtypes[keys.A], self._tensors.dtypes[keys.B])
+        return ModuleSpec((B[0], columns), rank, Layout(kind, A[2:]), dtype)
+
+
+def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
+    """The adapter's JSON config with the fields that PEFT fills in by default."""
+    path = files.directory / CONFIG_FILE
+    if not path.is_file():
+        inside = sorted(child.parent.name for child in files.directory.glob(f"*/{CONFIG_FILE}"))
+        hint = f"its subfolders hold adapters: {', '.join(inside)}" if inside else "is it a full model?"
+        raise SourceError(f"'{files.location}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SourceError(
+            f"adapter '{name}' has an unreadable {CONFIG_FILE} ({error}): expected JSON; save or download it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise SourceError(f"adapter '{name}' has a {CONFIG_FILE} that is no JSON object: save or download it again")
+    config = {"r": 8, "lora_alpha": 8, **config}
+    rank_and_alpha = [config["r"], config["lora_alpha"]]
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise SourceError(f"adapter '{name}' has {field}={config[field]!r}: expected an object")
+        rank_and_alpha += (config.get(field) or {}).values()
+    for value in rank_and_alpha:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SourceError(f"adapter '{name}' has r, lora_alpha or a pattern of {value!r}: expected a number")
+    if config["r"] < 1:
+        raise SourceError(f"adapter '{name}' has r={config['r']}: expected at least 1")
+    return config
+
+
+def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> AdapterInfo:
+    return AdapterInfo(
+        name=name,
+        location=files.location,
+        revision=files.revision,
+        base_model=config.get("base_model_name_or_path") or None,
+        base_revision=config.get("revision") or None,
+        task_type=config.get("task_type") or None,
+        auto_mapping=config.get("auto_mapping") or None,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        targets=Targets.from_config(config),
+    )

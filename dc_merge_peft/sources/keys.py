@@ -1,0 +1,114 @@
+"""State-dict keys of LoRA checkpoints: which module and which factor a tensor is, in every spelling PEFT has used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
+
+PREFIX = "base_model.model."
+
+# "x.lora_A.weight", "x.lora_A.default.weight", "x.lora_embedding_A", "x.lora_embedding_A.default"; a module of the
+# model itself may be called anything, so the factor is looked for from the right.
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?"
+)
+
+# What is stored beside factors that makes the delta more than B @ A, with the feature that stores it.
+_FEATURES = {
+    r"lora_magnitude_vector": "DoRA: its delta is rescaled by a magnitude vector",
+    r"lora_B(\.[^.]+)?\.bias$": "lora_bias=True: a bias vector belongs to the delta",
+    r"lora_E$|lora_E\.|ranknum": "AdaLoRA: its delta has a third factor",
+    r"lora_diag": "KaSA: its delta has a third factor",
+    r"lora_(rotation|embedding_rotation)": "a LoRA variant with a rotation",
+}
+
+
+@dataclass(frozen=True)
+class FactorKeys:
+    """The two tensors of one module in a checkpoint."""
+
+    A: str
+    B: str
+    embedding: bool
+
+
+def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
+    """Sort the keys of a checkpoint into modules.
+
+    Args:
+        keys: All keys of the state dict.
+        adapter: How to call the adapter in errors.
+
+    Returns:
+        By module path in the base model, in the order of the file.
+
+    Raises:
+        SourceError: no LoRA factors, a factor without its partner, or factors of several adapters in one file.
+        UnsupportedAdapterError: tensors that make the delta more than ``B @ A``, or trained parameters outside LoRA.
+    """
+    found: dict[tuple[str, bool], dict[str, str]] = {}
+    infixes: set[str | None] = set()
+    others = []
+    for key in keys:
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            others.append(key)
+            continue
+        infixes.add(match["adapter"])
+        pair = found.setdefault((_module_path(match["module"]), match["embedding"] is not None), {})
+        if match["factor"] in pair:
+            raise SourceError(
+                f"adapter '{adapter}' stores lora_{match['factor']} of '{_module_path(match['module'])}' twice "
+                f"('{pair[match['factor']]}' and '{key}'): expected one adapter in one file; save the adapters apart"
+            )
+        pair[match["factor"]] = key
+    _refuse_others(others, adapter, any_factor=bool(found))
+    if len(infixes) > 1:
+        names = preview(sorted(str(infix) for infix in infixes))
+        raise SourceError(
+            f"adapter '{adapter}' mixes keys of several adapters ({names}): expected one adapter in one file; "
+            "save each with PEFT's save_pretrained"
+        )
+    return {module: _pair(module, pair, embedding, adapter) for (module, embedding), pair in found.items()}
+
+
+def _module_path(module: str) -> str:
+    """The path as the base model spells it."""
+    return module.removeprefix(PREFIX).replace("_orig_mod.", "")
+
+
+def _pair(module: str, pair: dict[str, str], embedding: bool, adapter: str) -> FactorKeys:
+    missing = {"A", "B"} - set(pair)
+    if missing:
+        (name,) = missing
+        raise SourceError(
+            f"adapter '{adapter}' has no lora_{name} for '{module}', only '{next(iter(pair.values()))}': expected both "
+            "factors; the checkpoint is incomplete, save or download it again"
+        )
+    return FactorKeys(pair["A"], pair["B"], embedding)
+
+
+def _refuse_others(others: list[str], adapter: str, *, any_factor: bool) -> None:
+    """Keys that are no factors: base weights kept beside them are ignored, everything else is refused by name."""
+    for key in others:
+        for pattern, feature in _FEATURES.items():
+            if re.search(pattern, key):
+                raise UnsupportedAdapterError(
+                    f"adapter '{adapter}' holds '{key}', which means {feature}; expected plain LoRA, whose delta is "
+                    "scaling * B @ A: convert it to plain LoRA, or merge it into its base model and extract a LoRA"
+                )
+    if not any_factor:
+        listing = f"found {preview(others)}" if others else "it is empty"
+        raise SourceError(
+            f"adapter '{adapter}' has no lora_A or lora_B tensors ({listing}): expected a PEFT LoRA checkpoint"
+        )
+    trained = [key for key in others if ".base_layer." not in key]
+    if trained:
+        raise UnsupportedAdapterError(
+            f"adapter '{adapter}' holds trained parameters outside LoRA ({preview(trained)}), from modules_to_save, "
+            "trainable tokens or a resized vocabulary; expected LoRA factors alone: there is no exact way to merge "
+            "full values, so save the adapter without them"
+        )

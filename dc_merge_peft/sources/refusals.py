@@ -1,0 +1,71 @@
+"""Which LoRA configs are plain, so that the delta is ``scaling * B @ A`` and nothing else; the rest is refused.
+
+The rules read a config as a mapping, so that a JSON file and a ``LoraConfig`` in memory meet the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dc_merge_peft.errors import SourceError, UnsupportedAdapterError
+
+_TO_PLAIN = "convert it to plain LoRA, or merge it into its base model and extract a LoRA"
+_EXTRA_VALUES = "full values have no exact merge: train or save the adapter without them"
+
+# field: (what it means, what to do); refused where the field is set to anything but its "off" value.
+_FEATURES: dict[str, tuple[str, str]] = {
+    "use_dora": ("DoRA, whose delta is rescaled by a magnitude vector", _TO_PLAIN),
+    "lora_bias": ("a trained bias on lora_B", "train or save the adapter with lora_bias=False"),
+    "modules_to_save": ("fully trained modules beside LoRA", _EXTRA_VALUES),
+    "trainable_token_indices": ("trained token embeddings beside LoRA", _EXTRA_VALUES),
+    "target_parameters": ("LoRA on parameters (MoE experts)", "only LoRA on modules is supported so far"),
+    "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
+    "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
+    "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _TO_PLAIN),
+    "alora_invocation_tokens": ("aLoRA, which acts on some tokens only", "it can't be a plain LoRA"),
+    "arrow_config": ("Arrow routing, which picks adapters per token", "merge the routed adapters one by one"),
+    "kasa_config": ("KaSA, whose delta has a third factor", _TO_PLAIN),
+    "monteclora_config": ("MonteCLoRA, which samples its factors", _TO_PLAIN),
+}
+
+# Initialisations that take a part out of the base weights: the saved factors are relative to another base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
+    """Check one adapter's config.
+
+    Raises:
+        SourceError: the adapter is no LoRA at all.
+        UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A`` on the stated base model.
+    """
+    kind = _plain(config.get("peft_type"))
+    if kind != "LORA":
+        convert = "; peft.convert_to_lora turns some kinds into LoRA" if kind else ""
+        raise SourceError(f"adapter '{adapter}' has peft_type {kind or 'missing'}: expected LORA{convert}")
+    for name, (meaning, remedy) in _FEATURES.items():
+        value = config.get(name)
+        if value is not None and value is not False and value != [] and value != {}:
+            raise UnsupportedAdapterError(
+                f"adapter '{adapter}' has {name}={value!r}: {meaning}; expected plain LoRA, whose delta is "
+                f"scaling * B @ A: {remedy}"
+            )
+    bias = config.get("bias", "none")
+    if bias != "none":
+        raise UnsupportedAdapterError(
+            f"adapter '{adapter}' has bias={bias!r}: trained bias vectors of the base model; expected bias='none': "
+            "train the adapter without biases"
+        )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise UnsupportedAdapterError(
+            f"adapter '{adapter}' has init_lora_weights={init!r}: its factors are relative to a base model that this "
+            "initialisation changed; expected factors relative to the base model: save it with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it"
+        )
+
+
+def _plain(value: Any) -> str | None:
+    """An enum's value, or the string itself."""
+    return getattr(value, "value", value)
