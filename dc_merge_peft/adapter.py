@@ -1,0 +1,237 @@
+"""The front door: ``DCMergeAdapter(...).merge([...])``, and what can be done with the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm.auto import tqdm
+
+from dc_merge_peft.engine import run_merge
+from dc_merge_peft.errors import OptionError
+from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
+from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
+from dc_merge_peft.plan import MergePlan, plan_merge
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources import CheckpointSource, Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class MergedAdapter(MergeResult):
+    """A merged adapter in memory: a :class:`MergeResult` with ways out."""
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a PEFT adapter directory that ``PeftModel.from_pretrained(base, directory)`` loads as it is.
+
+        Raises:
+            OutputError: the directory exists (pass ``overwrite=True``), or can't be written.
+        """
+        return write_adapter(self, directory, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload to the root of a Hub repository in one commit; returns its URL.
+
+        Raises:
+            OutputError: the Hub refuses.
+        """
+        return push_adapter(
+            self, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+        )
+
+    def add_to(self, model: nn.Module, adapter_name: str = "merged", *, activate: bool = True) -> nn.Module:
+        """Add the adapter to a model in memory.
+
+        Args:
+            model: A ``PeftModel``, changed in place, or a base model, which gets wrapped in one.
+            adapter_name: Its name there.
+            activate: Make it the active adapter; otherwise the active one stays.
+
+        Returns:
+            The ``PeftModel``.
+
+        Raises:
+            OptionError: the name is taken or holds a dot.
+            OutputError: a merged module is missing from the model, or has another shape.
+        """
+        from dc_merge_peft.outputs.live import install
+
+        return install(self, model, adapter_name, activate=activate)
+
+
+class DCMergeAdapter:
+    """Merge LoRA adapters from disk or the Hub, without their base model.
+
+    Examples:
+        >>> from dc_merge_peft import DCMergeAdapter, DCMergeConfig
+        >>> merger = DCMergeAdapter(DCMergeConfig(smoothing="average"))
+        >>> merger = DCMergeAdapter(method="dc", smoothing="average")  # the same
+        >>> merged = merger.merge(["org/lora-a", "./lora-b"])  # doctest: +SKIP
+        >>> merged.save_pretrained("out")  # doctest: +SKIP
+    """
+
+    def __init__(self, config: MethodConfig | None = None, *, method: str | None = None, **options: Any) -> None:
+        """
+        Args:
+            config: The config of a method, such as :class:`DCMergeConfig`; or else:
+            method: A method's name, ``"dc"`` by default; ``dc-merge methods`` lists them.
+            **options: Fields of that method's config.
+
+        Raises:
+            OptionError: an unknown method or option, a value out of range, or both a config and options.
+        """
+        if config is not None and (options or method is not None):
+            raise OptionError("found both a config and a method or options: expected one of them")
+        self.method: Method = method_for(config) if config is not None else method_named(method or "dc", options)
+
+    @property
+    def config(self) -> MethodConfig:
+        """The method's options in force."""
+        return self.method.config
+
+    def merge(
+        self,
+        sources: Sequence[str | Path | Source],
+        weights: Sequence[float] | None = None,
+        *,
+        svd_rank: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        allow_different_bases: bool = False,
+        allow_zero: bool = False,
+        progress: bool | None = None,
+    ) -> MergedAdapter:
+        """Merge adapters.
+
+        Args:
+            sources: Directories, Hub ids (``org/name``, ``org/name@revision``, ``org/name/subfolder``) or a mix.
+            weights: One finite number an adapter; 1 for each by default. Not normalised.
+            svd_rank: Rank of the merged adapter at most, by optimal truncation; all of it by default.
+            dtype: Of the factors when they are written; the widest of the sources by default.
+            device: Where to compute; by default where the factors are, which is the CPU for files.
+            allow_different_bases: Merge adapters whose configs name different base models.
+            allow_zero: Merge adapters with an all-zero factor.
+            progress: Show a progress bar; by default on a terminal only.
+
+        Raises:
+            SourceError: an adapter can't be read or holds bad numbers.
+            UnsupportedAdapterError: an adapter that is no plain LoRA.
+            IncompatibleAdaptersError: adapters that don't belong together.
+            OptionError: a wrong weight, rank, dtype or device.
+        """
+        opened = open_sources(sources)
+        try:
+            plan = self.plan(
+                opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
+            )
+            result = run_merge(
+                plan, opened, self.method, device=device, allow_zero=allow_zero, progress=progress_bar(progress)
+            )
+        finally:
+            for source in opened:
+                source.close()
+        return MergedAdapter(**vars(result))
+
+    def plan(
+        self,
+        sources: Sequence[str | Path | Source],
+        weights: Sequence[float] | None = None,
+        *,
+        svd_rank: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        allow_different_bases: bool = False,
+    ) -> MergePlan:
+        """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
+        return plan_merge(
+            open_sources(sources),
+            self.method,
+            weights,
+            svd_rank=svd_rank,
+            dtype=dtype,
+            allow_different_bases=allow_different_bases,
+        )
+
+    def fuse(
+        self,
+        base: str | Path | nn.Module,
+        sources: Sequence[str | Path | Source],
+        out: str | Path | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        overwrite: bool = False,
+        **merge_options: Any,
+    ) -> nn.Module:
+        """Merge adapters and add the result to the base model's own weights: a full model without PEFT.
+
+        Args:
+            base: A model directory, a Hub id, or a model in memory (changed in place).
+            sources: As for :meth:`merge`.
+            out: Where to save it; nowhere by default.
+            weights: As for :meth:`merge`.
+            overwrite: Replace ``out`` if it exists.
+            **merge_options: Everything else :meth:`merge` takes.
+
+        Returns:
+            The fused model.
+
+        Raises:
+            OutputError: a module is missing from the base, has another shape or shares its weight with another one.
+        """
+        from dc_merge_peft.outputs.directory import check_target
+        from dc_merge_peft.outputs.fused import fuse_into, load_base, save_fused
+
+        if out is not None:
+            check_target(out, overwrite=overwrite)
+        merged = self.merge(sources, weights, **merge_options)
+        model = load_base(base) if isinstance(base, (str, Path)) else base
+        fuse_into(model, merged)
+        if out is not None:
+            save_fused(model, merged, out, base=base if isinstance(base, (str, Path)) else None, overwrite=overwrite)
+        return model
+
+
+def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
+    """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
+    if isinstance(sources, (str, Path)):
+        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
+    names = short_names([str(source) for source in sources if not isinstance(source, Source)])
+    return [
+        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
+        for source in sources
+    ]
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """For each path or Hub id its shortest ending that no other one shares."""
+    parts = {path: list(Path(path).resolve().parts) if Path(path).is_dir() else path.split("/") for path in paths}
+    names = {}
+    for path, pieces in parts.items():
+        others = [tuple(other) for key, other in parts.items() if key != path]
+        for length in range(1, len(pieces) + 1):
+            ending = tuple(pieces[-length:])
+            names[path] = "/".join(ending)
+            if all(other[-length:] != ending for other in others):
+                break
+    return names
+
+
+def progress_bar(show: bool | None) -> Any:
+    """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
+
+    def wrap(modules: Iterable[Any]) -> Iterable[Any]:
+        return cast(
+            Iterable[Any], tqdm(modules, unit="module", desc="merging", disable=None if show is None else not show)
+        )
+
+    return wrap

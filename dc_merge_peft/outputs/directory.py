@@ -1,0 +1,67 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dc_merge_peft.errors import OutputError
+
+
+def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The output path, refused where something stands in its way; called before any work is done.
+
+    Raises:
+        OutputError: the path exists and may not be overwritten, or is a file.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"the output '{path}' is a file: expected a new directory; choose another path")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise OutputError(
+            f"the output '{path}' already exists: expected a new or empty directory; choose another path, or overwrite it "
+            "(overwrite=True, --overwrite)"
+        )
+    return target
+
+
+@contextmanager
+def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory beside ``path`` to write into; renamed to ``path`` on success, removed on failure.
+
+    Raises:
+        OutputError: see :func:`check_target`, or the file system refuses.
+    """
+    target = check_target(path, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"can't write beside '{path}' ({error.strerror}): choose a writable place") from error
+    try:
+        building.chmod(0o755)  # mkdtemp makes it private; an adapter directory is an ordinary one
+        yield building
+        _replace(building, target)
+    except OSError as error:
+        raise OutputError(f"can't write '{path}' ({error.strerror or error}): nothing was left there") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Rename over an existing directory by way of a backup, which comes back if the rename fails."""
+    if not target.exists():
+        new.rename(target)
+        return
+    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = target.rename(backup / target.name)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(backup, ignore_errors=True)

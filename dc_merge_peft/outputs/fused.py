@@ -1,0 +1,138 @@
+"""A merged adapter added to the weights of its base model: a full model that needs no PEFT. In memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, first_line, preview
+from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.outputs.card import fused_card
+from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.runconfig import FILE_NAME, run_record
+
+# What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "sentencepiece*.model", "*processor_config.json", "chat_template*",
+)  # fmt: skip
+
+
+def load_base(base: str | Path) -> nn.Module:
+    """The base model in the class its own config names, in the dtype it is stored in.
+
+    Raises:
+        SourceError: it can't be loaded.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(base))
+        name = (getattr(config, "architectures", None) or [""])[0]
+        model_class: Any = getattr(transformers, name, transformers.AutoModel)
+        return model_class.from_pretrained(str(base), dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            f"the base model '{base}' can't be loaded ({first_line(error)}): expected a transformers model directory or a Hub id"
+        ) from error
+
+
+@torch.no_grad()
+def fuse_into(model: nn.Module, result: MergeResult) -> None:
+    """Add every merged delta to its weight, in float32 and back to the weight's dtype; all modules are checked first.
+
+    Raises:
+        OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
+        UnsupportedAdapterError: a quantised weight.
+    """
+    targets = list(_targets(model, result))
+    for name, module in targets:
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        delta = result.lowrank(name).to(weight.device).dense()
+        transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
+        delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
+        weight.copy_((weight.float() + delta).to(weight.dtype))
+
+
+def save_fused(
+    model: nn.Module, result: MergeResult, out: str | Path, *, base: str | Path | None, overwrite: bool = False
+) -> Path:
+    """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
+
+    Raises:
+        OutputError: the directory exists, can't be written, or the model has no ``save_pretrained``.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise OutputError(
+            f"a {type(model).__name__} can't be saved: expected a transformers model; use model.state_dict()"
+        )
+    with whole_directory(out, overwrite=overwrite) as building:
+        model.save_pretrained(building)  # type: ignore[operator]
+        for file in _companions(base) if base is not None else ():
+            if not (building / file.name).exists():
+                shutil.copyfile(file, building / file.name)
+        record = run_record(result)
+        (building / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (building / "README.md").write_text(fused_card(result, record), encoding="utf-8")
+    return Path(out)
+
+
+def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module]]:
+    """The layer of every merged module, checked. A model class with or without its head spells paths with or without
+    ``base_model_prefix``; both are found."""
+    modules = dict(model.named_modules())
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    shared = _shared_parameters(model)
+    for name, merged in result.modules.items():
+        path = next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in modules), None)
+        if path is None:
+            raise OutputError(
+                f"the base model, a {type(model).__name__}, has no module {preview([name])}: expected the base model of the "
+                "adapters; give the model object of the class they were trained with"
+            )
+        module = modules[path]
+        weight = getattr(module, "weight", None)
+        found, shape = layer_layout(name, module), delta_shape(module)
+        if found != merged.layout or shape != merged.delta.shape or weight is None:
+            raise OutputError(
+                f"'{name}' is a {found} of {shape} in the base model, a {merged.layout} of {merged.delta.shape} in the merged "
+                "adapter: expected the base model of the adapters"
+            )
+        if not weight.is_floating_point():
+            raise UnsupportedAdapterError(
+                f"'{name}' is quantised ({weight.dtype}): expected floating-point base weights"
+            )
+        if id(weight) in shared:
+            raise OutputError(
+                f"'{name}' shares its weight with {preview(other for other in shared[id(weight)] if other != path)}: fusing "
+                "would change both, the adapter changes one; untie them first, or keep the merged adapter"
+            )
+        yield name, module
+
+
+def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold the same parameter, where more than one does."""
+    holders: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(path.rpartition(".")[0])
+    return {key: paths for key, paths in holders.items() if len(paths) > 1}
+
+
+def _companions(base: str | Path) -> list[Path]:
+    """Tokenizer and processor files of a base model directory or Hub snapshot."""
+    folder = Path(base)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        folder = Path(huggingface_hub.snapshot_download(str(base), allow_patterns=list(COMPANIONS)))
+    return sorted(
+        file for file in folder.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in COMPANIONS)
+    )

@@ -1,0 +1,166 @@
+"""A merged adapter into a PEFT model in memory: everything is checked first, the model changes last, and a failure
+leaves it as it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from dc_merge_peft.errors import OptionError, OutputError, preview
+from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.base import Targets
+from dc_merge_peft.sources.live import lora_layers
+
+
+def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
+    """Add ``result`` to a ``PeftModel`` in place, or wrap a base model in one; see :meth:`MergedAdapter.add_to`."""
+    if not isinstance(model, PeftModel):
+        check_name(adapter_name, ())
+        check_modules(result, model)
+        wrapped = PeftModel(model, _config_for(result, model), adapter_name)  # type: ignore[arg-type]
+        write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
+        return wrapped
+    tuner = model.base_model
+    if not isinstance(tuner, (LoraModel, MixedModel)):
+        raise OutputError(
+            f"the model holds {type(tuner).__name__} adapters: expected LoRA; load a fresh base model and call "
+            "PeftModel.from_pretrained on the saved adapter"
+        )
+    install_in_tuner(result, tuner, adapter_name)
+    if activate:
+        model.set_adapter(adapter_name)
+        for name, parameter in tuner.named_parameters():
+            if f".{adapter_name}." in name or name.endswith(f".{adapter_name}"):
+                parameter.requires_grad_(False)
+    return model
+
+
+def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter_name: str) -> None:
+    """Add ``result`` as a frozen, inactive adapter; on any failure the model is as before.
+
+    Raises:
+        OptionError: the name is taken or holds a dot.
+        OutputError: a module is missing or has another shape.
+    """
+    check_name(adapter_name, tuner.peft_config)
+    check_modules(result, tuner.model)
+    config = _config_for(result, tuner.model)
+    with _unchanged_but_for(tuner, adapter_name):
+        tuner.peft_config[adapter_name] = config
+        tuner.inject_adapter(tuner.model, adapter_name)
+        write_factors(result, tuner.model, adapter_name)
+
+
+def check_name(adapter_name: str, taken: Any) -> None:
+    """A new adapter's name: not taken, no dot (torch's module names can't hold one), not empty."""
+    if adapter_name in taken:
+        raise OptionError(
+            f"the model already has an adapter '{adapter_name}': expected a new name; delete it first with "
+            f"model.delete_adapter('{adapter_name}')"
+        )
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise OptionError(f"the adapter name {adapter_name!r} is empty or holds a dot: expected a name without dots")
+
+
+def check_modules(result: MergeResult, model: nn.Module) -> None:
+    """Every merged module exists in the model with the same layer type and shape."""
+    modules = {_plain_path(name): module for name, module in model.named_modules()}
+    missing = [name for name in result.modules if name not in modules]
+    if missing:
+        raise OutputError(
+            f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
+            "from the one they were trained with"
+        )
+    for name, merged in result.modules.items():
+        module = modules[name]
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        found, shape = layer_layout(name, base), delta_shape(base)
+        if found != merged.layout or (shape is not None and shape != merged.delta.shape):
+            raise OutputError(
+                f"'{name}' is a {found} of {shape} in the model, a {merged.layout} of {merged.delta.shape} in the merged "
+                "adapter: expected the base model of the adapters"
+            )
+
+
+def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> None:
+    """Replace the freshly made parameters of the adapter by the merged factors, on the same devices.
+
+    Raises:
+        OutputError: PEFT wrapped other modules than the merged ones.
+    """
+    layers = {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+    }
+    if set(layers) != set(result.modules):
+        difference = sorted(set(layers) ^ set(result.modules))
+        raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
+    for name, A, B in stored_factors(result):
+        for holder, factor in zip(_factor_parameters(layers[name], adapter_name), (A, B), strict=True):
+            holder.data = factor.to(holder.device)
+            holder.requires_grad_(False)
+
+
+def _config_for(result: MergeResult, model: nn.Module) -> LoraConfig:
+    """A fresh config whose targets resolve, by PEFT's own rule, to exactly the merged modules of this model."""
+    names = {_plain_path(name) for name, _ in model.named_modules() if name}
+
+    def resolve(targets: Targets) -> Sequence[str]:
+        config = LoraConfig(**targets.to_config())
+        return [name for name in names if check_target_module_exists(config, name) is True or _matches(config, name)]
+
+    fields = lora_fields(result, resolve)
+    fields.pop("peft_type")
+    return LoraConfig(**fields)
+
+
+def _matches(config: LoraConfig, name: str) -> bool:
+    """PEFT returns True, a regex match, or an object that stands for 'excluded' and is falsy only by its type."""
+    found = check_target_module_exists(config, name)
+    return bool(found) and type(found).__name__ != "_ExcludedModule"
+
+
+def _plain_path(name: str) -> str:
+    """A module's path in the base model, without the levels that adapters put in between."""
+    return name.replace(".base_layer", "")
+
+
+def _factor_parameters(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[return-value]
+
+
+@contextmanager
+def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iterator[None]:
+    """Active adapters and ``requires_grad`` stay as they are; on an error the new adapter disappears again."""
+    trainable = {name: parameter.requires_grad for name, parameter in tuner.named_parameters()}
+    active = list(tuner.active_adapters)
+    layers = [module for module in tuner.modules() if isinstance(module, BaseTunerLayer)]
+    layer_active = [layer._active_adapter for layer in layers]
+    try:
+        yield
+    except BaseException:
+        if adapter_name in tuner.peft_config:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT warns that it picks another active adapter; it is restored below
+                tuner.delete_adapter(adapter_name)
+        raise
+    finally:
+        tuner.active_adapter = active if len(active) != 1 else active[0]
+        for layer, names in zip(layers, layer_active, strict=True):
+            layer._active_adapter = names
+        for name, parameter in tuner.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_(trainable[name])

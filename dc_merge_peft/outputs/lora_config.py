@@ -1,0 +1,111 @@
+"""The LoRA config and the stored factors of a merged adapter: scaling exactly 1, everything else in the factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dc_merge_peft.errors import OutputError
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.outputs.targets import Resolve, choose_targets
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.base import AdapterInfo
+
+# Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
+# worth its complication.
+LARGEST_PADDING = 1.25
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank under which each module is stored."""
+
+    r: int
+    pattern: dict[str, int]  # regex of a module path -> rank, where it differs from r
+
+    def of(self, module: str) -> int:
+        """The stored rank of a module."""
+        return self.pattern.get(re.escape(module), self.r)
+
+
+def stored_ranks(result: MergeResult) -> Ranks:
+    """One rank for all modules, zero-padded, or a ``rank_pattern`` where that would waste space.
+
+    A pattern is a whole escaped path. PEFT also applies it to paths that end in it, so it is used only where no merged
+    path is the end of another one.
+    """
+    ranks = {name: max(module.rank, 1) for name, module in result.modules.items()}
+    sizes = {name: sum(module.delta.shape) for name, module in result.modules.items()}
+    padded = result.max_rank * sum(sizes.values())
+    exact = sum(ranks[name] * sizes[name] for name in ranks)
+    ambiguous = any(other.endswith("." + name) for name in ranks for other in ranks)
+    if padded <= LARGEST_PADDING * exact or ambiguous:
+        return Ranks(result.max_rank, {})
+    return Ranks(result.max_rank, {re.escape(name): rank for name, rank in ranks.items() if rank != result.max_rank})
+
+
+def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str, Any]:
+    """The fields of a fresh LoRA config that stores ``result`` exactly: scaling 1, default initialisation, no dropout.
+
+    Never a copy of a source's config: that would carry over rsLoRA (a wrong scaling), initialisations that change the
+    base weights, or exclusions that drop modules. Only fields that every PEFT since 0.11 knows, unless a source's own
+    targeting needs a newer one.
+    """
+    ranks = stored_ranks(result)
+    merged = set(result.modules)
+    names = {
+        info.name: {name for name, module in result.modules.items() if info.name in module.adapters}
+        for info in result.adapters
+    }
+    targets = choose_targets(merged, [(info.targets, names[info.name] == merged) for info in result.adapters], resolve)
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": _agreed(result.adapters, "task_type"),
+        "auto_mapping": _agreed(result.adapters, "auto_mapping"),
+        "base_model_name_or_path": _agreed(result.adapters, "base_model"),
+        "revision": _agreed(result.adapters, "base_revision"),
+        "inference_mode": True,
+        "r": ranks.r,
+        "lora_alpha": ranks.r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(info.fan_in_fan_out for info in result.adapters),
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "rank_pattern": ranks.pattern,
+        "alpha_pattern": dict(ranks.pattern),
+    }
+    return {**fields, **targets.to_config()}
+
+
+def stored_factors(result: MergeResult) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """``(module, A, B)`` as PEFT stores them, in the result's dtype, ``alpha`` applied, zero-padded to the stored rank.
+
+    Raises:
+        OutputError: a factor does not fit into the dtype.
+    """
+    ranks = stored_ranks(result)
+    for name, module in result.modules.items():
+        missing = ranks.of(name) - module.rank
+        delta = result.lowrank(name)
+        padded = LowRank(pad(delta.B, (0, missing)), pad(delta.A, (0, 0, 0, missing)))
+        A, B = (factor.to(result.dtype).contiguous() for factor in module.layout.to_stored(padded))
+        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise OutputError(
+                f"the merged factors of '{name}' do not fit into {result.dtype}: expected numbers below "
+                f"{torch.finfo(result.dtype).max:.3g}; write float32 or bfloat16"
+            )
+        yield name, A, B
+
+
+def _agreed(adapters: tuple[AdapterInfo, ...], field: str) -> Any:
+    """The value of a field where all adapters that have one agree, else None."""
+    values = [getattr(info, field) for info in adapters if getattr(info, field)]
+    return values[0] if values and all(value == values[0] for value in values) else None

@@ -1,0 +1,74 @@
+"""How a merged adapter names its target modules, so that PEFT wraps exactly the merged ones and no others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from dc_merge_peft.sources.base import Targets
+
+Resolve = Callable[[Targets], Collection[str]]
+
+
+def choose_targets(
+    modules: Collection[str],
+    sources: Sequence[tuple[Targets, bool]],
+    resolve: Resolve | None = None,
+) -> Targets:
+    """The most readable specification that resolves to exactly ``modules``.
+
+    Args:
+        modules: Paths of the merged modules.
+        sources: For each adapter its own specification, and whether its modules are exactly the merged ones.
+        resolve: The modules of the base model that a specification wraps; without a base model at hand (``None``) only
+            what is right for any model is used.
+
+    Returns:
+        The adapters' own specification, the union of their lists, the shortest unambiguous names, or a regular
+        expression for the full paths: the first of these that is exact.
+    """
+    own = dict.fromkeys(spec for spec, complete in sources if complete)
+    if resolve is None:
+        # An adapter wraps what its specification resolves to in the base model; where that is the merged set, it may
+        # be used again unseen. Anything cleverer needs the model.
+        return next((spec for spec in own if spec.target_modules is not None), full_paths(modules))
+    for spec in [*own, *_unions(sources), *_suffixes(modules)]:
+        if spec.target_modules is not None and set(resolve(spec)) == set(modules):
+            return spec
+    return full_paths(modules)
+
+
+def full_paths(modules: Iterable[str]) -> Targets:
+    """A regular expression that matches exactly these paths; layers that differ in one index alone share a group."""
+    return Targets(target_modules="|".join(_groups(sorted(set(modules)))))
+
+
+def _groups(modules: Sequence[str]) -> Iterable[str]:
+    """Regexes of disjoint groups: same path around the first number, all of the same numbers."""
+    indices: dict[tuple[str, str], list[str]] = {}
+    for module in modules:
+        match = re.match(r"(.*?(?:^|\.))(\d+)((?:\.|$).*)", module)
+        head, index, tail = match.groups() if match else (module, "", "")
+        indices.setdefault((head, tail), []).append(index)
+    tails: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (head, tail), numbers in indices.items():
+        tails.setdefault((head, tuple(sorted(numbers, key=lambda n: (len(n), n)))), []).append(tail)
+    for (head, numbers), endings in tails.items():
+        yield re.escape(head) + _choice(numbers) + _choice(endings)
+
+
+def _choice(options: Sequence[str]) -> str:
+    escaped = [re.escape(option) for option in options]
+    return escaped[0] if len(escaped) == 1 else f"(?:{'|'.join(escaped)})"
+
+
+def _unions(sources: Sequence[tuple[Targets, bool]]) -> Iterable[Targets]:
+    lists = [spec.target_modules for spec, _ in sources]
+    if all(isinstance(names, frozenset) for names in lists):
+        yield Targets(target_modules=frozenset(name for names in lists for name in names or ()))
+
+
+def _suffixes(modules: Collection[str]) -> Iterable[Targets]:
+    """Names cut after the last number, then longer ones: whether they are unambiguous is for the caller to check."""
+    for length in (1, 2, 3):
+        yield Targets(target_modules=frozenset(".".join(module.split(".")[-length:]) for module in modules))

@@ -1,0 +1,200 @@
+"""Before any factor is read: which modules of which adapters meet, whether they fit, and what will come out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
+from dc_merge_peft.layout import Layout
+from dc_merge_peft.methods import Method
+from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+
+# Output dtypes by the name a user may give.
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64, "fp64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One module of the merge."""
+
+    name: str
+    shape: tuple[int, int]
+    layout: Layout
+    tasks: tuple[int, ...]  # indices of the adapters that have it
+    ranks: tuple[int, ...]  # of those adapters
+
+    def largest_rank(self, svd_rank: int | None) -> int:
+        """An upper bound of the rank of the merged delta."""
+        bound = min(sum(self.ranks), *self.shape)
+        return bound if svd_rank is None else min(bound, svd_rank)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that has passed every check that needs no factors."""
+
+    modules: tuple[PlannedModule, ...]
+    adapters: tuple[AdapterInfo, ...]
+    weights: tuple[float, ...]
+    svd_rank: int | None
+    dtype: torch.dtype
+    remarks: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain figures for a dry run: modules, ranks, and bytes of the merged adapter at most."""
+        ranks = [module.largest_rank(self.svd_rank) for module in self.modules]
+        entries = sum(rank * sum(module.shape) for rank, module in zip(ranks, self.modules, strict=True))
+        return {
+            "modules": len(self.modules),
+            "shared_by_all": sum(len(module.tasks) == len(self.adapters) for module in self.modules),
+            "largest_rank": max(ranks),
+            "largest_bytes": entries * self.dtype.itemsize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def plan_merge(
+    sources: Sequence[Source],
+    method: Method,
+    weights: Sequence[float] | None = None,
+    *,
+    svd_rank: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    allow_different_bases: bool = False,
+) -> MergePlan:
+    """Check everything that can be checked without factors.
+
+    Raises:
+        OptionError: no adapters, wrong weights, rank or dtype.
+        IncompatibleAdaptersError: repeated adapters, different base models, shapes or layer types, no common module.
+    """
+    if not sources:
+        raise OptionError("found no adapters to merge: expected at least one")
+    infos = tuple(source.info for source in sources)
+    _refuse_repeated(infos)
+    checked = check_weights(weights, infos)
+    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
+        raise OptionError(f"svd_rank is {svd_rank!r}: expected a whole number of at least 1, or none to keep all")
+    if not allow_different_bases:
+        _refuse_different_bases(infos)
+    modules = _plan_modules(sources)
+    return MergePlan(
+        modules=modules,
+        adapters=infos,
+        weights=checked,
+        svd_rank=svd_rank,
+        dtype=_output_dtype(dtype, sources),
+        remarks=_remarks(method, modules),
+    )
+
+
+def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo]) -> tuple[float, ...]:
+    """One finite weight an adapter, not all zero; ``None`` is 1 for each."""
+    if weights is None:
+        return (1.0,) * len(infos)
+    if len(weights) != len(infos):
+        raise OptionError(f"found {len(weights)} weights for {len(infos)} adapters: expected one weight an adapter")
+    for info, weight in zip(infos, weights, strict=True):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise OptionError(f"the weight of adapter '{info.name}' is {weight!r}: expected a finite number")
+    if not any(weights):
+        raise OptionError("all weights are 0, so that nothing would be merged: expected at least one that is not")
+    return tuple(float(weight) for weight in weights)
+
+
+def _refuse_repeated(infos: Sequence[AdapterInfo]) -> None:
+    seen: set[tuple[str, str | None, str]] = set()
+    for info in infos:
+        in_memory = info.location == IN_MEMORY
+        place = info.location if in_memory or info.revision else str(Path(info.location).resolve())
+        identity = (place, info.revision, info.name if in_memory else "")
+        if identity in seen:
+            raise IncompatibleAdaptersError(
+                f"adapter '{info.name}' ({info.location}) is given twice: expected each adapter once; use a weight of 2 "
+                "to count it double"
+            )
+        seen.add(identity)
+
+
+def _refuse_different_bases(infos: Sequence[AdapterInfo]) -> None:
+    named = [info for info in infos if info.base_model]
+    for info in named:
+        first = named[0]
+        if str(info.base_model).rstrip("/") != str(first.base_model).rstrip("/"):
+            raise IncompatibleAdaptersError(
+                f"adapter '{info.name}' was trained on '{info.base_model}', '{first.name}' on '{first.base_model}': "
+                "expected one base model; if these are the same weights under two names, allow different bases "
+                "(allow_different_bases=True, --allow-different-bases)"
+            )
+
+
+def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
+    """All modules that any adapter has, in the order in which they are first met."""
+    names = dict.fromkeys(name for source in sources for name in source.modules)
+    modules = []
+    for name in names:
+        tasks = tuple(index for index, source in enumerate(sources) if name in source.modules)
+        specs = [sources[index].modules[name] for index in tasks]
+        for index, spec in zip(tasks, specs, strict=True):
+            found, expected = sources[index].info.name, sources[tasks[0]].info.name
+            if spec.layout != specs[0].layout:
+                raise IncompatibleAdaptersError(
+                    f"'{name}' is a {spec.layout} in adapter '{found}', a {specs[0].layout} in '{expected}': they were "
+                    "trained on different base models; merge adapters of one base model"
+                )
+            if spec.shape != specs[0].shape:
+                raise IncompatibleAdaptersError(
+                    f"adapter '{found}' has shape {spec.shape} in '{name}', '{expected}' has {specs[0].shape}: they were "
+                    "trained on different base models; merge adapters of one base model"
+                )
+        ranks = tuple(spec.rank for spec in specs)
+        modules.append(PlannedModule(name, specs[0].shape, specs[0].layout, tasks, ranks))
+    _refuse_strangers(sources, modules)
+    return tuple(modules)
+
+
+def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:
+    """An adapter that meets no other one anywhere has nothing to be merged with: most often renamed modules."""
+    if len(sources) < 2:
+        return
+    sociable = {task for module in modules if len(module.tasks) > 1 for task in module.tasks}
+    for index, source in enumerate(sources):
+        if index not in sociable:
+            other = sources[1 if index == 0 else 0]
+            raise IncompatibleAdaptersError(
+                f"adapter '{source.info.name}' has no target module in common with any other: it has "
+                f"{preview(source.modules, 2)}, '{other.info.name}' has {preview(other.modules, 2)}; expected adapters "
+                "of one base model, under the same module names"
+            )
+
+
+def _output_dtype(dtype: torch.dtype | str | None, sources: Sequence[Source]) -> torch.dtype:
+    """The dtype asked for, or the widest of the sources."""
+    if dtype is None:
+        return reduce(torch.promote_types, (spec.dtype for source in sources for spec in source.modules.values()))
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise OptionError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    assert found is not None
+    return found
+
+
+def _remarks(method: Method, modules: Sequence[PlannedModule]) -> tuple[str, ...]:
+    """What the method has to say, once for all modules it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for module in modules:
+        for remark in method.remarks(module.shape, module.ranks):
+            concerned.setdefault(remark, []).append(module.name)
+    return tuple(
+        f"in {len(names)} of {len(modules)} modules ({preview(names)}) {remark}" for remark, names in concerned.items()
+    )

@@ -1,0 +1,113 @@
+"""What a merge gives: per module the merged delta as factors, and everything needed to say how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.errors import OptionError, unknown_name
+from dc_merge_peft.layout import Layout
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.sources.base import AdapterInfo
+
+
+@dataclass(frozen=True, eq=False)
+class MergedModule:
+    """The merged delta of one module, before ``alpha``."""
+
+    delta: LowRank  # (m, n), float32, balanced factors of the rank that is kept
+    S: Tensor  # (full_rank,) float64, all singular values, those beyond the kept rank included
+    layout: Layout
+    adapters: tuple[str, ...]  # names of the adapters that have the module
+
+    @property
+    def rank(self) -> int:
+        """Rank kept."""
+        return self.delta.rank
+
+    @property
+    def full_rank(self) -> int:
+        """Rank before truncation to ``svd_rank``."""
+        return len(self.S)
+
+    @property
+    def truncation_error(self) -> float:
+        """Relative Frobenius error of keeping ``rank`` of ``full_rank`` components (Eckart-Young); 0 if all are."""
+        return relative_tail(self.S, self.rank)
+
+
+def relative_tail(S: Tensor, rank: int) -> float:
+    """``norm(S[rank:]) / norm(S)``, 0 for an empty or zero spectrum."""
+    whole = float(S.norm())
+    return float(S[rank:].norm()) / whole if whole > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MergeResult:
+    """A finished merge. Immutable; :meth:`with_alpha` gives a rescaled copy that shares the factors."""
+
+    modules: Mapping[str, MergedModule]  # by path in the base model
+    alpha: float  # the coefficient in force, whether given or fitted
+    adapters: tuple[AdapterInfo, ...]
+    weights: tuple[float, ...]
+    method: str
+    options: Mapping[str, Any]  # of the method, as configured (alpha may be "auto" here)
+    svd_rank: int | None
+    dtype: torch.dtype  # of the factors when they are written
+    remarks: tuple[str, ...] = ()
+    seconds: float = 0.0  # reading and merging
+
+    def lowrank(self, module: str) -> LowRank:
+        """The merged delta of a module as float32 factors, ``alpha`` applied.
+
+        Raises:
+            OptionError: no such module was merged.
+        """
+        if module not in self.modules:
+            raise OptionError(unknown_name("merged module", module, self.modules))
+        return self.modules[module].delta.scaled(self.alpha)
+
+    def delta(self, module: str) -> Tensor:
+        """The merged delta of a module as a dense float32 (m, n) tensor: m outputs, n inputs, ``alpha`` applied.
+
+        A ``Conv2d`` counts n = in * kh * kw, an ``Embedding`` m = dim and n = tokens.
+
+        Raises:
+            OptionError: no such module was merged.
+        """
+        return self.lowrank(module).dense()
+
+    def with_alpha(self, alpha: float) -> MergeResult:
+        """The same merge with another coefficient: merging is homogeneous in alpha, nothing is merged again."""
+        return dataclasses.replace(self, alpha=float(alpha), options={**self.options, "alpha": float(alpha)})
+
+    @property
+    def truncation_error(self) -> float:
+        """Relative Frobenius error of truncation to ``svd_rank`` over all modules together."""
+        lost = sum(float(module.S[module.rank :].square().sum()) for module in self.modules.values())
+        whole = sum(float(module.S.square().sum()) for module in self.modules.values())
+        return (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+    @property
+    def max_rank(self) -> int:
+        """The largest kept rank of any module, at least 1: the rank of the adapter that holds the result."""
+        return max([module.rank for module in self.modules.values()] + [1])
+
+    def report(self) -> list[dict[str, Any]]:
+        """One plain row a module: name, shape, adapters, rank kept, rank before truncation, truncation error."""
+        return [
+            {
+                "module": name,
+                "shape": list(module.delta.shape),
+                "adapters": list(module.adapters),
+                "rank": module.rank,
+                "full_rank": module.full_rank,
+                "truncation_error": module.truncation_error,
+            }
+            for name, module in self.modules.items()
+        ]

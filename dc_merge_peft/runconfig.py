@@ -1,0 +1,95 @@
+"""One merge as a YAML file: what ``dc-merge merge --config`` reads, and what every output records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dc_merge_peft._version import __version__
+from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.base import AdapterInfo
+
+FILE_NAME = "dc_merge.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings of one run; ``None`` means the default. ``options`` are those of the method."""
+
+    adapters: tuple[str, ...] = ()
+    output: str | None = None
+    weights: tuple[float, ...] | None = None
+    method: str = "dc"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    svd_rank: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunConfig:
+        """From a YAML file. Any other top-level name is an option of the method, so ``rho: 5`` may stand alone; the
+        ``record`` that outputs carry is skipped.
+
+        Raises:
+            SourceError: the file is missing or no YAML mapping.
+            OptionError: an option given twice, or a value of the wrong type.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = str(error).replace("\n", " ")
+            raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
+        if not isinstance(values, dict):
+            raise SourceError(f"the configuration '{path}' is no mapping: expected lines such as 'method: dc'")
+        values.pop("record", None)
+        options = values.pop("options", None) or {}
+        known = {field.name for field in dataclasses.fields(cls)}
+        loose = {name: values.pop(name) for name in list(values) if name not in known}
+        twice = set(options) & set(loose)
+        if twice:
+            raise OptionError(f"the configuration '{path}' gives option '{min(twice)}' twice: expected it once")
+        for name in ("adapters", "weights"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+            elif values.get(name) is not None:
+                raise OptionError(f"the configuration '{path}' has {name}: {values[name]!r}: expected a list")
+        return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of what is set."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def run_record(result: MergeResult, *, public: bool = False) -> dict[str, Any]:
+    """The exact configuration that made ``result``, in the form :meth:`RunConfig.read` takes, and under ``record`` what
+    came of it. No time, so that the same merge gives the same bytes; ``public`` replaces local paths by names."""
+    config = RunConfig(
+        adapters=tuple(_reference(info, public) for info in result.adapters),
+        weights=result.weights,
+        method=result.method,
+        options=dict(result.options),
+        svd_rank=result.svd_rank,
+        dtype=str(result.dtype).removeprefix("torch."),
+    )
+    record = {
+        "dc_merge_peft": __version__,
+        "alpha": result.alpha,
+        "modules": len(result.modules),
+        "rank": result.max_rank,
+        "truncation_error": result.truncation_error,
+    }
+    return {**config.to_dict(), "record": record}
+
+
+def _reference(info: AdapterInfo, public: bool) -> str:
+    """How to find an adapter again: a Hub id with its commit, or a path."""
+    if info.revision:
+        return f"{info.location}@{info.revision}"
+    return info.name if public else info.location
