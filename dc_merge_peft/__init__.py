@@ -1,0 +1,42 @@
+"""Merge LoRA adapters with DC-Merge: inside PEFT, from Python, and on the command line.
+
+Importing this package adds its methods to PEFT as combination types of ``add_weighted_adapter``;
+:func:`unregister` takes them out again.
+"""
+
+from __future__ import annotations
+
+from dc_merge_peft._version import __version__
+from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.errors import (
+    IncompatibleAdaptersError,
+    MergeError,
+    MergeWarning,
+    OptionError,
+    OutputError,
+    SourceError,
+    UnsupportedAdapterError,
+)
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods import METHODS, DCMergeConfig
+from dc_merge_peft.registration import register, unregister
+
+register()
+
+__all__ = [
+    "METHODS",
+    "DCMergeAdapter",
+    "DCMergeConfig",
+    "IncompatibleAdaptersError",
+    "LowRank",
+    "MergeError",
+    "MergeWarning",
+    "MergedAdapter",
+    "OptionError",
+    "OutputError",
+    "SourceError",
+    "UnsupportedAdapterError",
+    "__version__",
+    "register",
+    "unregister",
+]
