@@ -1,0 +1,36 @@
+"""``dc-merge``: merging on the command line."""
+
+from __future__ import annotations
+
+import typer
+
+from dc_merge_peft.cli.demo import demo
+from dc_merge_peft.cli.merge import merge
+from dc_merge_peft.cli.methods import methods
+
+app = typer.Typer(
+    name="dc-merge",
+    help="Merge LoRA adapters with DC-Merge and other methods, straight from their factors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(merge)
+app.command()(methods)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+    """Merge LoRA adapters with DC-Merge and other methods, straight from their factors."""
+    if show:
+        from dc_merge_peft import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of the ``dc-merge`` program."""
+    app()

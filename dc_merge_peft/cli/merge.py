@@ -1,0 +1,258 @@
+"""``dc-merge merge``: adapters in, one adapter out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, table
+from dc_merge_peft.errors import MergeWarning, OptionError
+from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.plan import MergePlan
+from dc_merge_peft.runconfig import RunConfig, run_record
+
+_METHOD, _RUN, _REST = "Method", "Run", "Output"
+
+
+@reports_errors
+def merge(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for the merged adapter.", rich_help_panel=_REST)
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One number an adapter, as in 1,0.5,1. Default: all 1.", rich_help_panel=_METHOD)
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help="See `dc-merge methods`. Default: dc.", rich_help_panel=_METHOD),
+    ] = None,
+    smoothing: Annotated[
+        str | None,
+        typer.Option(help="Of singular values: linear, average or none. Default: linear.", rich_help_panel=_METHOD),
+    ] = None,
+    rho: Annotated[
+        str | None, typer.Option(help="Largest ratio after linear smoothing. Default: 5.", rich_help_panel=_METHOD)
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Share of entries TIES keeps, or auto. Default: auto.", rich_help_panel=_METHOD)
+    ] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(help="Factor on the merged delta, or auto. Default: the method's.", rich_help_panel=_METHOD),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-O", help="Any option of the method, as in -O mask=false.", rich_help_panel=_METHOD),
+    ] = None,
+    svd_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the merged adapter at most. Default: keep all.", rich_help_panel=_RUN),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16. Default: the widest input.", rich_help_panel=_RUN),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=_RUN)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with these settings; what is given here wins.", rich_help_panel=_RUN),
+    ] = None,
+    allow_different_bases: Annotated[
+        bool,
+        typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=_RUN),
+    ] = False,
+    allow_zero: Annotated[
+        bool,
+        typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=_RUN),
+    ] = False,
+    push_to: Annotated[
+        str | None, typer.Option(help="Hub repository to upload the merged adapter to.", rich_help_panel=_REST)
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make that repository private if it is new.", rich_help_panel=_REST)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_REST)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=_REST)
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=_REST)] = False,
+) -> None:
+    """Merge LoRA adapters into one, without their base model.
+
+    The output is an ordinary PEFT adapter: PeftModel.from_pretrained(base, OUTPUT) loads it.
+
+    Example: dc-merge merge org/lora-a ./lora-b -o merged --svd-rank 32
+    """
+    start = time.perf_counter()
+    shortcuts = {"smoothing": smoothing, "rho": rho, "density": density, "alpha": alpha}
+    run = _settings(
+        config,
+        adapters=tuple(adapters) if adapters else None,
+        output=str(output) if output else None,
+        weights=_numbers(weights) if weights is not None else None,
+        method=method,
+        options=dict(_assignments(option or [], shortcuts)),
+        svd_rank=svd_rank,
+        dtype=dtype,
+        device=device,
+    )
+    if not run.adapters:
+        raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
+    if run.output is None and push_to is None and not dry_run:
+        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
+    if run.output is not None:
+        check_target(run.output, overwrite=overwrite)
+    merger = DCMergeAdapter(method=run.method, **run.options)
+    settings: dict[str, Any] = {
+        "svd_rank": run.svd_rank,
+        "dtype": run.dtype,
+        "allow_different_bases": allow_different_bases,
+    }
+    if dry_run:
+        _print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
+        merged = merger.merge(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings)
+    if run.output is not None:
+        merged.save_pretrained(run.output, overwrite=overwrite)
+    url = merged.push_to_hub(push_to, private=private or None) if push_to else None
+    _print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
+
+
+def _settings(path: Path | None, *, options: Mapping[str, Any], **given: Any) -> RunConfig:
+    """The YAML file's settings, overruled by what was given on the command line."""
+    base = RunConfig.read(path) if path else RunConfig()
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(base, **given, options={**base.options, **options})
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise OptionError(f"--weights is '{text}': expected numbers, as in 1,0.5,1") from error
+
+
+def _assignments(pairs: list[str], shortcuts: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """``-O name=value`` and the shortcut flags as option values, still text."""
+    seen = set()
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise OptionError(f"-O is '{pair}': expected option=value, as in -O mask=false")
+        seen.add(name)
+        yield name, value
+    for name, value in shortcuts.items():
+        if value is not None:
+            if name in seen:
+                raise OptionError(f"option '{name}' is given by --{name} and by -O: expected it once")
+            yield name, value
+
+
+def _print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
+    """What would be merged, from configs and headers alone."""
+    summary = plan.summary()
+    if as_json:
+        adapters = [
+            {"name": info.name, "location": info.location, "base_model": info.base_model} for info in plan.adapters
+        ]
+        typer.echo(
+            json.dumps({"dry_run": True, **run.to_dict(), **summary, "sources": adapters, "remarks": plan.remarks})
+        )
+        return
+    out = console()
+    counts = [sum(index in module.tasks for module in plan.modules) for index in range(len(plan.adapters))]
+    ranks = [
+        sorted({module.ranks[module.tasks.index(i)] for module in plan.modules if i in module.tasks})
+        for i in range(len(plan.adapters))
+    ]
+    rows = [
+        (
+            info.name,
+            info.base_model or "?",
+            count,
+            "-".join(str(r) for r in dict.fromkeys((rank[0], rank[-1]))),
+            f"{weight:g}",
+        )
+        for info, count, rank, weight in zip(plan.adapters, counts, ranks, plan.weights, strict=True)
+    ]
+    columns = ("adapter", "base model", "modules", "rank", "weight")
+    out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))
+    out.print(
+        f"\n{summary['modules']} modules, {summary['shared_by_all']} of them in every adapter; merged rank at most "
+        f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
+    )
+    for remark in plan.remarks:
+        out.print(f"note: {remark}", markup=False)
+    out.print("dry run: nothing was merged or written")
+
+
+def _print_outcome(
+    merged: MergedAdapter, output: str | None, url: str | None, seconds: float, *, as_json: bool
+) -> None:
+    """The summary: modules by kind, ranks, truncation error, time, and how to go on."""
+    if as_json:
+        outcome = {
+            **run_record(merged),
+            "output": output,
+            "url": url,
+            "remarks": merged.remarks,
+            "seconds": {"merge": merged.seconds, "total": seconds},
+            "modules": merged.report(),
+        }
+        typer.echo(json.dumps(outcome))
+        return
+    out = console()
+    columns = ("module", "count", "shape", "adapters", "rank", "truncation error")
+    out.print(table("Merged modules", columns, _rows(merged), right=columns[1:]))
+    out.print(
+        f"\n{len(merged.adapters)} adapters, method {merged.method}, alpha {merged.alpha:.4g}"
+        f"{' (auto)' if merged.options.get('alpha') == 'auto' else ''}, "
+        f"truncation error {merged.truncation_error:.2%}, {merged.seconds:.2f} s to read and merge, {seconds:.2f} s in all",
+        markup=False,
+    )
+    for remark in merged.remarks:
+        out.print(f"note: {remark}", markup=False)
+    if output is not None:
+        size = sum(file.stat().st_size for file in Path(output).expanduser().iterdir() if file.is_file())
+        out.print(
+            f"written to {output} ({bytes_in_words(size)}): PeftModel.from_pretrained(base, '{output}')", markup=False
+        )
+    if url is not None:
+        out.print(f"uploaded: {url}", markup=False)
+
+
+def _rows(merged: MergedAdapter) -> Iterator[tuple[object, ...]]:
+    """One row for all modules of one name and shape: a 7B model has 224 modules of 7 kinds."""
+    groups: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
+    for row in merged.report():
+        groups.setdefault((row["module"].rpartition(".")[2], tuple(row["shape"])), []).append(row)
+    for (name, (m, n)), rows in groups.items():
+        ranks = dict.fromkeys((min(row["rank"] for row in rows), max(row["rank"] for row in rows)))
+        full = max(row["full_rank"] for row in rows)
+        adapters = dict.fromkeys((min(len(row["adapters"]) for row in rows), max(len(row["adapters"]) for row in rows)))
+        yield (
+            name,
+            len(rows),
+            f"{m} x {n}",
+            "-".join(map(str, adapters)),
+            f"{'-'.join(map(str, ranks))} of {full}",
+            f"{max(row['truncation_error'] for row in rows):.2%}",
+        )
