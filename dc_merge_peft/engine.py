@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dc_merge_peft.errors import MergeError, MergeWarning, SourceError
+from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
@@ -40,10 +40,12 @@ def run_merge(
         progress: Wraps the modules to show how far the merge is.
 
     Raises:
+        OptionError: a device that does not exist.
         SourceError: a factor holds NaN, Inf or, unless allowed, only zeros.
         MergeError: ``alpha="auto"`` has no solution.
     """
     start = time.perf_counter()
+    device = checked_device(device)
     for remark in plan.remarks:
         warnings.warn(remark, MergeWarning, stacklevel=2)
     merged: dict[str, MergedModule] = {}
@@ -89,10 +91,27 @@ def merge_module(
     return delta, merged.svd.S, fit_alpha(tasks, weights, merged)
 
 
-def compute_device(device: torch.device | str) -> torch.device:
+def compute_device(device: torch.device) -> torch.device:
     """The device itself, or the CPU for Apple's GPU, which has no float64 for the k x k cores."""
-    device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def checked_device(device: torch.device | str | None) -> torch.device | None:
+    """A device that exists on this machine, or None as it is.
+
+    Raises:
+        OptionError: an unknown name, or a device that this machine or this build of torch does not have.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise OptionError(
+            f"device '{device}' can't be used ({first_line(error)}): expected one of {', '.join(found)}, or none to compute "
+            "where the factors are"
+        ) from error
 
 
 def _checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:

@@ -1,16 +1,32 @@
-"""When this library joins PEFT: at once where PEFT is already imported, else the moment it is.
+"""``model.add_weighted_adapter(..., combination_type="dc")``: how the methods of this library get into PEFT.
 
-PEFT takes seconds to import and merging adapters from disk does not need it, so ``import dc_merge_peft`` only asks to
-be called back.
+PEFT has no extension point for this, so ``LoraModel.add_weighted_adapter`` (and ``MixedModel``'s) gets a door in front: our
+combination types are merged by :mod:`dc_merge_peft.peft_plugin`, everything else goes through as it came, also where a
+method of this library has the name of one of PEFT's types.
+
+PEFT takes seconds to import, and merging adapters from disk does not need it. So ``import dc_merge_peft`` acts at once
+where PEFT is imported already, and else asks to be called back the moment it is.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType, TracebackType
+from typing import Any
 
 import wrapt
 
+from dc_merge_peft.methods import METHODS
+
+# Names of combination types that stay PEFT's own.
+PEFT_TYPES = frozenset(
+    {"svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd"}
+    | {"magnitude_prune", "magnitude_prune_svd"}
+)
+
+_ORIGINAL = "__dc_merge_peft_original__"
 _state = {"wanted": False, "hooked": False}
 
 
@@ -41,16 +57,46 @@ def register() -> Registration:
 
 
 def unregister() -> None:
-    """Give PEFT its own ``add_weighted_adapter`` back, also where PEFT is imported later."""
+    """Give PEFT its own ``add_weighted_adapter`` back, the very same function, also where PEFT is imported later."""
     _state["wanted"] = False
     if "peft" in sys.modules:
-        from dc_merge_peft import peft_plugin
+        for tuner in _tuners():
+            tuner.add_weighted_adapter = getattr(tuner.add_weighted_adapter, _ORIGINAL, tuner.add_weighted_adapter)
 
-        peft_plugin.unwrap()
+
+def combination_types() -> list[str]:
+    """The combination types this library adds to ``add_weighted_adapter``."""
+    return [name for name in METHODS if name not in PEFT_TYPES]
 
 
 def _on_import(_peft: ModuleType) -> None:
     if _state["wanted"]:
-        from dc_merge_peft import peft_plugin
+        for tuner in _tuners():
+            if not hasattr(tuner.add_weighted_adapter, _ORIGINAL):
+                tuner.add_weighted_adapter = _with_door(tuner.add_weighted_adapter)
 
-        peft_plugin.wrap()
+
+def _tuners() -> tuple[Any, ...]:
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.mixed import MixedModel
+
+    return LoraModel, MixedModel
+
+
+def _with_door(original: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's method with ours in front. What ours needs is imported on its first use: this runs inside the import of
+    PEFT, which a module of this library may have begun."""
+
+    @functools.wraps(original)
+    def add_weighted_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        position = 3  # of combination_type in (adapters, weights, adapter_name, combination_type)
+        kind = kwargs.get("combination_type", args[position] if len(args) > position else None)
+        if isinstance(kind, str) and kind in combination_types():
+            from dc_merge_peft.peft_plugin import add_merged_adapter
+
+            add_merged_adapter(self, *args, **kwargs)
+        else:
+            original(self, *args, **kwargs)
+
+    setattr(add_weighted_adapter, _ORIGINAL, original)
+    return add_weighted_adapter

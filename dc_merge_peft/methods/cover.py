@@ -21,11 +21,20 @@ def ranks_that_fit(ranks: Sequence[int], limit: int) -> list[int]:
     """Per-task ranks of sum at most ``limit`` = min(m, n), beyond which no orthonormal basis exists.
 
     Every rank shrinks in proportion, rounded down; places that rounding leaves free go to the largest remainders, one
-    each, and of equals to the larger rank. Equal ranks stay equal, so that the order of the tasks does not matter.
+    each, and of equals to the larger rank. Equal ranks stay equal, so that the order of the tasks does not matter. No task
+    loses its last direction: with more tasks than ``limit`` each keeps one, their sum stays above it, and the cover basis
+    is the partial isometry that overlapping bases get.
     """
     total = sum(ranks)
     if total <= limit:
         return list(ranks)
+    if sum(rank > 0 for rank in ranks) >= limit:
+        return [min(rank, 1) for rank in ranks]
+    starved = [0 < rank * limit < total for rank in ranks]
+    if any(starved):  # their one direction first, then the others share what is left
+        others = [rank for rank, is_starved in zip(ranks, starved, strict=True) if not is_starved]
+        fitted = iter(ranks_that_fit(others, limit - sum(starved)))
+        return [1 if is_starved else next(fitted) for is_starved in starved]
     shrunk = [rank * limit // total for rank in ranks]
     by_remainder: dict[tuple[int, int], list[int]] = {}
     for index, rank in enumerate(ranks):

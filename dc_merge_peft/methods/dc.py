@@ -98,7 +98,7 @@ class DCMerge(Method):
         return ties(M, [entries_kept(self.config.density, sum(ranks), rank) for rank in ranks])
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
-        used = [min(rank, self.config.rank or rank) for rank in ranks]
+        used = [min(rank, self.config.rank or rank, *shape) for rank in ranks]
         if sum(used) > min(shape):
             yield (
                 "the ranks of the adapters add up to more than min(m, n), so that no orthonormal cover basis holds them "

@@ -95,9 +95,9 @@ def _parse(value: Any, kind: Any) -> Any:
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = kind(value) if isinstance(value, str) else value
-        except ValueError:
+            if kind is float and isinstance(number, int):
+                number = float(number)
+        except (ValueError, OverflowError):
             return _NO_MATCH
-        if kind is float and isinstance(number, int):
-            number = float(number)
         return number if isinstance(number, kind) and math.isfinite(number) else _NO_MATCH
     return value if kind is str and isinstance(value, str) else _NO_MATCH

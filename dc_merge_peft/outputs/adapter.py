@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from safetensors.torch import save_file
 
 from dc_merge_peft.errors import OutputError, first_line
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.outputs.files import save_reproducibly
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
@@ -78,7 +78,7 @@ def _write_files(result: MergeResult, folder: Path, *, public: bool) -> None:
             tensors[f"base_model.model.{module}.{name}{ending}"] = factor.cpu()
     record = run_record(result, public=public)
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
-    save_file(
+    save_reproducibly(
         tensors, folder / "adapter_model.safetensors", {"format": "pt", "dc_merge": json.dumps(record, sort_keys=True)}
     )
     config = json.dumps(lora_fields(result), indent=2, sort_keys=True)
