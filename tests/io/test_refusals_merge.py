@@ -1,0 +1,245 @@
+"""Adapters that can be read but not merged, and wrong arguments: refused before anything is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dc_merge_peft import (
+    DCMergeAdapter,
+    DCMergeConfig,
+    IncompatibleAdaptersError,
+    MergeError,
+    OptionError,
+    OutputError,
+    SourceError,
+)
+from dc_merge_peft.methods.base import MethodConfig
+from tests.support.models import factors, write_checkpoint
+from tests.support.refused import listing, merge_refused, refused
+
+
+def tensors(A: Tensor, B: Tensor, module: str = "enc.q") -> dict[str, Tensor]:
+    """The two tensors of one module."""
+    return {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+
+
+A, B = factors(6, 5, 2)
+
+
+def spoilt(factor: Tensor, value: float) -> Tensor:
+    """A copy with one bad entry."""
+    copy = factor.clone()
+    copy[-1, -1] = value
+    return copy
+
+
+BAD_NUMBERS: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
+    "NaN in A": (tensors(spoilt(A, math.nan), B), ("lora_A of", "NaN or Inf", "expected finite", "earlier checkpoint")),
+    "Inf in B": (tensors(A, spoilt(B, math.inf)), ("lora_B of", "NaN or Inf", "expected finite", "earlier checkpoint")),
+    "-Inf in A": (tensors(spoilt(A, -math.inf), B), ("lora_A of", "NaN or Inf", "expected finite")),
+    "half NaN": (tensors(A.half(), spoilt(B.half(), math.nan)), ("lora_B of", "NaN or Inf", "expected finite")),
+    "zero B": (tensors(A, 0 * B), ("lora_B of", "all zero", "expected a trained factor", "allow_zero=True")),
+    "zero A": (tensors(0 * A, B), ("lora_A of", "all zero", "expected a trained factor", "--allow-zero")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["dc", "ta", "average"])
+@pytest.mark.parametrize(("bad", "words"), BAD_NUMBERS.values(), ids=BAD_NUMBERS)
+def test_bad_numbers(tmp_path: Path, bad: dict[str, Tensor], words: tuple[str, ...], method: str) -> None:
+    """The factor, the module and the adapter are named, also when the bad one comes second."""
+    folders = [write_checkpoint(tmp_path / "good"), write_checkpoint(tmp_path / "bad", bad)]
+    merge_refused(tmp_path, folders, SourceError, "'enc.q'", "'bad'", *words, method=method)
+
+
+def test_bad_factor_of_an_embedding(tmp_path: Path) -> None:
+    """Embedding factors are called by their own name."""
+    bad = {"words.lora_embedding_A": A, "words.lora_embedding_B": spoilt(B, math.nan)}
+    words = ("lora_embedding_B of 'words'", "'bad'")
+    merge_refused(tmp_path, [write_checkpoint(tmp_path / "bad", bad)], SourceError, *words)
+
+
+def test_zero_can_be_allowed(tmp_path: Path) -> None:
+    """With ``allow_zero`` a zero adapter adds nothing to the sum; alone it gives zero; NaN stays refused."""
+    good, zero = write_checkpoint(tmp_path / "good"), write_checkpoint(tmp_path / "zero", tensors(A, 0 * B))
+    merger = DCMergeAdapter(method="ta")
+    both = merger.merge([good, zero], allow_zero=True).delta("enc.q")
+    torch.testing.assert_close(both, merger.merge([good]).delta("enc.q"), rtol=1e-5, atol=1e-6)
+    alone = merger.merge([zero], allow_zero=True)
+    assert not alone.delta("enc.q").any() and alone.truncation_error == 0
+    alone.save_pretrained(tmp_path / "out")
+    nan = write_checkpoint(tmp_path / "nan", tensors(A, spoilt(B, math.nan)))
+    with refused(SourceError, "NaN or Inf"):
+        merger.merge([good, nan], allow_zero=True)
+
+
+SHAPES: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
+    "more inputs": (tensors(*factors(6, 7, 2)), ("(6, 7)", "(6, 5)", "'enc.q'", "different base models", "of one base")),
+    "more outputs": (tensors(*factors(9, 5, 2)), ("(9, 5)", "(6, 5)", "'enc.q'", "different base models", "of one base")),
+    "an embedding": (
+        {"enc.q.lora_embedding_A": A, "enc.q.lora_embedding_B": B},
+        ("of type embedding in adapter 'two'", "linear in 'one'", "different base models", "of one base"),
+    ),
+    "a convolution": (
+        tensors(A[:, :, None, None], B[:, :, None, None]),
+        ("of type Conv2d 1x1 in adapter 'two'", "linear in 'one'", "different base models"),
+    ),
+    "other modules": (
+        tensors(A, B, "model.enc.q"),
+        ("no target module in common", "'enc.q'", "'model.enc.q'", "expected adapters of one base model"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("other", "words"), SHAPES.values(), ids=SHAPES)
+def test_adapters_that_do_not_fit(tmp_path: Path, other: dict[str, Tensor], words: tuple[str, ...]) -> None:
+    """Other shapes, layer types or module names: both adapters are named."""
+    folders = [write_checkpoint(tmp_path / "one"), write_checkpoint(tmp_path / "two", other)]
+    merge_refused(tmp_path, folders, IncompatibleAdaptersError, "'one'", "'two'", *words)
+
+
+def test_one_stranger_of_three(tmp_path: Path) -> None:
+    """An adapter that meets no other one is named, also when the other two meet."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    folders.append(write_checkpoint(tmp_path / "three", tensors(A, B, "dec.q")))
+    merge_refused(tmp_path, folders, IncompatibleAdaptersError, "'three'", "'dec.q'", "no target module in common")
+
+
+def test_different_bases(tmp_path: Path) -> None:
+    """Configs that name different base models, unless that is allowed; a slash or no name is no difference."""
+    one = write_checkpoint(tmp_path / "one", base_model_name_or_path="org/base")
+    two = write_checkpoint(tmp_path / "two", base_model_name_or_path="org/other")
+    same = write_checkpoint(tmp_path / "same", base_model_name_or_path="org/base/")
+    unnamed = write_checkpoint(tmp_path / "unnamed")
+    words = (
+        "'two' was trained on 'org/other'",
+        "'one' on 'org/base'",
+        "expected one base",
+        "allow_different_bases=True",
+    )
+    merge_refused(tmp_path, [unnamed, one, two], IncompatibleAdaptersError, *words)
+    merged = DCMergeAdapter(method="ta").merge([one, two], allow_different_bases=True)
+    assert len(merged.adapters) == 2
+    assert DCMergeAdapter(method="ta").merge([one, same, unnamed]).alpha == 1
+
+
+@pytest.mark.parametrize("spelling", ["./x", "x/", "{0}/x", "../{1}/x", "y/../x", "link", "~/x"])
+def test_repeated_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    """One adapter given twice, however it is spelled."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_checkpoint(tmp_path / "x")
+    (tmp_path / "y").mkdir()
+    os.symlink(tmp_path / "x", tmp_path / "link")
+    other = spelling.format(tmp_path, tmp_path.name)
+    words = ("is given twice", "expected each adapter once", "use a weight of 2")
+    merge_refused(tmp_path, ["x", other], IncompatibleAdaptersError, *words)
+    merge_refused(tmp_path, [Path("x"), other], IncompatibleAdaptersError, *words)
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "too few weights": ({"weights": [1.0]}, ("1 weights for 2 adapters", "expected one weight an adapter")),
+    "too many weights": ({"weights": [1, 2, 3]}, ("3 weights for 2 adapters", "expected one weight an adapter")),
+    "no weights": ({"weights": []}, ("0 weights for 2 adapters", "expected one weight an adapter")),
+    "NaN": ({"weights": [1, math.nan]}, ("weight of adapter 'two' is nan", "expected a finite number")),
+    "Inf": ({"weights": [-math.inf, 1]}, ("weight of adapter 'one' is -inf", "expected a finite number")),
+    "text": ({"weights": [1, "2"]}, ("weight of adapter 'two' is '2'", "expected a finite number")),
+    "a boolean": ({"weights": [1, True]}, ("weight of adapter 'two' is True", "expected a finite number")),
+    "all zero": ({"weights": [0, 0.0]}, ("all weights are 0", "expected at least one")),
+    "rank 0": ({"svd_rank": 0}, ("svd_rank is 0", "expected a whole number of at least 1", "none")),
+    "rank below 0": ({"svd_rank": -3}, ("svd_rank is -3", "expected a whole number of at least 1")),
+    "rank 2.5": ({"svd_rank": 2.5}, ("svd_rank is 2.5", "expected a whole number of at least 1")),
+    "rank True": ({"svd_rank": True}, ("svd_rank is True", "expected a whole number of at least 1")),
+    "unknown dtype": ({"dtype": "int8"}, ("dtype is 'int8'", "expected one of float32, fp32")),
+    "integer dtype": ({"dtype": torch.int8}, ("dtype is torch.int8", "expected one of float32")),
+    "no such device": ({"device": "toaster"}, ("device", "'toaster'", "expected")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments(tmp_path: Path, options: dict[str, Any], words: tuple[str, ...]) -> None:
+    """Wrong weights, ranks, dtypes and devices."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    merge_refused(tmp_path, folders, OptionError, *words, **options)
+
+
+def test_weights_may_be_arrays(tmp_path: Path) -> None:
+    """Numbers that are no Python numbers but behave as such, from a sweep."""
+    numpy = pytest.importorskip("numpy")
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    expected = DCMergeAdapter(method="ta").merge(folders, [0.5, 2.0]).delta("enc.q")
+    found = DCMergeAdapter(method="ta").merge(folders, numpy.array([0.5, 2.0], dtype=numpy.float32)).delta("enc.q")
+    assert torch.equal(found, expected)
+
+
+def test_no_adapters(tmp_path: Path) -> None:
+    """An empty list, and a single adapter in place of a list."""
+    merge_refused(tmp_path, [], OptionError, "found no adapters", "expected at least one")
+    folder = write_checkpoint(tmp_path / "task")
+    for alone in (folder, str(folder)):
+        merge_refused(tmp_path, alone, OptionError, "single adapter", "task", "expected a list")  # type: ignore[arg-type]
+
+
+def test_any_iterable_of_adapters(tmp_path: Path) -> None:
+    """A glob is a natural way to name adapters."""
+    for name in ("one", "two"):
+        write_checkpoint(tmp_path / name)
+    merged = DCMergeAdapter(method="ta").merge(tmp_path.glob("*"))  # type: ignore[arg-type]
+    assert {info.name for info in merged.adapters} == {"one", "two"}
+
+
+MERGERS: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
+    "unknown method": ((), {"method": "tas"}, ("unknown method 'tas'", "did you mean 'ta'?", "valid names are: dc")),
+    "unknown option": ((), {"smothing": "none"}, ("'smothing'", "did you mean 'smoothing'?", "valid names are: alpha")),
+    "another method's": ((), {"method": "ta", "rho": 5}, ("option of method 'ta' 'rho'", "valid names are: alpha")),
+    "wrong word": ((), {"smoothing": "flat"}, ("'smoothing' is 'flat'", "expected 'linear', 'average' or 'none'")),
+    "wrong type": ((), {"rho": "much"}, ("'rho' is 'much'", "expected a number")),
+    "out of range": ((), {"rho": 0.5}, ("'rho' is 0.5", "expected at least 1")),
+    "above the range": ((), {"tau": 1.5}, ("'tau' is 1.5", "expected from 0 to 1")),
+    "alpha is NaN": ((), {"alpha": math.nan}, ("'alpha' is nan", "expected a number or 'auto'")),
+    "config and options": ((DCMergeConfig(),), {"rho": 3}, ("both a config and", "expected one of them")),
+    "foreign config": ((MethodConfig(),), {}, ("MethodConfig", "a method's config was expected", "DCMergeConfig")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "options", "words"), MERGERS.values(), ids=MERGERS)
+def test_mergers(arguments: tuple[Any, ...], options: dict[str, Any], words: tuple[str, ...]) -> None:
+    """Unknown methods and options are refused when the merger is made, with the valid names."""
+    with refused(OptionError, *words):
+        DCMergeAdapter(*arguments, **options)
+
+
+def test_density_that_keeps_nothing(tmp_path: Path) -> None:
+    """The paper's density at small ranks would keep no entry: the smallest that works is named."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    with refused(OptionError, "'density' is 0.001", "none of the 4 x 4 entries", "expected at least 0.062", "'auto'"):
+        DCMergeAdapter(density=0.001).merge(folders)
+
+
+def test_opposite_adapters_have_no_best_alpha(tmp_path: Path) -> None:
+    """``alpha="auto"`` where the merged delta is orthogonal or opposed to the adapters."""
+    one, two = (write_checkpoint(tmp_path / name, tensors(A, sign * B)) for name, sign in (("one", 1), ("two", -1)))
+    with refused(MergeError, "alpha='auto'", "give alpha as a number"):
+        DCMergeAdapter(method="ta", alpha="auto").merge([one, two])
+
+
+def test_outputs_in_the_way(tmp_path: Path) -> None:
+    """An output that exists, is a file, or lies below a file; what stands there is left as it is."""
+    merged = DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "task")])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = listing(tmp_path)
+    with refused(OutputError, "full", "already exists", "expected a new or empty directory", "overwrite=True"):
+        merged.save_pretrained(tmp_path / "full")
+    with refused(OutputError, "file", "is a file", "expected a new directory", "another path"):
+        merged.save_pretrained(tmp_path / "file", overwrite=True)
+    with refused(OutputError, "can't write", "file", "choose a writable place"):
+        merged.save_pretrained(tmp_path / "file" / "out")
+    assert listing(tmp_path) == before

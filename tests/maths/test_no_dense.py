@@ -1,0 +1,161 @@
+"""The guard on the point of it all: merging never forms an m x n matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft.engine import merge_module, run_merge
+from dc_merge_peft.lowrank import LowRank, concatenate
+from dc_merge_peft.methods import METHODS, method_named
+from dc_merge_peft.methods.rescaling import fit_alpha
+from dc_merge_peft.plan import plan_merge
+
+from ..support.strategies import memory_sources, random_tasks
+
+M = N = 512
+TASKS, RANK = 4, 4
+K = TASKS * RANK
+
+# Tall factors of all tasks together have m * k = m * n / 32 entries, cores k^2.
+LARGEST_ALLOWED = M * K
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor, in entries seen or stored, that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries, self.operations = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                stored = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.entries = max(self.entries, leaf.numel(), stored)
+        return result
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[LowRank]:
+    """Four adapters of rank 4 on a 512 x 512 module."""
+    return random_tasks(1, (M, N), (RANK,) * TASKS)
+
+
+@pytest.fixture
+def directories(tasks: list[LowRank], tmp_path: Path) -> list[Path]:
+    """The same as PEFT adapter directories."""
+    paths = []
+    for index, task in enumerate(tasks):
+        path = tmp_path / f"adapter{index}"
+        path.mkdir()
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"]}
+        (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        key = "base_model.model.layers.0.q_proj"
+        factors = {f"{key}.lora_A.weight": task.A.contiguous(), f"{key}.lora_B.weight": task.B.contiguous()}
+        save_file(factors, path / "adapter_model.safetensors")
+        paths.append(path)
+    return paths
+
+
+def check(guard: LargestTensor) -> None:
+    """The guard saw the merge happen, and nothing near m x n."""
+    assert guard.operations > 3
+    assert M * RANK <= guard.entries <= LARGEST_ALLOWED < M * N
+
+
+@pytest.mark.parametrize("svd_rank", [None, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_merge_module(name: str, svd_rank: int | None, tasks: list[LowRank]) -> None:
+    """One module through the engine."""
+    with LargestTensor() as guard:
+        merge_module(method_named(name), tasks, [1.0] * TASKS, svd_rank)
+    check(guard)
+
+
+@pytest.mark.parametrize("options", [{"smoothing": "average", "density": 0.5}, {"aggregation": "ta", "mask": False}])
+def test_dc_options(options: dict[str, Any], tasks: list[LowRank]) -> None:
+    """No option opens a dense path."""
+    with LargestTensor() as guard:
+        merge_module(method_named("dc", options), tasks, [1.0] * TASKS, None)
+    check(guard)
+
+
+def test_the_qr_route(tasks: list[LowRank]) -> None:
+    """Nor does the fallback for rank-deficient stacks."""
+    with LargestTensor() as guard:
+        merge_module(method_named("dc"), [*tasks[:3], tasks[0]], [1.0] * TASKS, None)
+    check(guard)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_on_whole_factors(name: str, tasks: list[LowRank]) -> None:
+    """A method by itself, on m x r and r x n factors."""
+    deltas = [task.to(torch.float64) for task in tasks]
+    with LargestTensor() as guard:
+        method_named(name).merge(deltas, [1.0] * TASKS)
+    check(guard)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tasks: tasks[0].svd,
+        lambda tasks: tasks[0].norm(),
+        lambda tasks: fit_alpha(tasks, [1.0] * TASKS, concatenate(tasks)),
+        lambda tasks: LowRank.from_svd(concatenate(tasks).svd).scaled(2.0),
+    ],
+    ids=["svd", "norm", "fit_alpha", "from_svd"],
+)
+def test_lowrank_arithmetic(use: Callable[[list[LowRank]], object], tasks: list[LowRank]) -> None:
+    """What a method or a caller may do with whole factors."""
+    deltas = [LowRank(task.B, task.A) for task in tasks]  # nothing computed before
+    with LargestTensor() as guard:
+        use(deltas)
+    check(guard)
+
+
+def test_run_merge(tasks: list[LowRank]) -> None:
+    """The engine over sources in memory, ``alpha="auto"`` included, and the rescaled factors of the result."""
+    sources, method = memory_sources({"q": tasks}), method_named("dc")
+    with LargestTensor() as guard:
+        run_merge(plan_merge(sources, method), sources, method).with_alpha(2.0).lowrank("q")
+    check(guard)
+
+
+def test_from_disk_to_disk(directories: list[Path], tmp_path: Path) -> None:
+    """From adapter directories to a saved adapter."""
+    with LargestTensor() as guard:
+        merged = DCMergeAdapter().merge(directories, progress=False)
+        merged.save_pretrained(tmp_path / "out")
+    check(guard)
+    assert merged.modules["layers.0.q_proj"].delta.shape == (M, N)
+
+
+def test_the_guard_trips(tasks: list[LowRank]) -> None:
+    """A dense delta is seen: as ``dense()``, in any shape, and as a view that only pretends to be large."""
+    for make in (tasks[0].dense, lambda: torch.zeros(M * N), lambda: torch.zeros(1, 1).expand(M, N)):
+        with LargestTensor() as guard:
+            make()
+        assert guard.entries >= M * N
+
+
+def test_a_slice_of_a_dense_matrix_counts(tasks: list[LowRank]) -> None:
+    """Asking a result for its dense delta is the user's choice, and the only way to one."""
+    sources, method = memory_sources({"q": tasks}), method_named("ta")
+    result = run_merge(plan_merge(sources, method), sources, method)
+    with LargestTensor() as guard:
+        result.delta("q")
+    assert guard.entries >= M * N

@@ -1,0 +1,22 @@
+"""A folder as the documentation assumes it: a base model and two adapters under the names that the examples use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.support.models import bert, save_adapters, with_lora
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "math-lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]},
+    "code-lora": {"r": 6, "lora_alpha": 6, "use_rslora": True, "target_modules": ["query", "value"]},
+}
+
+
+def make_workspace(folder: Path, *, base: bool = True) -> Path:
+    """``math-lora`` and ``code-lora`` in ``folder``, and ``base-model`` unless told otherwise."""
+    model = bert()
+    if base:
+        model.save_pretrained(folder / "base-model")
+    save_adapters(with_lora(model, ADAPTERS), folder)
+    return folder

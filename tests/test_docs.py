@@ -1,0 +1,112 @@
+"""Every example in the README and the docs runs, offline; every number there comes from the saved results."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dc_merge_peft.cli import app
+from dc_merge_peft.runconfig import RunConfig
+from tests.support.workspace import make_workspace
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the examples assume."""
+    monkeypatch.chdir(make_workspace(tmp_path))
+    return tmp_path
+
+
+def with_blocks(language: str) -> list[Path]:
+    """The pages that have such blocks, so that no page counts as tested that has none."""
+    return [page for page in PAGES if blocks(page, language)]
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, workspace: Path) -> None:
+    """All Python blocks of a page, one after the other, in one namespace."""
+    namespace: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", with_blocks("console"), ids=lambda page: page.name)
+def test_shell_lines_run(page: Path, workspace: Path) -> None:
+    """Every ``dc-merge`` line of a page but the demo, which has its own test; other programs are ``make`` targets."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for line in filter(None, "\n".join(blocks(page, "console")).splitlines()):
+        program, *arguments = shlex.split(line.removeprefix("$ "), comments=True)
+        if program == "make":
+            assert arguments[0] in targets
+        else:
+            assert program == "dc-merge"
+            if arguments[0] != "demo":
+                result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+                assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"), ids=lambda page: page.name)
+def test_yaml_blocks_are_configurations(page: Path, workspace: Path) -> None:
+    """Every YAML block is a configuration that merges."""
+    for index, block in enumerate(blocks(page, "yaml")):
+        assert yaml.safe_load(block)
+        Path("run.yaml").write_text(block)
+        assert RunConfig.read("run.yaml").adapters
+        result = CliRunner().invoke(
+            app, ["merge", "--config", "run.yaml", "-o", f"yaml-{index}"], catch_exceptions=False
+        )
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Relative links point at files of the repository."""
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def readme_table() -> ModuleType:
+    """``examples/readme_table.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "examples/readme_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_numbers_are_the_saved_ones() -> None:
+    """The tables in README and docs are what the program writes from the saved results."""
+    module = readme_table()
+    for page, picture in module.PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert "| individual adapters |" in text
+        assert module.rendered(page, picture) == text
+
+
+def test_cli_page_names_every_flag() -> None:
+    """docs/cli.md has every flag of ``dc-merge merge``."""
+    import typer
+
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    command = typer.main.get_command(app).commands["merge"]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            assert any(f"`{flag}`" in page or f"{flag}`" in page or f"`{flag} " in page for flag in parameter.opts), (
+                parameter
+            )
