@@ -205,6 +205,7 @@ def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
     """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
+    sources = list(sources)  # it is gone through twice
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
     return [
         source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])

@@ -56,8 +56,8 @@ def run_merge(
         where = compute_device(device or deltas[0].B.device)
         delta, S, module_fit = merge_module(method, [delta.to(where) for delta in deltas], weights, plan.svd_rank)
         fit = fit.plus(module_fit)
-        names = tuple(plan.adapters[task].name for task in module.tasks)
-        merged[module.name] = MergedModule(delta, S, module.layout, names)
+        merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
+        del deltas  # before the next module's are read
     return MergeResult(
         modules=merged,
         alpha=_alpha(method, fit),

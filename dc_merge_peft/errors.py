@@ -68,4 +68,5 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line, with the cause that it may hide."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     cause = error.__cause__
-    return f"{text} ({first_line(cause)})" if cause is not None and str(cause) and str(cause) not in text else text
+    reason = first_line(cause) if cause is not None else ""
+    return f"{text} ({reason})" if reason and reason not in text else text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -80,8 +83,8 @@ def plan_merge(
     """
     if not sources:
         raise OptionError("found no adapters to merge: expected at least one")
-    infos = tuple(source.info for source in sources)
-    _refuse_repeated(infos)
+    _refuse_repeated([source.info for source in sources])
+    infos = uniquely_named([source.info for source in sources])
     checked = check_weights(weights, infos)
     if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
         raise OptionError(f"svd_rank is {svd_rank!r}: expected a whole number of at least 1, or none to keep all")
@@ -98,6 +101,18 @@ def plan_merge(
     )
 
 
+def uniquely_named(infos: Sequence[AdapterInfo]) -> tuple[AdapterInfo, ...]:
+    """The same adapters; a name that stood before gets a number: ``final``, ``final-2``."""
+    taken: set[str] = set()
+    unique = []
+    for info in infos:
+        candidates = (info.name if number == 1 else f"{info.name}-{number}" for number in itertools.count(1))
+        name = next(name for name in candidates if name not in taken)
+        taken.add(name)
+        unique.append(dataclasses.replace(info, name=name))
+    return tuple(unique)
+
+
 def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo]) -> tuple[float, ...]:
     """One finite weight an adapter, not all zero; ``None`` is 1 for each."""
     if weights is None:
@@ -105,7 +120,7 @@ def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo])
     if len(weights) != len(infos):
         raise OptionError(f"found {len(weights)} weights for {len(infos)} adapters: expected one weight an adapter")
     for info, weight in zip(infos, weights, strict=True):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise OptionError(f"the weight of adapter '{info.name}' is {weight!r}: expected a finite number")
     if not any(weights):
         raise OptionError("all weights are 0, so that nothing would be merged: expected at least one that is not")
@@ -116,7 +131,7 @@ def _refuse_repeated(infos: Sequence[AdapterInfo]) -> None:
     seen: set[tuple[str, str | None, str]] = set()
     for info in infos:
         in_memory = info.location == IN_MEMORY
-        place = info.location if in_memory or info.revision else str(Path(info.location).resolve())
+        place = info.location if in_memory or info.revision else str(Path(info.location).expanduser().resolve())
         identity = (place, info.revision, info.name if in_memory else "")
         if identity in seen:
             raise IncompatibleAdaptersError(
@@ -149,7 +164,7 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
             found, expected = sources[index].info.name, sources[tasks[0]].info.name
             if spec.layout != specs[0].layout:
                 raise IncompatibleAdaptersError(
-                    f"'{name}' is a {spec.layout} in adapter '{found}', a {specs[0].layout} in '{expected}': they were "
+                    f"'{name}' is of type {spec.layout} in adapter '{found}', {specs[0].layout} in '{expected}': they were "
                     "trained on different base models; merge adapters of one base model"
                 )
             if spec.shape != specs[0].shape:

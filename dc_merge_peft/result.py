@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo
+
+R = TypeVar("R", bound="MergeResult")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +27,7 @@ class MergedModule:
     delta: LowRank  # (m, n), float32, balanced factors of the rank that is kept
     S: Tensor  # (full_rank,) float64, all singular values, those beyond the kept rank included
     layout: Layout
-    adapters: tuple[str, ...]  # names of the adapters that have the module
+    tasks: tuple[int, ...]  # which of the adapters have the module: indices into MergeResult.adapters
 
     @property
     def rank(self) -> int:
@@ -82,8 +86,14 @@ class MergeResult:
         """
         return self.lowrank(module).dense()
 
-    def with_alpha(self, alpha: float) -> MergeResult:
-        """The same merge with another coefficient: merging is homogeneous in alpha, nothing is merged again."""
+    def with_alpha(self, alpha: float) -> Self:
+        """The same merge with another coefficient: merging is homogeneous in alpha, nothing is merged again.
+
+        Raises:
+            OptionError: alpha is no finite number.
+        """
+        if not math.isfinite(alpha):
+            raise OptionError(f"alpha is {alpha}: expected a finite number")
         return dataclasses.replace(self, alpha=float(alpha), options={**self.options, "alpha": float(alpha)})
 
     @property
@@ -104,7 +114,7 @@ class MergeResult:
             {
                 "module": name,
                 "shape": list(module.delta.shape),
-                "adapters": list(module.adapters),
+                "adapters": [self.adapters[task].name for task in module.tasks],
                 "rank": module.rank,
                 "full_rank": module.full_rank,
                 "truncation_error": module.truncation_error,

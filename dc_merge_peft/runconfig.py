@@ -13,7 +13,6 @@ import yaml
 from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base import AdapterInfo
 
 FILE_NAME = "dc_merge.yaml"
 
@@ -67,11 +66,11 @@ class RunConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def run_record(result: MergeResult, *, public: bool = False) -> dict[str, Any]:
+def run_record(result: MergeResult) -> dict[str, Any]:
     """The exact configuration that made ``result``, in the form :meth:`RunConfig.read` takes, and under ``record`` what
-    came of it. No time, so that the same merge gives the same bytes; ``public`` replaces local paths by names."""
+    came of it. No time, so that the same merge gives the same bytes."""
     config = RunConfig(
-        adapters=tuple(_reference(info, public) for info in result.adapters),
+        adapters=tuple(info.location + (f"@{info.revision}" if info.revision else "") for info in result.adapters),
         weights=result.weights,
         method=result.method,
         options=dict(result.options),
@@ -86,10 +85,3 @@ def run_record(result: MergeResult, *, public: bool = False) -> dict[str, Any]:
         "truncation_error": result.truncation_error,
     }
     return {**config.to_dict(), "record": record}
-
-
-def _reference(info: AdapterInfo, public: bool) -> str:
-    """How to find an adapter again: a Hub id with its commit, or a path."""
-    if info.revision:
-        return f"{info.location}@{info.revision}"
-    return info.name if public else info.location

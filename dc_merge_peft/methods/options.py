@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -99,5 +99,5 @@ def _parse(value: Any, kind: Any) -> Any:
                 number = float(number)
         except (ValueError, OverflowError):
             return _NO_MATCH
-        return number if isinstance(number, kind) and math.isfinite(number) else _NO_MATCH
+        return number if isinstance(number, kind) and abs(number) <= sys.float_info.max else _NO_MATCH
     return value if kind is str and isinstance(value, str) else _NO_MATCH

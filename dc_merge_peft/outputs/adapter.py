@@ -13,6 +13,7 @@ from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.files import save_reproducibly
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
+from dc_merge_peft.outputs.public import public_copy
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 
@@ -28,8 +29,8 @@ def write_adapter(result: MergeResult, directory: str | Path, *, overwrite: bool
             numbers.
     """
     with whole_directory(directory, overwrite=overwrite) as building:
-        _write_files(result, building, public=False)
-    return Path(directory)
+        _write_files(result, building)
+    return Path(directory).expanduser()
 
 
 def push_adapter(
@@ -53,7 +54,7 @@ def push_adapter(
     api = huggingface_hub.HfApi(token=token)
     message = commit_message or f"Merge of {len(result.adapters)} adapters with {result.method}"
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(result, Path(folder), public=True)
+        _write_files(public_copy(result), Path(folder))
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(
@@ -69,14 +70,14 @@ def push_adapter(
     return commit.pr_url or commit.commit_url
 
 
-def _write_files(result: MergeResult, folder: Path, *, public: bool) -> None:
+def _write_files(result: MergeResult, folder: Path) -> None:
     """The four files of an adapter."""
     tensors = {}
     for module, A, B in stored_factors(result):
         ending = "" if result.modules[module].layout.kind == "embedding" else ".weight"
         for name, factor in zip(result.modules[module].layout.factor_names, (A, B), strict=True):
             tensors[f"base_model.model.{module}.{name}{ending}"] = factor.cpu()
-    record = run_record(result, public=public)
+    record = run_record(result)
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
     save_reproducibly(
         tensors, folder / "adapter_model.safetensors", {"format": "pt", "dc_merge": json.dumps(record, sort_keys=True)}

@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 
 from dc_merge_peft.methods import METHODS
+from dc_merge_peft.outputs.public import is_hub_id
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _USE_ADAPTER = """from peft import PeftModel
 from transformers import AutoModel  # or the class of your task
@@ -77,7 +76,7 @@ def base_model_id(result: MergeResult) -> str | None:
     """The base model's Hub id where all adapters agree on one; never a local path."""
     names = {info.base_model for info in result.adapters}
     name = next(iter(names)) if len(names) == 1 else None
-    return name if name and _HUB_ID.fullmatch(name) else None
+    return name if is_hub_id(name) else None
 
 
 def _card(result: MergeResult, record: Mapping[str, Any], *, library: str, relation: str, what: str, usage: str) -> str:

@@ -17,7 +17,9 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
     Raises:
         OutputError: the path exists and may not be overwritten, or is a file.
     """
-    target = Path(path).expanduser()
+    if not str(path):
+        raise OutputError("the output is an empty name: expected a directory")
+    target = Path(path).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise OutputError(f"the output '{path}' is a file: expected a new directory; choose another path")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -52,16 +54,22 @@ def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Rename over an existing directory by way of a backup, which comes back if the rename fails."""
+    """Put ``new`` in the place of ``target``. What stood there is moved aside first, comes back if anything goes wrong,
+    an interrupt too, and is deleted last."""
     if not target.exists():
         new.rename(target)
-        return
-    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    old = target.rename(backup / target.name)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(backup, ignore_errors=True)
+    elif not any(target.iterdir()):
+        for file in new.iterdir():  # the directory itself may be a mount point or someone's working directory
+            file.rename(target / file.name)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        old = aside / target.name
+        try:
+            target.rename(old)
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            aside.rmdir()  # only if empty: should the old directory not come back, it is not lost
+            raise
+        shutil.rmtree(aside, ignore_errors=True)

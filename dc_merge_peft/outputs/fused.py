@@ -82,7 +82,7 @@ def save_fused(
         record = run_record(result)
         (building / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
         (building / "README.md").write_text(fused_card(result, record), encoding="utf-8")
-    return Path(out)
+    return Path(out).expanduser()
 
 
 def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module]]:
@@ -103,7 +103,7 @@ def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Mo
         found, shape = layer_layout(name, module), delta_shape(module)
         if found != merged.layout or shape != merged.delta.shape or weight is None:
             raise OutputError(
-                f"'{name}' is a {found} of {shape} in the base model, a {merged.layout} of {merged.delta.shape} in the merged "
+                f"'{name}' is of type {found} and shape {shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
         if not weight.is_floating_point():

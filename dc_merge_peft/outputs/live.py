@@ -27,8 +27,10 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
     if not isinstance(model, PeftModel):
         check_name(adapter_name, ())
         check_modules(result, model)
-        wrapped = PeftModel(model, _config_for(result, model), adapter_name)  # type: ignore[arg-type]
-        write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
+        config = _config_for(result, model)
+        with _own_layers_on_failure(model):
+            wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
+            write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
         return wrapped
     tuner = model.base_model
     if not isinstance(tuner, (LoraModel, MixedModel)):
@@ -70,6 +72,10 @@ def check_name(adapter_name: str, taken: Any) -> None:
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise OptionError(f"the adapter name {adapter_name!r} is empty or holds a dot: expected a name without dots")
+    if hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+        raise OptionError(
+            f"the adapter name '{adapter_name}' is a name that torch's containers reserve: expected another"
+        )
 
 
 def check_modules(result: MergeResult, model: nn.Module) -> None:
@@ -87,7 +93,7 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
         found, shape = layer_layout(name, base), delta_shape(base)
         if found != merged.layout or (shape is not None and shape != merged.delta.shape):
             raise OutputError(
-                f"'{name}' is a {found} of {shape} in the model, a {merged.layout} of {merged.delta.shape} in the merged "
+                f"'{name}' is of type {found} and shape {shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
 
@@ -98,11 +104,7 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
     Raises:
         OutputError: PEFT wrapped other modules than the merged ones.
     """
-    layers = {
-        name: layer
-        for name, layer in lora_layers(model).items()
-        if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
-    }
+    layers = lora_layers(model, adapter_name)
     if set(layers) != set(result.modules):
         difference = sorted(set(layers) ^ set(result.modules))
         raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
@@ -140,6 +142,24 @@ def _factor_parameters(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[return-value]
+
+
+@contextmanager
+def _own_layers_on_failure(model: nn.Module) -> Iterator[None]:
+    """On an error a base model gets the layers back that PEFT has put its own around, and their ``requires_grad``."""
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    had_config = hasattr(model, "peft_config")
+    try:
+        yield
+    except BaseException:
+        for parent, name, child in children:
+            parent._modules[name] = child
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        if not had_config and hasattr(model, "peft_config"):
+            del model.peft_config
+        raise
 
 
 @contextmanager

@@ -59,11 +59,9 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
     """
     ranks = stored_ranks(result)
     merged = set(result.modules)
-    names = {
-        info.name: {name for name, module in result.modules.items() if info.name in module.adapters}
-        for info in result.adapters
-    }
-    targets = choose_targets(merged, [(info.targets, names[info.name] == merged) for info in result.adapters], resolve)
+    complete = [all(task in module.tasks for module in result.modules.values()) for task in range(len(result.adapters))]
+    specs = [(info.targets, whole) for info, whole in zip(result.adapters, complete, strict=True)]
+    targets = choose_targets(merged, specs, resolve)
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _agreed(result.adapters, "task_type"),
@@ -98,9 +96,10 @@ def stored_factors(result: MergeResult) -> Iterator[tuple[str, Tensor, Tensor]]:
         padded = LowRank(pad(delta.B, (0, missing)), pad(delta.A, (0, 0, 0, missing)))
         A, B = (factor.to(result.dtype).contiguous() for factor in module.layout.to_stored(padded))
         if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+            remedy = "write float32 or bfloat16" if result.dtype == torch.float16 else "use smaller weights or alpha"
             raise OutputError(
                 f"the merged factors of '{name}' do not fit into {result.dtype}: expected numbers below "
-                f"{torch.finfo(result.dtype).max:.3g}; write float32 or bfloat16"
+                f"{torch.finfo(result.dtype).max:.3g}; {remedy}"
             )
         yield name, A, B
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,6 @@ class CheckpointSource(Source):
         files = locate(source)
         self.name = name or files.directory.name if files.revision is None else name or files.location
         self._config = _read_config(files, self.name)
-        refuse_unless_plain_lora(self._config, self.name)
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
@@ -94,18 +95,33 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise SourceError(f"adapter '{name}' has a {CONFIG_FILE} that is no JSON object: save or download it again")
-    config = {"r": 8, "lora_alpha": 8, **config}
-    rank_and_alpha = [config["r"], config["lora_alpha"]]
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise SourceError(f"adapter '{name}' has {field}={config[field]!r}: expected an object")
-        rank_and_alpha += (config.get(field) or {}).values()
-    for value in rank_and_alpha:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise SourceError(f"adapter '{name}' has r, lora_alpha or a pattern of {value!r}: expected a number")
-    if config["r"] < 1:
-        raise SourceError(f"adapter '{name}' has r={config['r']}: expected at least 1")
+    refuse_unless_plain_lora(config, name)
+    config = {"r": 8, "lora_alpha": 8, **config}  # PEFT's defaults
+    _check_numbers(config, name)
     return config
+
+
+def _check_numbers(config: Mapping[str, Any], name: str) -> None:
+    """Rank and alpha, and the patterns that overrule them: everything the scaling is made of."""
+    values = [("r", config["r"]), ("lora_alpha", config["lora_alpha"])]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise SourceError(f"adapter '{name}' has {field}={patterns!r}: expected an object of names and numbers")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SourceError(
+                    f"adapter '{name}' has the pattern '{pattern}' in {field}, which is no regular expression ({error}): "
+                    "correct its adapter_config.json"
+                ) from error
+            values.append((field, value))
+    for field, value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SourceError(f"adapter '{name}' has {field} {value!r}: expected a finite number")
+        if field in ("r", "rank_pattern") and (value != int(value) or value < 1):
+            raise SourceError(f"adapter '{name}' has {field} {value!r}: expected a whole number of at least 1")
 
 
 def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> AdapterInfo:

@@ -13,7 +13,7 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # "org/name", "org/name@revision", "org/name/sub/folder@revision"
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<subfolder>[\w.-]+(?:/[\w.-]+)*))?(?:@(?P<revision>[\w./-]+))?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>\w[\w.-]*(?:/\w[\w.-]*)*))?(?:@(?P<revision>[\w./-]+))?"
 )
 
 
@@ -33,7 +33,7 @@ def locate(source: str | Path) -> AdapterFiles:
         SourceError: neither, or the Hub can't deliver it.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if str(source) and path.is_dir():
         return AdapterFiles(path, str(source))
     if path.is_file():
         raise SourceError(f"'{source}' is a file: expected an adapter directory; give the folder '{path.parent}'")
@@ -49,26 +49,43 @@ def locate(source: str | Path) -> AdapterFiles:
 def _download(repo: str, subfolder: str | None, revision: str | None) -> AdapterFiles:
     """A snapshot of one adapter's config and weights, nothing else of the repository."""
     import huggingface_hub
-    from huggingface_hub import errors
 
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
     try:
         patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES)]
         snapshot = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except errors.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"found no directory and no Hub repository {wanted}: check the name, or log in with `hf auth login` if it "
-            "is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceError(f"found no {wanted} on the Hub: expected a branch, tag or commit of it") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise SourceError(
-            f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: "
-            "check the path, or connect and unset HF_HUB_OFFLINE"
-        ) from error
     except Exception as error:  # the client lets its HTTP library's errors through, whose names change with versions
-        raise SourceError(f"the Hub could not deliver {wanted}: {first_line(error)}; try again later") from error
+        raise SourceError(_reason(error, repo, wanted)) from error
     location = repo + (f"/{subfolder}" if subfolder else "")
     return AdapterFiles(snapshot / prefix if prefix else snapshot, location, snapshot.name)
+
+
+def _reason(error: BaseException, repo: str, wanted: str) -> str:
+    """Why the Hub gave nothing, in a sentence. What the client says about its cache may hide the Hub's own answer, which
+    is then its cause."""
+    from huggingface_hub import errors
+
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    status = next((s for s in (getattr(getattr(e, "response", None), "status_code", None) for e in chain) if s), None)
+    if any(isinstance(e, errors.GatedRepoError) for e in chain):
+        return f"the Hub repository {wanted} is gated: ask for access on its page, then log in with `hf auth login`"
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
+        return (
+            f"found no directory and no Hub repository {wanted}: check the name, or log in with `hf auth login` if it is "
+            "private"
+        )
+    if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
+        return f"found no {wanted} on the Hub: expected a branch, tag or commit of it"
+    if status in (401, 403):
+        return f"the Hub refuses {wanted} (status {status}): log in with `hf auth login`, with a token that may read it"
+    if status is not None:
+        return f"the Hub could not deliver {wanted} (status {status}): try again later"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return (
+            f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: check the "
+            "path, or connect (and unset HF_HUB_OFFLINE) and try again later"
+        )
+    return f"the Hub could not deliver {wanted}: {first_line(error)}; try again later"

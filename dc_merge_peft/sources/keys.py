@@ -13,7 +13,8 @@ PREFIX = "base_model.model."
 # "x.lora_A.weight", "x.lora_A.default.weight", "x.lora_embedding_A", "x.lora_embedding_A.default"; a module of the
 # model itself may be called anything, so the factor is looked for from the right.
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?"
+    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?",
+    re.DOTALL,
 )
 
 # What is stored beside factors that makes the delta more than B @ A, with the feature that stores it.
@@ -77,7 +78,7 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
 
 def _module_path(module: str) -> str:
     """The path as the base model spells it."""
-    return module.removeprefix(PREFIX).replace("_orig_mod.", "")
+    return module.replace("_orig_mod.", "").removeprefix(PREFIX)
 
 
 def _pair(module: str, pair: dict[str, str], embedding: bool, adapter: str) -> FactorKeys:

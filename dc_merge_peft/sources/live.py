@@ -27,13 +27,13 @@ _UNSUPPORTED_LAYERS = {
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Every LoRA layer of a model by its path there. In a mixed model LoRA may sit under another adapter's layer; the
-    path is that of the outer one, as the base model spells it."""
+def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """The LoRA layers that hold an adapter, by path. In a mixed model a layer may sit under those of other adapters; its
+    path is that of the outermost one, as the base model spells it."""
     return {
         _base_path(name): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer)
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer) and _has(module, adapter)
     }
 
 
@@ -64,7 +64,7 @@ class LiveSource(Source):
         refuse_unless_plain_lora(config, adapter)
         model: nn.Module = tuner.model  # type: ignore[assignment]
         self._adapter = adapter
-        self._layers = {name: layer for name, layer in lora_layers(model).items() if _has(layer, adapter)}
+        self._layers = lora_layers(model, adapter)
         if not self._layers:
             raise SourceError(
                 f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?"

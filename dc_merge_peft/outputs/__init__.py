@@ -1,0 +1,1 @@
+"""Where merged deltas go: adapter directories and the Hub, PEFT models in memory, fused models."""
