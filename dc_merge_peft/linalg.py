@@ -1,7 +1,8 @@
 """The few matrix routines that merging needs, on factors: nothing here forms an m x n matrix.
 
 Cores (k x k, with k the summed rank of the tasks) are float64: they cost next to nothing and the accuracy of
-whitening near-duplicate directions depends on them. Tall factors (m x k) stay in the dtype they come in.
+whitening near-duplicate directions depends on them. Tall factors (m x k) are stored in float32 or less; the two products
+that touch them run in float64, which neither autocast nor TF32 settings reach, and come back as float32.
 """
 
 from __future__ import annotations
@@ -17,10 +18,6 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 # Above this condition number (columns scaled to unit norm) a float64 Gram matrix no longer gives float32-accurate
 # directions: its error is eps64 * cond^2, here 2e-8. Worse stacks take a float64 QR, which has no such limit.
 GRAM_CONDITION_LIMIT = 1e4
-
-# Up to this condition number the product of a float32 stack with its k x k coefficients loses about eps32 * cond = 1e-5 to
-# cancellation (measured: at most 2e-5); above it that product runs in float64.
-FLOAT32_CONDITION_LIMIT = 100.0
 
 
 class SVD(NamedTuple):
@@ -92,7 +89,6 @@ class Frame:
     basis: Tensor  # (m, k): X itself, or (m, p): Q
     transform: Tensor | None  # (k, p) float64, or None where basis is Q
     coordinates: Tensor  # (p, k) float64, p = min(m, k)
-    exact_in_float32: bool  # whether basis @ transform can be multiplied out in float32
 
     def expand(
         self,
@@ -100,8 +96,7 @@ class Frame:
     ) -> Tensor:  # (m, r) float32
         """From coordinates back to the full space: ``Q @ x``."""
         coefficients = x if self.transform is None else self.transform @ x
-        dtype = torch.float32 if self.exact_in_float32 else torch.float64
-        return (self.basis.to(dtype) @ coefficients.to(dtype)).to(torch.float32)
+        return (self.basis.to(torch.float64) @ coefficients).to(torch.float32)
 
 
 def orthonormal_frame(
@@ -121,7 +116,6 @@ def orthonormal_frame(
             # and within a factor of k of the spectral one.
             condition = float(torch.linalg.norm(L) * torch.linalg.norm(inverse)) / k
             if condition <= GRAM_CONDITION_LIMIT:
-                exact = condition <= FLOAT32_CONDITION_LIMIT
-                return Frame(X, inverse.mT / lengths[:, None], L.mT * lengths, exact)
+                return Frame(X, inverse.mT / lengths[:, None], L.mT * lengths)
     Q, R = torch.linalg.qr(X.to(torch.float64))
-    return Frame(Q.to(torch.float32), None, R, exact_in_float32=True)
+    return Frame(Q, None, R)

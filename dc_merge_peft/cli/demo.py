@@ -14,7 +14,7 @@ from dc_merge_peft.errors import OptionError
 from dc_merge_peft.outputs.directory import check_target, whole_directory
 
 # Validation and test texts a task: about two minutes on two cores, and intervals of some 3 points on an average.
-QUICK = (40, 120)
+QUICK = (30, 100)
 
 
 @reports_errors

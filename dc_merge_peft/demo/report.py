@@ -59,7 +59,7 @@ def bar_chart(outcome: dict[str, Any], path: Path) -> None:
     labels = list(CONTENDERS)
     colours = {"auto": "#4c72b0", "validation": "#dd8452"}
     names = {"auto": "alpha found without data", "validation": "alpha picked on validation texts"}
-    for shift, rule in ((0.2, "auto"), (-0.2, "validation")):
+    for shift, rule in ((-0.2, "auto"), (0.2, "validation")):
         values = [
             next(
                 100 * row["mean_normalized"] for row in outcome["rows"] if (row["label"], row["rule"]) == (label, rule)
@@ -75,7 +75,7 @@ def bar_chart(outcome: dict[str, Any], path: Path) -> None:
     axes.axvline(100, color="black", linewidth=1, label="each task's own adapter (100)")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlim(min(40, base - 5), 108)
+    axes.set_xlim(0, 110)
     axes.set_xlabel("average normalized accuracy on test texts, %")
     axes.set_title(f"One adapter for {len(outcome['tasks'])} tasks", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -120,7 +120,7 @@ def _config_for(result: MergeResult, model: nn.Module) -> LoraConfig:
 
     def resolve(targets: Targets) -> Sequence[str]:
         config = LoraConfig(**targets.to_config())
-        return [name for name in names if check_target_module_exists(config, name) is True or _matches(config, name)]
+        return [name for name in names if _matches(config, name)]
 
     fields = lora_fields(result, resolve)
     fields.pop("peft_type")
@@ -128,7 +128,7 @@ def _config_for(result: MergeResult, model: nn.Module) -> LoraConfig:
 
 
 def _matches(config: LoraConfig, name: str) -> bool:
-    """PEFT returns True, a regex match, or an object that stands for 'excluded' and is falsy only by its type."""
+    """PEFT's own rule, which answers with a bool, a regex match, None, or an object that stands for "excluded"."""
     found = check_target_module_exists(config, name)
     return bool(found) and type(found).__name__ != "_ExcludedModule"
 

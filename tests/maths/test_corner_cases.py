@@ -88,3 +88,17 @@ def test_remark_where_ranks_shrink() -> None:
 def test_no_remark_for_one_adapter_wider_than_the_module() -> None:
     """A rank above min(m, n) alone shrinks nothing."""
     assert list(method_named("dc").remarks((8, 64), (16,))) == []
+
+
+def test_result_does_not_depend_on_float32_settings() -> None:
+    """Autocast and reduced float32 precision, which a training script may have switched on, change no bit."""
+    tasks = random_tasks(3, (40, 30), (5, 3))
+    expected = merged(tasks, [1.0, 1.0])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = merged(tasks, [1.0, 1.0])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.B, expected.B) and torch.equal(found.A, expected.A)

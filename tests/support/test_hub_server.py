@@ -244,8 +244,9 @@ def test_only_loopback(server: HubServer) -> None:
         HfApi(endpoint="https://huggingface.co").model_info(REPO)
 
 
-def test_own_endpoint(tmp_path: Path) -> None:
-    """`HfApi(endpoint=...)` needs no patching of the client (but then Xet must not be needed)."""
+def test_own_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`HfApi(endpoint=...)` needs no patching of the client but to be online (and then Xet must not be needed)."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with hub_server() as server:
         server.add_repo(REPO, FILES)
         api = HfApi(endpoint=server.endpoint, token=server.token)
