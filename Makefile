@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint docs benchmark clean
+.PHONY: demo test lint docs lowest benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dc-merge demo -o dc-merge-demo --overwrite
@@ -23,6 +23,14 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+# The lower bounds of pyproject.toml. Other packages' warnings of those days are no errors, and the loopback Hub speaks with
+# the client of today. This torch has no CPU build everywhere and may come with gigabytes of CUDA.
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -e ".[demo,test]" -c tests/lowest.txt
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 -o filterwarnings=default \
+		--ignore tests/support --ignore tests/io/test_hub.py --ignore tests/io/test_hub_failures.py
 
 benchmark: $(VENV)/.demo
 	$(BIN)/python examples/benchmarks/factor_space.py

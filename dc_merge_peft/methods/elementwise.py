@@ -30,13 +30,13 @@ def keep_largest(
         return torch.zeros_like(X)
     magnitudes = X.abs()
     threshold = magnitudes.flatten().kthvalue(X.numel() - count + 1).values
-    return X * (magnitudes >= threshold * (1 - SAME))
+    return X.where(magnitudes >= threshold * (1 - SAME), 0)
 
 
 def without_noise(X: Tensor) -> Tensor:
     """X with entries at the level of rounding, relative to its largest one, set to zero: they are no votes."""
     magnitudes = X.abs()
-    return X * (magnitudes > FLOAT32_EPS * magnitudes.amax()) if X.numel() else X
+    return X.where(magnitudes > FLOAT32_EPS * magnitudes.amax(), 0) if X.numel() else X
 
 
 def ties(
@@ -47,8 +47,8 @@ def ties(
     the entries that agree with it. Zero where the sum is zero, and where nothing agrees."""
     trimmed = torch.stack([keep_largest(without_noise(M), count) for M, count in zip(matrices, kept, strict=True)])
     sums = trimmed.sum(dim=0)
-    elected = sums.sign() * (sums.abs() > SAME * trimmed.abs().sum(dim=0))
-    agreeing = trimmed * (trimmed.sign() == elected)
+    elected = sums.sign().where(sums.abs() > SAME * trimmed.abs().sum(dim=0), 0)
+    agreeing = trimmed.where(trimmed.sign() == elected, 0)
     return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dc_merge_peft.errors import OutputError
+from safetensors import SafetensorError
+
+from dc_merge_peft.errors import OutputError, first_line
 
 
 def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -47,8 +49,11 @@ def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         building.chmod(0o755)  # mkdtemp makes it private; an adapter directory is an ordinary one
         yield building
         _replace(building, target)
-    except OSError as error:
-        raise OutputError(f"can't write '{path}' ({error.strerror or error}): nothing was left there") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OutputError(
+            f"can't write '{path}' ({reason}): nothing was left there; make room or choose another place"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

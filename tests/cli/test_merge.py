@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,20 @@ def test_a_bad_factor_writes_nothing(workspace: Path) -> None:
     save_file(weights, "code-lora/adapter_model.safetensors", {"format": "pt"})
     failed(run("merge", "math-lora", "code-lora", "-o", "out"), "lora_A", "'code-lora'", "NaN", "attention.self")
     assert not Path("out").exists()
+
+
+def test_a_full_disk_leaves_nothing(workspace: Path) -> None:
+    """A file that may not grow, as on a full disk, is one line with the system's reason; nothing is left behind."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        "from dc_merge_peft.cli import main; main()"
+    )
+    before = sorted(workspace.rglob("*"))
+    arguments = ["merge", "math-lora", "code-lora", "-o", "out"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "can't write 'out'" in done.stderr and "File too large" in done.stderr
+    assert sorted(workspace.rglob("*")) == before
 
 
 def test_remarks_are_notes_not_warnings(workspace: Path) -> None:

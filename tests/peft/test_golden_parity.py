@@ -3,111 +3,72 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from dc_merge_peft import DCMergeAdapter
 from tests.support import models
-from tests.support.models import difference, write_checkpoint
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "lora_8x16.safetensors"
-EXPECTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dc_avg": ("dc", {"smoothing": "average"}),
-    "dc_linear5": ("dc", {"smoothing": "linear", "rho": 5.0}),
-    "dc_linear3": ("dc", {"smoothing": "linear", "rho": 3.0}),
-    "ta": ("ta", {}),
-}
-
-pytestmark = pytest.mark.skipif(not GOLDEN.is_file(), reason="the golden data is not there")
+from tests.support.golden import FILES, KEYS, golden_cases, golden_file, write_golden_adapters
+from tests.support.models import difference
 
 
 @functools.cache
-def golden() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and the metadata parsed."""
-    with safe_open(GOLDEN, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = file.metadata()
-    return tensors, {name: json.loads(metadata[name]) for name in ("tasks", "rank", "density")}
-
-
-def options_of(label: str) -> tuple[str, dict[str, Any]]:
-    """Combination type and options of an expectation: alpha 1, and the file's own density, literally."""
-    kind, options = EXPECTATIONS[label]
-    return kind, {"alpha": 1.0, **options, **({"density": golden()[1]["density"]} if kind == "dc" else {})}
-
-
-def expected_deltas(label: str) -> dict[str, Tensor]:
-    """By module."""
-    prefix = f"expected.{label}."
-    return {key.removeprefix(prefix): value for key, value in golden()[0].items() if key.startswith(prefix)}
-
-
-def task_tensors(task: int) -> dict[str, Tensor]:
-    """One task's factors under the keys of a PEFT checkpoint."""
-    prefix = f"task{task}."
-    found = {key.removeprefix(prefix): value for key, value in golden()[0].items() if key.startswith(prefix)}
-    return {f"base_model.model.{key}.weight": value for key, value in found.items()}
-
-
-@functools.cache
-def model_with_tasks() -> Any:
-    """Linear layers of the golden shapes with one adapter a task, alpha = r."""
-    shapes = {module: tuple(delta.shape) for module, delta in expected_deltas("ta").items()}
+def model_with_tasks(file: str) -> Any:
+    """Linear layers of a golden file's shapes with one adapter a task, alpha = r."""
+    golden = golden_file(file)
     base = nn.Module()
-    for module, (m, n) in shapes.items():
+    for module, delta in golden.expected("ta").items():
         *parents, name = module.split(".")
         parent = base
         for part in parents:
             if not hasattr(parent, part):
                 parent.add_module(part, nn.Module())
             parent = getattr(parent, part)
-        parent.add_module(name, nn.Linear(n, m, bias=False))
-    rank = golden()[1]["rank"]
-    fields = {"r": rank, "lora_alpha": rank, "target_modules": list(shapes)}
-    names = [f"task{task}" for task in range(golden()[1]["tasks"])]
+        parent.add_module(name, nn.Linear(delta.shape[1], delta.shape[0], bias=False))
+    fields = {"r": golden.rank, "lora_alpha": golden.rank, "target_modules": list(golden.modules)}
+    names = [f"task{task}" for task in range(golden.tasks)]
     model = models.with_lora(base, dict.fromkeys(names, fields))
-    for task, name in enumerate(names):
-        for key, value in task_tensors(task).items():
-            parameter = model.get_parameter(key.removesuffix("weight") + f"{name}.weight")
-            parameter.data.copy_(value)
+    for name in names:
+        for module in golden.modules:
+            for factor in ("lora_A", "lora_B"):
+                parameter = model.get_parameter(f"base_model.model.{module}.{factor}.{name}.weight")
+                parameter.data.copy_(golden.tensors[f"{name}.{module}.{factor}"])
     return model
 
 
-@pytest.mark.parametrize("label", EXPECTATIONS)
-def test_in_memory(label: str) -> None:
+@pytest.mark.parametrize(("file", "key"), golden_cases())
+def test_in_memory(file: str, key: str) -> None:
     """``add_weighted_adapter`` gives the published numbers."""
-    model, (kind, options) = model_with_tasks(), options_of(label)
-    names = [f"task{task}" for task in range(golden()[1]["tasks"])]
-    model.add_weighted_adapter(names, [1.0] * len(names), label, combination_type=kind, **options)
-    found = models.deltas(model, label)
-    assert found.keys() == expected_deltas(label).keys()
-    for module, delta in expected_deltas(label).items():
+    golden, model = golden_file(file), model_with_tasks(file)
+    method, options = golden.options(key)
+    names = [f"task{task}" for task in range(golden.tasks)]
+    model.add_weighted_adapter(names, [1.0] * len(names), key, combination_type=method, **{"alpha": 1.0, **options})
+    found = models.deltas(model, key)
+    assert found.keys() == golden.expected(key).keys()
+    for module, delta in golden.expected(key).items():
         assert difference(found[module], delta) < 1e-4
 
 
-@pytest.mark.parametrize("label", EXPECTATIONS)
-def test_from_disk(tmp_path: Path, label: str) -> None:
+@pytest.mark.parametrize(("file", "key"), golden_cases())
+def test_from_disk(tmp_path: Path, file: str, key: str) -> None:
     """``DCMergeAdapter`` gives them from saved adapters, and so does what it writes."""
-    tasks, rank = golden()[1]["tasks"], golden()[1]["rank"]
-    fields = {"r": rank, "lora_alpha": rank, "target_modules": list(expected_deltas(label))}
-    folders = [write_checkpoint(tmp_path / f"task{task}", task_tensors(task), **fields) for task in range(tasks)]
-    kind, options = options_of(label)
-    merged = DCMergeAdapter(method=kind, **options).merge(folders)
+    golden = golden_file(file)
+    method, options = golden.options(key)
+    merged = DCMergeAdapter(method=method, **{"alpha": 1.0, **options}).merge(write_golden_adapters(golden, tmp_path))
     merged.save_pretrained(tmp_path / "out")
     again = DCMergeAdapter(method="ta").merge([tmp_path / "out"])
-    for module, delta in expected_deltas(label).items():
+    for module, delta in golden.expected(key).items():
         assert difference(merged.delta(module), delta) < 1e-4
         assert difference(again.delta(module), delta) < 1e-4
 
 
-def test_expectations_differ() -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_expectations_differ(file: str) -> None:
     """The comparison can fail: the four expectations are not one another."""
-    for module in expected_deltas("ta"):
-        each = [expected_deltas(label)[module] for label in EXPECTATIONS]
+    for module in golden_file(file).modules:
+        each = [golden_file(file).expected(key)[module] for key in KEYS]
         pairs = [(one, two) for index, one in enumerate(each) for two in each[:index]]
         assert min(difference(one, two) for one, two in pairs) > 1e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dc_merge_peft.lowrank import LowRank
 
 FOLDER = Path(__file__).parent.parent / "golden"
 FILES = ("lora_8x16", "lora_3x4", "lora_12x8")
@@ -22,7 +25,7 @@ KEYS: dict[str, tuple[str, dict[str, str | float]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Golden:
     """One file: factors of every task, and the merged deltas that are expected."""
 
@@ -37,12 +40,22 @@ class Golden:
         method, options = KEYS[key]
         return method, {**options, "density": self.density} if method == "dc" else dict(options)
 
+    def lowranks(self, module: str) -> list[LowRank]:
+        """The factors of every task."""
+        pairs = ((f"task{i}.{module}.lora_B", f"task{i}.{module}.lora_A") for i in range(self.tasks))
+        return [LowRank(self.tensors[B], self.tensors[A]) for B, A in pairs]
+
+    def expected(self, key: str) -> dict[str, Tensor]:
+        """The merged deltas by module."""
+        return {module: self.tensors[f"expected.{key}.{module}"] for module in self.modules}
+
     def flags(self, key: str) -> list[str]:
         """The same for the command line."""
         method, options = self.options(key)
         return ["--method", method, *(word for name, value in options.items() for word in ("-O", f"{name}={value}"))]
 
 
+@functools.cache
 def golden_file(name: str) -> Golden:
     """Read one file."""
     with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as file:
