@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -97,7 +97,7 @@ def plan_merge(
         weights=checked,
         svd_rank=svd_rank,
         dtype=_output_dtype(dtype, sources),
-        remarks=_remarks(method, modules),
+        remarks=(*_incomplete(sources, infos), *_remarks(method, modules)),
     )
 
 
@@ -202,6 +202,18 @@ def _output_dtype(dtype: torch.dtype | str | None, sources: Sequence[Source]) ->
         raise OptionError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     assert found is not None
     return found
+
+
+def _incomplete(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:
+    """Adapters whose config names target modules that their weights lack. Lists written for several architectures look
+    the same, so it is no error."""
+    for source, info in zip(sources, infos, strict=True):
+        missing = info.targets.unmatched(source.modules)
+        if missing:
+            yield (
+                f"adapter '{info.name}' targets {preview(missing)} in its config but has no factors for it: nothing of it is "
+                "merged; if the base model has such modules, the checkpoint is incomplete"
+            )
 
 
 def _remarks(method: Method, modules: Sequence[PlannedModule]) -> tuple[str, ...]:

@@ -30,8 +30,10 @@ def choose_targets(
     own = dict.fromkeys(spec for spec, complete in sources if complete)
     if resolve is None:
         # An adapter wraps what its specification resolves to in the base model; where that is the merged set, it may
-        # be used again unseen. Anything cleverer needs the model.
-        return next((spec for spec in own if spec.target_modules is not None), full_paths(modules))
+        # be used again unseen. A name without a module may be one whose factors the checkpoint has lost: it would wrap
+        # more. Anything cleverer needs the model.
+        exact = (spec for spec in own if spec.target_modules is not None and not spec.unmatched(modules))
+        return next(exact, full_paths(modules))
     for spec in [*own, *_unions(sources), *_suffixes(modules)]:
         if spec.target_modules is not None and set(resolve(spec)) == set(modules):
             return spec

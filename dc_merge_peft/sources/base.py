@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,13 @@ class Targets:
             names(config.get("exclude_modules")),
             sequence(config.get("layers_to_transform")),
             sequence(config.get("layers_pattern")),
+        )
+
+    def unmatched(self, modules: Collection[str]) -> list[str]:
+        """Names in a list of target modules that none of these modules matches, by PEFT's rule for lists."""
+        names = self.target_modules if isinstance(self.target_modules, frozenset) else ()
+        return sorted(
+            name for name in names if not any(module == name or module.endswith(f".{name}") for module in modules)
         )
 
     def to_config(self) -> dict[str, Any]:

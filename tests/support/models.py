@@ -6,6 +6,7 @@ Names of adapters must not be contained in "lora_" (PEFT warns about them), so t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -177,13 +178,17 @@ def factors(m: int, n: int, r: int, seed: int = 0, dtype: torch.dtype = torch.fl
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor] | None = None, **fields: Any) -> Path:
     """A raw adapter directory: ``adapter_config.json`` of ``fields`` beside these tensors, without PEFT.
 
+    ``target_modules`` are the last parts of the modules' names, unless given.
+
     Without tensors it holds one module, ``enc.q`` of shape (6, 5) and rank 2.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tensors is None:
         A, B = factors(6, 5, 2, seed=sum(map(ord, folder.name)))
         tensors = {"base_model.model.enc.q.lora_A.weight": A, "base_model.model.enc.q.lora_B.weight": B}
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], **fields}
+    paths = {re.split(r"\.lora_(?:embedding_)?[AB]\b", key)[0] for key in tensors}
+    targets = sorted({path.rpartition(".")[2] for path in paths})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, **fields}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({key: value.clone().contiguous() for key, value in tensors.items()}, folder / "adapter_model.safetensors")
     return folder
