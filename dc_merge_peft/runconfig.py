@@ -48,8 +48,10 @@ class RunConfig:
             raise SourceError(f"the configuration '{path}' is no mapping: expected lines such as 'method: dc'")
         values.pop("record", None)
         options = values.pop("options", None) or {}
+        if not isinstance(options, dict):
+            raise OptionError(f"the configuration '{path}' has options: {options!r}: expected lines such as 'rho: 5'")
         known = {field.name for field in dataclasses.fields(cls)}
-        loose = {name: values.pop(name) for name in list(values) if name not in known}
+        loose = {str(name): values.pop(name) for name in list(values) if name not in known}
         twice = set(options) & set(loose)
         if twice:
             raise OptionError(f"the configuration '{path}' gives option '{min(twice)}' twice: expected it once")
@@ -58,6 +60,11 @@ class RunConfig:
                 values[name] = tuple(values[name])
             elif values.get(name) is not None:
                 raise OptionError(f"the configuration '{path}' has {name}: {values[name]!r}: expected a list")
+        if values.get("adapters") is not None:
+            values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
+        for name in ("output", "method", "dtype", "device"):
+            if values.get(name) is not None:
+                values[name] = str(values[name])
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
 
     def to_dict(self) -> dict[str, Any]:

@@ -97,6 +97,28 @@ def test_config_options_may_stand_alone(workspace: Path) -> None:
     assert yaml.safe_load(Path("out/dc_merge.yaml").read_text())["options"]["rho"] == 2.0
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("adapters: math-lora", ["adapters", "expected a list"]),
+        ("adapters: [1, 2]", ["no adapter directory '1'"]),
+        ("options: [rho]", ["options", "rho: 5"]),
+        ("- a list", ["no mapping"]),
+        ("rho: 2\noptions: {rho: 3}", ["rho", "twice"]),
+        ("weights: 3", ["weights: 3", "expected a list"]),
+        ("5: 5\nadapters: [math-lora, code-lora]", ["unknown option", "'5'"]),
+        ("svd_rank: many\nadapters: [math-lora, code-lora]", ["svd_rank", "'many'", "whole number"]),
+        ("dtype: 16\nadapters: [math-lora, code-lora]", ["dtype", "'16'", "float32"]),
+        ("a: [", ["can't be read", "YAML"]),
+    ],
+)
+def test_wrong_configurations_are_one_line(workspace: Path, text: str, words: list[str]) -> None:
+    """Whatever stands in a configuration ends as one line."""
+    Path("run.yaml").write_text(text)
+    failed(run("merge", "--config", "run.yaml", "-o", "out"), *words)
+    assert not Path("out").exists()
+
+
 def test_dry_run_writes_nothing(workspace: Path) -> None:
     """A dry run shows adapters and sizes and leaves the folder as it was."""
     before = sorted(workspace.rglob("*"))

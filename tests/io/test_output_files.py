@@ -41,7 +41,11 @@ def test_files_and_rights(tmp_path: Path) -> None:
 
 def test_same_merge_same_bytes(tmp_path: Path) -> None:
     """Merging and writing twice gives identical files: no times, no random names, no set order."""
-    fields = {"target_modules": ["q"], "exclude_modules": ["zz", "b", "a", "unused"], "base_model_name_or_path": "org/base"}
+    fields = {
+        "target_modules": ["q"],
+        "exclude_modules": ["zz", "b", "a", "unused"],
+        "base_model_name_or_path": "org/base",
+    }
     outs = [merged_from(tmp_path, **fields).save_pretrained(tmp_path / f"out{index}") for index in range(6)]
     assert all(listing(out) == listing(outs[0]) for out in outs)
 
