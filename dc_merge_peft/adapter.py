@@ -215,7 +215,7 @@ def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """For each path or Hub id its shortest ending that no other one shares."""
-    parts = {path: list(Path(path).resolve().parts) if Path(path).is_dir() else path.split("/") for path in paths}
+    parts = {path: _parts(path) for path in paths}
     names = {}
     for path, pieces in parts.items():
         others = [tuple(other) for key, other in parts.items() if key != path]
@@ -225,6 +225,15 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
             if all(other[-length:] != ending for other in others):
                 break
     return names
+
+
+def _parts(path: str) -> list[str]:
+    """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
+    try:
+        folder = Path(path).expanduser()
+        return list(folder.resolve().parts[1:]) if folder.is_dir() else path.split("/")
+    except (OSError, RuntimeError, ValueError):
+        return [path]
 
 
 def progress_bar(show: bool | None) -> Any:

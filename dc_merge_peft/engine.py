@@ -105,7 +105,10 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        return torch.empty(0, device=device).device
+        found_device = torch.empty(0, device=device).device
+        if found_device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return found_device
     except (RuntimeError, AssertionError) as error:
         found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise OptionError(
@@ -123,6 +126,8 @@ def _checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
             raise SourceError(
                 f"{where} holds NaN or Inf: expected finite numbers; the training diverged, use an earlier checkpoint"
             )
+        if factor.dtype == torch.float64 and bool(factor.abs().amax() > torch.finfo(torch.float32).max):
+            raise SourceError(f"{where} holds numbers beyond float32: expected trained weights; the factor is damaged")
         if not allow_zero and not bool(factor.any()):
             raise SourceError(
                 f"{where} is all zero: expected a trained factor, this is how an untrained or badly loaded adapter looks; "
@@ -138,7 +143,7 @@ def _alpha(method: Method, fit: AlphaFit) -> float:
     if fit.alpha is None or fit.alpha <= 0:
         found = "no energy inside the adapters' subspaces" if fit.alpha is None else f"a best alpha of {fit.alpha:.3g}"
         raise MergeError(
-            f"alpha='auto' found {found}: the merged delta opposes the adapters, as opposite weights can make it; give "
-            "alpha as a number"
+            f"alpha='auto' found {found}: the merged delta opposes the adapters, as opposite weights can make it, or all but "
+            "vanishes; give alpha as a number"
         )
     return fit.alpha

@@ -65,8 +65,8 @@ def preview(names: Iterable[str], limit: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line, with the cause that it may hide."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error of the system or of another library says, in one line, with the cause that it may hide."""
+    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
     cause = error.__cause__
     reason = first_line(cause) if cause is not None else ""
     return f"{text} ({reason})" if reason and reason not in text else text

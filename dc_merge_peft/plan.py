@@ -179,17 +179,19 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
 
 
 def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:
-    """An adapter that meets no other one anywhere has nothing to be merged with: most often renamed modules."""
-    if len(sources) < 2:
-        return
-    sociable = {task for module in modules if len(module.tasks) > 1 for task in module.tasks}
+    """Adapters that fall into groups without a common module have nothing to be merged with: most often the base model
+    was loaded with another class, whose modules have other names."""
+    group = list(range(len(sources)))
+    for module in modules:
+        joined = {group[task] for task in module.tasks}
+        group = [min(joined) if number in joined else number for number in group]
     for index, source in enumerate(sources):
-        if index not in sociable:
-            other = sources[1 if index == 0 else 0]
+        if group[index] != group[0]:
+            other = sources[0]
             raise IncompatibleAdaptersError(
-                f"adapter '{source.info.name}' has no target module in common with any other: it has "
-                f"{preview(source.modules, 2)}, '{other.info.name}' has {preview(other.modules, 2)}; expected adapters "
-                "of one base model, under the same module names"
+                f"adapter '{source.info.name}' has no target module in common with '{other.info.name}': it has "
+                f"{preview(source.modules, 2)}, '{other.info.name}' has {preview(other.modules, 2)}; expected adapters of one "
+                "base model, under the same module names"
             )
 
 

@@ -41,7 +41,7 @@ class RunConfig:
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = str(error).replace("\n", " ")
             raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
         if not isinstance(values, dict):
@@ -50,6 +50,7 @@ class RunConfig:
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
             raise OptionError(f"the configuration '{path}' has options: {options!r}: expected lines such as 'rho: 5'")
+        options = {str(name): value for name, value in options.items()}
         known = {field.name for field in dataclasses.fields(cls)}
         loose = {str(name): values.pop(name) for name in list(values) if name not in known}
         twice = set(options) & set(loose)
@@ -59,7 +60,9 @@ class RunConfig:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
             elif values.get(name) is not None:
-                raise OptionError(f"the configuration '{path}' has {name}: {values[name]!r}: expected a list")
+                raise OptionError(
+                    f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in [1, 0.5]"
+                )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
         for name in ("output", "method", "dtype", "device"):

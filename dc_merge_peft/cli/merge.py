@@ -14,7 +14,9 @@ import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
 from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, table
-from dc_merge_peft.errors import MergeWarning, OptionError
+from dc_merge_peft.engine import checked_device
+from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
+from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.runconfig import RunConfig, run_record
@@ -29,7 +31,7 @@ def merge(
         typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for the merged adapter.", rich_help_panel=_REST)
+        str | None, typer.Option("--output", "-o", help="Directory for the merged adapter.", rich_help_panel=_REST)
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One number an adapter, as in 1,0.5,1. Default: all 1.", rich_help_panel=_METHOD)
@@ -104,7 +106,7 @@ def merge(
     run = _settings(
         config,
         adapters=tuple(adapters) if adapters else None,
-        output=str(output) if output else None,
+        output=output,
         weights=_numbers(weights) if weights is not None else None,
         method=method,
         options=dict(_assignments(option or [], shortcuts)),
@@ -114,11 +116,14 @@ def merge(
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
+    if push_to is not None and not push_to.strip():
+        raise OptionError("--push-to is empty: expected a Hub repository, as in me/merged")
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
         check_target(run.output, overwrite=overwrite)
-    merger = DCMergeAdapter(method=run.method, **run.options)
+    checked_device(run.device)
+    merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
         "svd_rank": run.svd_rank,
         "dtype": run.dtype,
@@ -132,8 +137,16 @@ def merge(
         merged = merger.merge(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings)
     if run.output is not None:
         merged.save_pretrained(run.output, overwrite=overwrite)
-    url = merged.push_to_hub(push_to, private=private or None) if push_to else None
+    url = _push(merged, push_to, private, run.output) if push_to is not None else None
     _print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
+
+
+def _push(merged: MergedAdapter, repo_id: str, private: bool, output: str | None) -> str:
+    """Upload; an error says where the merged adapter is all the same."""
+    try:
+        return merged.push_to_hub(repo_id, private=private or None)
+    except OutputError as error:
+        raise OutputError(f"{error}; the merged adapter is in '{output}'" if output else str(error)) from error
 
 
 def _settings(path: Path | None, *, options: Mapping[str, Any], **given: Any) -> RunConfig:
@@ -145,7 +158,7 @@ def _settings(path: Path | None, *, options: Mapping[str, Any], **given: Any) ->
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.replace(",", " ").split())
+        return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise OptionError(f"--weights is '{text}': expected numbers, as in 1,0.5,1") from error
 
@@ -157,6 +170,8 @@ def _assignments(pairs: list[str], shortcuts: Mapping[str, str | None]) -> Itera
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise OptionError(f"-O is '{pair}': expected option=value, as in -O mask=false")
+        if name in seen:
+            raise OptionError(f"option '{name}' is given twice by -O: expected it once")
         seen.add(name)
         yield name, value
     for name, value in shortcuts.items():

@@ -40,10 +40,16 @@ def reports_errors(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except MergeError as error:
-            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+            typer.secho(f"error: {one_line(error)}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
 
     return wrapped  # type: ignore[return-value]
+
+
+def one_line(text: object, limit: int = 1000) -> str:
+    """Text that may hold names from files and shells: no control characters, no endless lines."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).encode(errors="replace").decode())
+    return plain if len(plain) <= limit else plain[:limit] + " ..."
 
 
 def bytes_in_words(count: float) -> str:

@@ -62,5 +62,5 @@ def structural_mask(
     if mask_size is None:
         block = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks, dtype=torch.long))
     else:
-        block = torch.arange(k) // mask_size
+        block = torch.arange(k) // min(mask_size, max(k, 1))
     return (block[:, None] == block).to(device)

@@ -53,13 +53,20 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
         OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
         UnsupportedAdapterError: a quantised weight.
     """
+    injected = next((name for name, module in model.named_modules() if hasattr(module, "get_base_layer")), None)
+    if injected is not None:
+        raise OutputError(
+            f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
+            "merge_and_unload() on its PeftModel first"
+        )
     targets = list(_targets(model, result))
     for name, module in targets:
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
         delta = result.lowrank(name).to(weight.device).dense()
         transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
         delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
-        weight.copy_((weight.float() + delta).to(weight.dtype))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_((weight.to(wide) + delta).to(weight.dtype))
 
 
 def save_fused(

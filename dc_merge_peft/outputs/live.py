@@ -3,12 +3,13 @@ leaves it as it was."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -24,8 +25,13 @@ from dc_merge_peft.sources.live import lora_layers
 
 def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
     """Add ``result`` to a ``PeftModel`` in place, or wrap a base model in one; see :meth:`MergedAdapter.add_to`."""
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
         check_name(adapter_name, ())
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise OptionError(
+                f"the {type(model).__name__} holds adapters already: expected a PeftModel, or a base model without any; pass "
+                "the PeftModel that they belong to"
+            )
         check_modules(result, model)
         config = _config_for(result, model)
         with _own_layers_on_failure(model):
@@ -135,7 +141,7 @@ def _matches(config: LoraConfig, name: str) -> bool:
 
 def _plain_path(name: str) -> str:
     """A module's path in the base model, without the levels that adapters put in between."""
-    return name.replace(".base_layer", "")
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 def _factor_parameters(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:

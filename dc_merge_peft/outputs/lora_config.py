@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dc_merge_peft.errors import OutputError
+from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.outputs.targets import Resolve, choose_targets
+from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
 
 # Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
 # worth its complication.
 LARGEST_PADDING = 1.25
+
+# One expert of a mixture as a module of its own, as transformers had them before version 5.
+EXPERT = re.compile(r"\.experts\.\d+\.")
+
+# For these PEFT expects a trained head in the checkpoint, which a merged adapter does not have.
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ def stored_ranks(result: MergeResult) -> Ranks:
     padded = result.max_rank * sum(sizes.values())
     exact = sum(ranks[name] * sizes[name] for name in ranks)
     ambiguous = any(other.endswith("." + name) for name in ranks for other in ranks)
+    ambiguous = ambiguous or any(map(EXPERT.search, ranks))  # PEFT renames these on loading, but no patterns
     if padded <= LARGEST_PADDING * exact or ambiguous:
         return Ranks(result.max_rank, {})
     return Ranks(result.max_rank, {re.escape(name): rank for name, rank in ranks.items() if rank != result.max_rank})
@@ -62,9 +69,17 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
     complete = [all(task in module.tasks for module in result.modules.values()) for task in range(len(result.adapters))]
     specs = [(info.targets, whole) for info, whole in zip(result.adapters, complete, strict=True)]
     targets = choose_targets(merged, specs, resolve)
+    experts = [name for name in merged if EXPERT.search(name)]
+    if resolve is None and experts and targets == full_paths(merged):
+        raise OutputError(
+            f"the merged modules {preview(experts)} are experts that transformers renames on loading, which PEFT can follow "
+            "for lists of names only: expected adapters that list their target modules (not a regex, exclusions or layers); "
+            "merge them inside PEFT instead"
+        )
+    task_type = _agreed(result.adapters, "task_type")
     fields: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": _agreed(result.adapters, "task_type"),
+        "task_type": task_type if task_type not in TASKS_WITH_HEADS else None,
         "auto_mapping": _agreed(result.adapters, "auto_mapping"),
         "base_model_name_or_path": _agreed(result.adapters, "base_model"),
         "revision": _agreed(result.adapters, "base_revision"),
@@ -95,6 +110,11 @@ def stored_factors(result: MergeResult) -> Iterator[tuple[str, Tensor, Tensor]]:
         delta = result.lowrank(name)
         padded = LowRank(pad(delta.B, (0, missing)), pad(delta.A, (0, 0, 0, missing)))
         A, B = (factor.to(result.dtype).contiguous() for factor in module.layout.to_stored(padded))
+        if module.rank and result.alpha and not bool(A.any() and B.any()):
+            raise OutputError(
+                f"the merged factors of '{name}' are all zero in {result.dtype}, at alpha {result.alpha:.3g}: expected an adapter "
+                "that does something; use a larger alpha or weights, or a wider dtype"
+            )
         if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
             remedy = "write float32 or bfloat16" if result.dtype == torch.float16 else "use smaller weights or alpha"
             raise OutputError(

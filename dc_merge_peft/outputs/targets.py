@@ -7,6 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from dc_merge_peft.sources.base import Targets
 
+# PEFT's word for every linear layer but the head, which only the model can spell out.
+ALL_LINEAR = "all-linear"
+
 Resolve = Callable[[Targets], Collection[str]]
 
 
@@ -28,14 +31,16 @@ def choose_targets(
         expression for the full paths: the first of these that is exact.
     """
     own = dict.fromkeys(spec for spec, complete in sources if complete)
-    if resolve is None:
-        # An adapter wraps what its specification resolves to in the base model; where that is the merged set, it may
-        # be used again unseen. A name without a module may be one whose factors the checkpoint has lost: it would wrap
-        # more. Anything cleverer needs the model.
-        exact = (spec for spec in own if spec.target_modules is not None and not spec.unmatched(modules))
-        return next(exact, full_paths(modules))
-    for spec in [*own, *_unions(sources), *_suffixes(modules)]:
-        if spec.target_modules is not None and set(resolve(spec)) == set(modules):
+    if resolve is not None:
+        for spec in [*own, *_unions([spec for spec, _ in sources]), *_suffixes(modules)]:
+            if spec.target_modules is not None and set(resolve(spec)) == set(modules):
+                return spec
+        return full_paths(modules)
+    # Without the base model: an adapter's specification resolves there to the adapter's own modules, and a union of
+    # specifications to the union. That holds where specification and modules agree; a name without a module may be one
+    # whose factors the checkpoint has lost, a module without a name a layer that PEFT has tied to another one.
+    for spec in [*own, *_unions([spec for spec, _ in sources])]:
+        if spec.target_modules is not None and not spec.unmatched(modules) and all(map(spec.matches, modules)):
             return spec
     return full_paths(modules)
 
@@ -64,10 +69,15 @@ def _choice(options: Sequence[str]) -> str:
     return escaped[0] if len(escaped) == 1 else f"(?:{'|'.join(escaped)})"
 
 
-def _unions(sources: Sequence[tuple[Targets, bool]]) -> Iterable[Targets]:
-    lists = [spec.target_modules for spec, _ in sources]
-    if all(isinstance(names, frozenset) for names in lists):
-        yield Targets(target_modules=frozenset(name for names in lists for name in names or ()))
+def _unions(specs: Sequence[Targets]) -> Iterable[Targets]:
+    """All lists in one, or all regexes as alternatives; exclusions and layer choices can't be joined."""
+    if any(spec.exclude_modules or spec.layers_to_transform is not None for spec in specs):
+        return
+    names = [spec.target_modules for spec in specs]
+    if all(isinstance(part, frozenset) for part in names):
+        yield Targets(target_modules=frozenset(name for part in names for name in part or ()))
+    elif all(isinstance(part, str) and part != ALL_LINEAR for part in names):
+        yield Targets(target_modules="|".join(f"(?:{part})" for part in dict.fromkeys(names)))
 
 
 def _suffixes(modules: Collection[str]) -> Iterable[Targets]:

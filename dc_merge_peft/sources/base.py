@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ class ModuleSpec:
     rank: int
     layout: Layout
     dtype: torch.dtype
+
+
+def _named(names: str | frozenset[str] | None, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names or ())
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,18 @@ class Targets:
             sequence(config.get("layers_to_transform")),
             sequence(config.get("layers_pattern")),
         )
+
+    def matches(self, module: str) -> bool:
+        """Whether PEFT wraps a module of this path, by its rule: the whole path for a regex, trailing parts for a list."""
+        if _named(self.exclude_modules, module) or not _named(self.target_modules, module):
+            return False
+        if self.layers_to_transform is None or isinstance(self.target_modules, str):
+            return True
+        wanted = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
+        found = next((match for rule in rules if (match := re.match(rule, module))), None)
+        return found is not None and int(found[1]) in wanted
 
     def unmatched(self, modules: Collection[str]) -> list[str]:
         """Names in a list of target modules that none of these modules matches, by PEFT's rule for lists."""

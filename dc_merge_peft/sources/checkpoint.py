@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,13 @@ class CheckpointSource(Source):
 def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
     """The adapter's JSON config with the fields that PEFT fills in by default."""
     path = files.directory / CONFIG_FILE
-    if not path.is_file():
+    if not _is_file(path, name):
         inside = sorted(child.parent.name for child in files.directory.glob(f"*/{CONFIG_FILE}"))
         hint = f"its subfolders hold adapters: {', '.join(inside)}" if inside else "is it a full model?"
         raise SourceError(f"'{files.location}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as error:
         raise SourceError(
             f"adapter '{name}' has an unreadable {CONFIG_FILE} ({error}): expected JSON; save or download it again"
         ) from error
@@ -98,7 +98,29 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
     refuse_unless_plain_lora(config, name)
     config = {"r": 8, "lora_alpha": 8, **config}  # PEFT's defaults
     _check_numbers(config, name)
+    _check_targets(config, name)
     return config
+
+
+def _is_file(path: Path, name: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise SourceError(
+            f"adapter '{name}' can't be looked at ({error.strerror}): expected a directory that you may read"
+        ) from error
+
+
+def _check_targets(config: Mapping[str, Any], name: str) -> None:
+    """The fields that say which modules an adapter wraps: text, numbers, or lists of them."""
+    for field, kind in (
+        ("target_modules", str), ("exclude_modules", str), ("layers_pattern", str), ("layers_to_transform", int)
+    ):  # fmt: skip
+        value = config.get(field)
+        items = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+            words = "text or a list of text" if kind is str else "a whole number or a list of them"
+            raise SourceError(f"adapter '{name}' has {field} {value!r} in its {CONFIG_FILE}: expected {words}")
 
 
 def _check_numbers(config: Mapping[str, Any], name: str) -> None:
@@ -118,10 +140,18 @@ def _check_numbers(config: Mapping[str, Any], name: str) -> None:
                 ) from error
             values.append((field, value))
     for field, value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SourceError(f"adapter '{name}' has {field} {value!r}: expected a finite number")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not abs(value) <= sys.float_info.max:
+            raise SourceError(
+                f"adapter '{name}' has {field} {str(value)[:40] if number else repr(value)} in its {CONFIG_FILE}: expected a "
+                "finite number"
+            )
         if field in ("r", "rank_pattern") and (value != int(value) or value < 1):
             raise SourceError(f"adapter '{name}' has {field} {value!r}: expected a whole number of at least 1")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> AdapterInfo:
@@ -129,10 +159,10 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         name=name,
         location=files.location,
         revision=files.revision,
-        base_model=config.get("base_model_name_or_path") or None,
-        base_revision=config.get("revision") or None,
-        task_type=config.get("task_type") or None,
-        auto_mapping=config.get("auto_mapping") or None,
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        base_model=_text(config.get("base_model_name_or_path")),
+        base_revision=_text(config.get("revision")),
+        task_type=_text(config.get("task_type")),
+        auto_mapping=config.get("auto_mapping") if isinstance(config.get("auto_mapping"), dict) else None,
+        fan_in_fan_out=config.get("fan_in_fan_out") is True,
         targets=Targets.from_config(config),
     )

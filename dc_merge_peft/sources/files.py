@@ -78,14 +78,14 @@ class PickleFile:
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise SourceError(
-                f"adapter '{adapter}' has a {path.name} that holds more than tensors, or is corrupt: expected a plain "
+                f"adapter '{adapter}' has an {path.name} that holds more than tensors, or is corrupt: expected a plain "
                 "state dict; loading it could run code, so convert it to safetensors where you trust it"
             ) from error
-        except (RuntimeError, ValueError, OSError, EOFError) as error:
+        except Exception as error:  # a damaged pickle can make torch raise anything
             raise _unreadable(path, adapter, error) from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if not isinstance(state, dict) or not all(_is_plain(key, value) for key, value in state.items()):
             raise SourceError(
-                f"adapter '{adapter}' has a {path.name} that is no state dict: expected names and tensors"
+                f"adapter '{adapter}' has an {path.name} that is no plain state dict: expected names and dense tensors"
             )
         self._state: dict[str, Tensor] = {str(key): value for key, value in state.items()}
         self.shapes = {key: tuple(value.shape) for key, value in self._state.items()}
@@ -96,6 +96,17 @@ class PickleFile:
 
     def close(self) -> None:
         self._state = {}
+
+
+def _is_plain(key: object, value: object) -> bool:
+    """Whether an entry is a dense tensor in memory under a name that can be written."""
+    try:
+        str(key).encode()
+    except UnicodeEncodeError:
+        return False
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_nested
 
 
 def _float_dtype(found: str | torch.dtype, key: str, adapter: str) -> torch.dtype:

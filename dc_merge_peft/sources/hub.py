@@ -32,15 +32,21 @@ def locate(source: str | Path) -> AdapterFiles:
     Raises:
         SourceError: neither, or the Hub can't deliver it.
     """
-    path = Path(source).expanduser()
-    if str(source) and path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_directory, is_file = bool(str(source)) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(
+            f"there is no adapter {str(source)[:200]!r} ({first_line(error)}): expected an existing directory or a Hub id"
+        ) from error
+    if is_directory:
         return AdapterFiles(path, str(source))
-    if path.is_file():
+    if is_file:
         raise SourceError(f"'{source}' is a file: expected an adapter directory; give the folder '{path.parent}'")
     match = _HUB_ID.fullmatch(str(source)) if isinstance(source, str) else None
     if match is None:
         raise SourceError(
-            f"there is no adapter directory '{source}': expected an existing directory or a Hub id such as "
+            f"there is no adapter directory '{str(source)[:200]}': expected an existing directory or a Hub id such as "
             "'org/name', 'org/name@revision' or 'org/name/subfolder'"
         )
     return _download(match["repo"], match["subfolder"], match["revision"])

@@ -214,6 +214,7 @@ def test_output_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     base, folders = base_and_adapters(tmp_path, models.bert, BERT)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.bin").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("{}")  # an earlier model
     with monkeypatch.context() as patch, refused(OutputError, "already exists", "overwrite=True"):
         patch.setattr(fused, "load_base", lambda _: pytest.fail("loaded"))
         DCMergeAdapter(method="ta").fuse(base, folders, tmp_path / "out")

@@ -108,6 +108,11 @@ JSON: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "alpha is NaN": ('{"peft_type": "LORA", "r": 2, "lora_alpha": NaN}', ("nan", "expected a finite number")),
     "alpha is infinite": ('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}', ("inf", "expected a finite number")),
     "rank 0 by pattern": ('{"peft_type": "LORA", "r": 2, "rank_pattern": {"q": 0}}', ("rank_pattern 0", "at least 1")),
+    "targets are a number": ('{"peft_type": "LORA", "r": 2, "target_modules": 5}', ("target_modules 5", "list of text")),
+    "targets hold lists": ('{"peft_type": "LORA", "target_modules": [["q"]], "r": 2}', ("[['q']]", "list of text")),
+    "layers are an object": ('{"peft_type": "LORA", "r": 2, "layers_to_transform": {}}', ("{}", "whole number")),
+    "r has 400 digits": ('{"peft_type": "LORA", "r": ' + "9" * 400 + "}", ("has r 999", "expected a finite number")),
+    "nested too deep": ('{"a": ' + "[" * 100_000, ("unreadable adapter_config.json", "download it again")),
     "a broken regex": ('{"peft_type": "LORA", "r": 2, "rank_pattern": {"(q": 2}}', ("(q", "no regular expression")),
 }  # fmt: skip
 
@@ -132,8 +137,8 @@ class Hostile:
 
 BINS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "code": (lambda mark: {**GOOD, "x": Hostile(mark)}, ("more than tensors", "expected a plain", "run code")),
-    "a list": (lambda _: [A, B], ("no state dict", "expected names and tensors")),
-    "a nested dict": (lambda _: {"model": GOOD}, ("no state dict", "expected names and tensors")),
+    "a list": (lambda _: [A, B], ("no plain state dict", "expected names and dense tensors")),
+    "a nested dict": (lambda _: {"model": GOOD}, ("no plain state dict", "expected names and dense tensors")),
     "integers": (lambda _: {**GOOD, "enc.q.lora_A.weight": A.to(torch.int8)}, ("int8", "expected float64")),
 }  # fmt: skip
 

@@ -238,8 +238,10 @@ def test_outputs_in_the_way(tmp_path: Path) -> None:
     before = listing(tmp_path)
     with refused(OutputError, "full", "already exists", "expected a new or empty directory", "overwrite=True"):
         merged.save_pretrained(tmp_path / "full")
-    with refused(OutputError, "file", "is a file", "expected a new directory", "another path"):
+    with refused(OutputError, "full", "more than an adapter", "not overwritten", "delete it yourself"):
+        merged.save_pretrained(tmp_path / "full", overwrite=True)
+    with refused(OutputError, "file", "is a file", "expected a directory", "another path"):
         merged.save_pretrained(tmp_path / "file", overwrite=True)
-    with refused(OutputError, "can't write", "file", "choose a writable place"):
+    with refused(OutputError, "out", "file' is a file", "another path"):
         merged.save_pretrained(tmp_path / "file" / "out")
     assert listing(tmp_path) == before

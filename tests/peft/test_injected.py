@@ -1,0 +1,52 @@
+"""Models that hold adapters without being a PeftModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dc_merge_peft import DCMergeAdapter, OptionError, OutputError
+from tests.support import models
+from tests.support.refused import refused
+
+FIELDS: dict[str, Any] = {"r": 2, "target_modules": ["attn.c_proj"], "fan_in_fan_out": True}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Any, list[Path]]:
+    """A GPT-2 PeftModel with two adapters, and their directories."""
+    model = models.with_lora(models.gpt2(), {"math": FIELDS, "code": FIELDS})
+    return model, models.save_adapters(model, tmp_path)
+
+
+def test_add_to_refuses_a_bare_model_with_adapters(saved: tuple[Any, list[Path]]) -> None:
+    """Its adapters would be overwritten unseen where a name is taken."""
+    model, folders = saved
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    merged = DCMergeAdapter(method="ta").merge(folders)
+    with refused(OptionError, "holds adapters already", "pass the PeftModel"):
+        merged.add_to(model.get_base_model(), "math")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_fuse_refuses_a_model_with_adapters(saved: tuple[Any, list[Path]]) -> None:
+    """PEFT's wrapper around a Conv1D hides that its weight is transposed."""
+    model, folders = saved
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with refused(OutputError, "adapters of its own", "expected a plain model", "unload()"):
+        DCMergeAdapter(method="ta").fuse(model.get_base_model(), folders)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_fuse_keeps_float64(saved: tuple[Any, list[Path]]) -> None:
+    """A base in float64 is not rounded to float32 on the way."""
+    _, folders = saved
+    base = models.gpt2().double()
+    before = base.transformer.h[0].attn.c_proj.weight.detach().clone()
+    merged = DCMergeAdapter(method="ta").merge(folders)
+    DCMergeAdapter(method="ta").fuse(base, folders)
+    expected = before + merged.delta("transformer.h.0.attn.c_proj").mT.double()
+    assert torch.equal(base.transformer.h[0].attn.c_proj.weight, expected)
