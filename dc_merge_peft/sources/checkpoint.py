@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -73,11 +74,8 @@ class CheckpointSource(Source):
                 "would be wrong; expected config and weights of one training run"
             )
         kind = "embedding" if keys.embedding else "conv" if len(A) > 2 else "linear"
-        columns = 1
-        for size in A[1:]:
-            columns *= size
         dtype = torch.promote_types(self._tensors.dtypes[keys.A], self._tensors.dtypes[keys.B])
-        return ModuleSpec((B[0], columns), rank, Layout(kind, A[2:]), dtype)
+        return ModuleSpec((B[0], math.prod(A[1:])), rank, Layout(kind, A[2:]), dtype)
 
 
 def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
