@@ -14,8 +14,8 @@ from torch import nn
 
 import dc_merge_peft
 from dc_merge_peft import METHODS, OptionError, register, unregister
-from dc_merge_peft.outputs import live
 from dc_merge_peft.combination_types import PEFT_TYPES, combination_types
+from dc_merge_peft.outputs import live
 from tests.support import models
 from tests.support.models import difference
 from tests.support.refused import refused
