@@ -76,7 +76,7 @@ def test_engine(file: str, key: str, module: str) -> None:
     ("file", "key", "module"),
     [
         (file, key, module)
-        for file, key in golden_cases()
+        for file, key in golden_cases(KEYS)
         if method_of(file, key).equivariant
         for module in golden_file(file).modules
     ],

@@ -183,7 +183,7 @@ def test_defaults() -> None:
         "mask_size": None,
     }
     plain = {"alpha": 1.0, "smoothing": "none", "rho": 5.0, "tau": 0.0, "rank": None, "basis": "whitening"}
-    plain |= {"mask": True, "mask_size": None, "cover": False}
+    plain |= {"basis_steps": 500, "basis_lr": 0.5, "mask": True, "mask_size": None, "cover": False}
     assert method_named("ta").config.to_dict() == method_named("average").config.to_dict() == plain
 
 

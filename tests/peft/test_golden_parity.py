@@ -11,7 +11,7 @@ from torch import nn
 
 from dc_merge_peft import DCMergeAdapter
 from tests.support import models
-from tests.support.golden import DOOR_KEYS, FILES, KEYS, golden_cases, golden_file, write_golden_adapters
+from tests.support.golden import FILES, KEYS, golden_cases, golden_file, write_golden_adapters
 from tests.support.models import difference
 
 
@@ -39,7 +39,7 @@ def model_with_tasks(file: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("file", "key"), golden_cases(DOOR_KEYS))
+@pytest.mark.parametrize(("file", "key"), golden_cases())
 def test_in_memory(file: str, key: str) -> None:
     """``add_weighted_adapter`` gives the published numbers."""
     golden, model = golden_file(file), model_with_tasks(file)
@@ -52,7 +52,7 @@ def test_in_memory(file: str, key: str) -> None:
         assert difference(found[module], delta) < 1e-4
 
 
-@pytest.mark.parametrize(("file", "key"), golden_cases(DOOR_KEYS))
+@pytest.mark.parametrize(("file", "key"), golden_cases())
 def test_from_disk(tmp_path: Path, file: str, key: str) -> None:
     """``DCMergeAdapter`` gives them from saved adapters, and so does what it writes."""
     golden = golden_file(file)

@@ -108,14 +108,14 @@ def golden_file(name: str) -> Golden:
     )
 
 
-def golden_cases(keys: Iterable[str] = KEYS) -> list[tuple[str, str]]:
-    """Every file of adapters with every key."""
+def golden_cases(keys: Iterable[str] = DOOR_KEYS) -> list[tuple[str, str]]:
+    """Every file of adapters with these keys."""
     return [(file, key) for file in FILES for key in keys]
 
 
 def all_cases() -> list[tuple[str, str]]:
     """Every file with every key."""
-    return [*golden_cases(), *((file, key) for file in FFT_FILES for key in FFT_KEYS)]
+    return [*golden_cases(KEYS), *((file, key) for file in FFT_FILES for key in FFT_KEYS)]
 
 
 def write_golden_adapters(golden: Golden, folder: Path) -> list[Path]:
