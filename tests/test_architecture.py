@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("linalg",),
     ("lowrank",),
     ("layout", "methods.*"),
-    ("layers", "sources.*"),
+    ("layers", "offload", "sources.*"),
     ("plan", "result", "engine", "runconfig"),
     ("outputs.*",),
     ("adapter", "peft_plugin"),
@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # The mathematics: torch, the standard library and itself.
 MATHEMATICS = ("errors", "linalg", "lowrank", "layout", "methods.*")
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
-LATE = {"peft", "transformers", "huggingface_hub", "matplotlib", "typer", "rich"}
+LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "typer", "rich"}
 
 
 def matches(module: str, pattern: str) -> bool:
