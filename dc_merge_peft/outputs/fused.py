@@ -86,11 +86,16 @@ def save_fused(
     """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
 
     Raises:
-        OutputError: the directory exists, can't be written, or the model has no ``save_pretrained``.
+        OutputError: the directory exists, can't be written, or transformers can't save the model.
     """
     if not hasattr(model, "save_pretrained"):
         raise OutputError(
             f"a {type(model).__name__} can't be saved: expected a transformers model; use model.state_dict()"
+        )
+    if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+        raise OutputError(
+            f"the {type(model).__name__} is offloaded without a device map, and transformers can't save it: expected one loaded with "
+            "device_map=...; or take the hooks off first, with accelerate.hooks.remove_hook_from_submodules(model)"
         )
     with whole_directory(out, overwrite=overwrite) as building:
         model.save_pretrained(building)  # type: ignore[operator]
@@ -118,16 +123,16 @@ def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> I
             )
         module = modules[path]
         weight = getattr(module, "weight", None)
-        reason = unreadable(weight, offloading.find(module, "weight"), path) if weight is not None else None
-        if reason is not None:
-            raise UnsupportedAdapterError(
-                f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
-            )
         found, shape = layer_layout(name, module), delta_shape(module)
         if found != merged.layout or shape != merged.delta.shape or weight is None:
             raise OutputError(
                 f"'{name}' is of type {found} and shape {shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
+            )
+        reason = unreadable(weight, offloading.find(module, "weight"), path)
+        if reason is not None:
+            raise UnsupportedAdapterError(
+                f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
             )
         if not weight.is_floating_point():
             raise UnsupportedAdapterError(

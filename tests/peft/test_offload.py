@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dc_merge_peft import DCMergeAdapter, OutputError, UnsupportedAdapterError
-from dc_merge_peft.outputs import live
 from dc_merge_peft.sources.live import LiveSource
 from tests.support import models
 from tests.support.refused import listing, refused
