@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def merged_on(folder: Path, build: Any, *targets: str) -> MergedAdapter:
     """Two random adapters of a model, merged from disk."""
-    adapters = {name: {"r": 2, "target_modules": list(targets)} for name in ("math", "code")}
+    adapters = {name: {"r": 2, "target_modules": list(targets)} for name in ("sentiment", "topic")}
     model = models.with_lora(build(), adapters)
     return DCMergeAdapter(method="ta").merge(models.save_adapters(model, folder), [1.0, -0.5])
 
@@ -73,11 +73,15 @@ def test_fused_model_is_saved(tmp_path: Path) -> None:
     merged = merged_on(tmp_path / "adapters", models.llama, "q_proj", "down_proj")
     options: dict[str, Any] = {"device_map": device_map(), "offload_folder": tmp_path / "offload"}
     model = fused(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options), merged)
-    expected = models.output(fused(models.llama(), merged))
+    plain = fused(models.llama(), merged)
+    expected = models.output(plain)
     assert torch.equal(models.output(model), expected)
     save_fused(model, merged, tmp_path / "out", base=tmp_path / "base")
     assert torch.equal(models.output(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), expected)
     assert listing(tmp_path / "base") == files
+    remove_hook_from_submodules(model)  # the rest of that layer is on disk alone
+    changed, untouched = (getattr(model.model.layers[1].self_attn, name).weight for name in ("q_proj", "v_proj"))
+    assert torch.equal(changed, plain.model.layers[1].self_attn.q_proj.weight) and untouched.is_meta
 
 
 def test_fused_model_that_transformers_can_not_save(tmp_path: Path) -> None:
