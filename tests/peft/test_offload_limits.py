@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.torch_version import TorchVersion
 
 from dc_merge_peft import DCMergeAdapter, SourceError, UnsupportedAdapterError
+from dc_merge_peft.offload import Offloading
 from dc_merge_peft.outputs import live
 from tests.support import models
 from tests.support.refused import refused
@@ -162,6 +163,19 @@ def test_offloaded_embeddings_and_convolutions() -> None:
         made.add_weighted_adapter(["new", "topic"], [1.0, 0.5], "again", combination_type="ta")
         made.set_adapter("again")
     assert torch.equal(models.output(model), models.output(plain))
+
+
+def test_device_of_new_factors() -> None:
+    """Where the base layer computes once it is brought back, not where its weight lies; this needs no such device."""
+    layer = models.layers(cpu_offload(two(), execution_device=CPU), "topic")[QUERY]
+    layer.base_layer._hf_hook.execution_device = torch.device("cuda", 1)
+    fresh = nn.Parameter(torch.ones(2, 2))
+    assert live._device_of(layer, fresh, Offloading(layer)) == torch.device("cuda", 1)
+    layer.base_layer._hf_hook.execution_device = None
+    assert live._device_of(layer, fresh, Offloading(layer)) == CPU
+    plain = models.layers(two(), "topic")[QUERY]
+    assert live._device_of(plain, fresh, Offloading(plain)) == CPU
+    assert live._device_of(plain, nn.Parameter(torch.ones(2, 2, device="meta")), Offloading(plain)) is None
 
 
 def test_several_hooks_on_one_module() -> None:
