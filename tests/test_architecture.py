@@ -25,10 +25,10 @@ PACKAGE = "dc_merge_peft"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
     ("linalg",),
-    ("lowrank",),
+    ("lowrank", "dense"),
     ("layout", "methods.*"),
     ("layers", "offload", "sources.*"),
-    ("plan", "result", "engine", "runconfig"),
+    ("plan", "result", "engine", "runconfig", "combination_types"),
     ("outputs.*",),
     ("adapter", "peft_plugin"),
     ("registration",),
@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # The mathematics: torch, the standard library and itself.
-MATHEMATICS = ("errors", "linalg", "lowrank", "layout", "methods.*")
+MATHEMATICS = ("errors", "linalg", "lowrank", "dense", "layout", "methods.*")
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
 LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "typer", "rich"}
 

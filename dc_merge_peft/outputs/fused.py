@@ -69,7 +69,7 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
         parameter: nn.Parameter = module.weight  # type: ignore[assignment]
         place = offloading.find(module, "weight") if parameter.is_meta else None
         weight = place.read(parameter, f"the weight of '{name}'") if place else parameter
-        delta = result.lowrank(name).to(weight.device).dense()
+        delta = result.delta(name).to(weight.device)
         transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
         delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)
