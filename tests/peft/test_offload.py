@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dc_merge_peft import DCMergeAdapter, OutputError, UnsupportedAdapterError
+from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.sources.live import LiveSource
 from tests.support import models
 from tests.support.refused import listing, refused
@@ -144,6 +145,16 @@ def test_add_weighted_adapter(tmp_path: Path, plain: Any, offload: str) -> None:
     assert torch.equal(logits(model, "math"), logits(plain, "math"))
     model.add_weighted_adapter(NAMES, WEIGHTS, "merged", combination_type="dc", device="cpu")
     assert torch.equal(logits(model, "merged"), logits(plain, "merged"))
+
+
+@pytest.mark.filterwarnings("ignore::dc_merge_peft.errors.MergeWarning")
+@pytest.mark.parametrize("kind", [kind for kind in combination_types() if kind != "dc"])
+def test_every_method(tmp_path: Path, kind: str) -> None:
+    """Those that read all modules more than once, too."""
+    offloaded = mapped(trained(), tmp_path / "offload")
+    for model in (expected := trained(), offloaded):
+        model.add_weighted_adapter(NAMES, WEIGHTS, "merged", combination_type=kind)
+    assert equal_factors(offloaded, expected)
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
