@@ -226,7 +226,7 @@ def test_every_method_is_a_type(model: Any) -> None:
     """Every method of the library whose name PEFT does not have is a combination type."""
     assert set(combination_types().values()) == set(METHODS) and not set(combination_types()) & PEFT_TYPES
     for kind in combination_types():
-        model.add_weighted_adapter(NAMES, [1.0, 1.0], f"by_{kind}", combination_type=kind)
+        model.add_weighted_adapter(NAMES, [1.0, 1.0], f"by_{kind}", combination_type=kind, svd_rank=16)
         assert len(models.layers(model, f"by_{kind}")) == 4
 
 
