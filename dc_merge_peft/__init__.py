@@ -6,6 +6,7 @@ Importing this package adds its methods to PEFT as combination types of ``add_we
 
 from __future__ import annotations
 
+from dc_merge_peft import metrics
 from dc_merge_peft._version import __version__
 from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
 from dc_merge_peft.errors import (
@@ -37,6 +38,7 @@ __all__ = [
     "SourceError",
     "UnsupportedAdapterError",
     "__version__",
+    "metrics",
     "register",
     "unregister",
 ]

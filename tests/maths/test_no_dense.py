@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft import DCMergeAdapter, metrics
 from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods import METHODS, method_named
@@ -125,6 +125,35 @@ def test_lowrank_arithmetic(use: Callable[[list[LowRank]], object], tasks: list[
     with LargestTensor() as guard:
         use(deltas)
     check(guard)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda a, b: metrics.cos_sim(a, b),
+        lambda a, b: metrics.dir_sim(a, b),
+        lambda a, b: metrics.direction_matrix(a, b),
+        lambda a, b: metrics.projected_dir_sim(a, b),
+        lambda a, b: metrics.projected_cos_sim(a, b),
+        lambda a, b: metrics.subspace_overlap(a, b),
+        lambda a, b: metrics.retained_energy(a, b),
+        lambda a, b: metrics.strength(a, b),
+        lambda a, b: metrics.sign_conflict(a, b),
+        lambda a, b: metrics.cover_block_map([a, b]),
+        lambda a, b: metrics.cover_block_energy([a, b]),
+        lambda a, b: metrics.effective_rank(a),
+        lambda a, b: metrics.energy_retention(a, 1),
+        lambda a, b: metrics.perturb_energy(a, 0.5),
+        lambda a, b: metrics.perturb_directions(a, 0.5),
+        lambda a, b: metrics.dyadic_coefficients(a, torch.eye(M, K), torch.eye(N, K)),
+    ],
+)
+def test_metrics(use: Callable[[LowRank, LowRank], object], tasks: list[LowRank]) -> None:
+    """Every measure and perturbation, on whole factors."""
+    deltas = [LowRank(task.B, task.A) for task in tasks[:2]]  # nothing computed before
+    with LargestTensor() as guard:
+        use(*deltas)
+    assert guard.operations >= 3 and guard.entries <= LARGEST_ALLOWED
 
 
 def test_run_merge(tasks: list[LowRank]) -> None:
