@@ -39,10 +39,16 @@ class Overlap(NamedTuple):
 
 def triplets(delta: Delta) -> SVD:
     """The thin SVD in float64. Factors of half precision are decomposed in float32: torch has no QR for them."""
-    if isinstance(delta, LowRank) and not delta.B.dtype == delta.A.dtype in (torch.float32, torch.float64):
-        delta = delta.to(torch.promote_types(torch.promote_types(delta.B.dtype, delta.A.dtype), torch.float32))
-    U, S, Vh = delta.svd
-    return SVD(U.to(torch.float64), S.to(torch.float64), Vh.to(torch.float64))
+    svd = _widened(delta).svd if isinstance(delta, LowRank) else delta.svd
+    return SVD(svd.U.to(torch.float64), svd.S.to(torch.float64), svd.Vh.to(torch.float64))
+
+
+def _widened(delta: LowRank) -> LowRank:
+    """Factors of one dtype, float32 or float64; the delta itself, with its cached SVD, where it has them."""
+    B, A = delta.B.dtype, delta.A.dtype
+    if B == A and B in (torch.float32, torch.float64):
+        return delta
+    return delta.to(torch.promote_types(torch.promote_types(B, A), torch.float32))
 
 
 def refuse_shapes(first: Delta, second: Delta) -> None:
