@@ -236,12 +236,10 @@ def _parts(path: str) -> list[str]:
         return [path]
 
 
-def progress_bar(show: bool | None) -> Any:
+def progress_bar(show: bool | None, what: str = "merging") -> Any:
     """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
 
     def wrap(modules: Iterable[Any]) -> Iterable[Any]:
-        return cast(
-            Iterable[Any], tqdm(modules, unit="module", desc="merging", disable=None if show is None else not show)
-        )
+        return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
 
     return wrap

@@ -63,7 +63,7 @@ class LiveSource(Source):
         config = _config_values(configs[adapter])
         refuse_unless_plain_lora(config, adapter)
         model: nn.Module = tuner.model  # type: ignore[assignment]
-        self._adapter = adapter
+        self._adapter, self.config = adapter, config
         self._layers = lora_layers(model, adapter)
         if not self._layers:
             raise SourceError(
@@ -81,11 +81,12 @@ class LiveSource(Source):
             targets=Targets.from_config(config),
         )
 
+    def scaling(self, module: str) -> float:
+        return float(self._layers[module].scaling[self._adapter])
+
     def factors(self, module: str) -> LowRank:
-        layer = self._layers[module]
-        A, B = _stored_factors(layer, self._adapter)
-        scaling = float(layer.scaling[self._adapter])
-        return self.modules[module].layout.to_lowrank(A.detach(), B.detach(), scaling)
+        A, B = _stored_factors(self._layers[module], self._adapter)
+        return self.modules[module].layout.to_lowrank(A.detach(), B.detach(), self.scaling(module))
 
     def _spec(self, name: str, layer: LoraLayer) -> ModuleSpec:
         kind = type(layer).__name__
