@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import run_merge
+from dc_merge_peft.engine import Progress, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
@@ -110,6 +110,7 @@ class DCMergeAdapter:
         device: torch.device | str | None = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
+        keep_dense: bool = False,
         progress: bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
@@ -117,11 +118,14 @@ class DCMergeAdapter:
         Args:
             sources: Directories, Hub ids (``org/name``, ``org/name@revision``, ``org/name/subfolder``) or a mix.
             weights: One finite number an adapter; 1 for each by default. Not normalised.
-            svd_rank: Rank of the merged adapter at most, by optimal truncation; all of it by default.
+            svd_rank: Rank of the merged adapter at most, by optimal truncation. By default the sum of the adapters' ranks:
+                that is all of it, but for methods that work on the entries of dW, whose result has full rank.
             dtype: Of the factors when they are written; the widest of the sources by default.
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
+            keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
+                weights, as :meth:`fuse` does.
             progress: Show a progress bar; by default on a terminal only.
 
         Raises:
@@ -136,7 +140,13 @@ class DCMergeAdapter:
                 opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
             )
             result = run_merge(
-                plan, opened, self.method, device=device, allow_zero=allow_zero, progress=progress_bar(progress)
+                plan,
+                opened,
+                self.method,
+                device=device,
+                allow_zero=allow_zero,
+                keep_dense=keep_dense,
+                progress=progress_bar(progress),
             )
         finally:
             for source in opened:
@@ -180,7 +190,7 @@ class DCMergeAdapter:
             out: Where to save it; nowhere by default.
             weights: As for :meth:`merge`.
             overwrite: Replace ``out`` if it exists.
-            **merge_options: Everything else :meth:`merge` takes.
+            **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
             The fused model.
@@ -193,7 +203,8 @@ class DCMergeAdapter:
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        merged = self.merge(sources, weights, **merge_options)
+        whole = {"keep_dense": merge_options.get("svd_rank") is None, **merge_options}
+        merged = self.merge(sources, weights, **whole)
         model = load_base(base) if isinstance(base, (str, Path)) else base
         fuse_into(model, merged)
         if out is not None:
@@ -236,10 +247,10 @@ def _parts(path: str) -> list[str]:
         return [path]
 
 
-def progress_bar(show: bool | None, what: str = "merging") -> Any:
+def progress_bar(show: bool | None) -> Progress:
     """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
 
-    def wrap(modules: Iterable[Any]) -> Iterable[Any]:
+    def wrap(modules: Iterable[Any], what: str) -> Iterable[Any]:
         return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
 
     return wrap

@@ -25,10 +25,11 @@ PACKAGE = "dc_merge_peft"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
     ("linalg",),
-    ("lowrank",),
-    ("layout", "methods.*", "metrics.*"),
+    ("lowrank", "dense"),
+    ("layout", "methods.*"),
+    ("metrics.*",),
     ("layers", "sources.*"),
-    ("plan", "result", "engine", "runconfig"),
+    ("plan", "result", "engine", "runconfig", "combination_types"),
     ("outputs.*",),
     ("adapter", "peft_plugin"),
     ("registration",),
@@ -38,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # The mathematics: torch, the standard library and itself.
-MATHEMATICS = ("errors", "linalg", "lowrank", "layout", "methods.*", "metrics.*")
+MATHEMATICS = ("errors", "linalg", "lowrank", "dense", "layout", "methods.*", "metrics.*")
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
 LATE = {"peft", "transformers", "huggingface_hub", "matplotlib", "typer", "rich"}
 

@@ -62,7 +62,7 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
     targets = list(_targets(model, result))
     for name, module in targets:
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        delta = result.lowrank(name).to(weight.device).dense()
+        delta = result.delta(name).to(weight.device)
         transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
         delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods import METHODS, Method, MethodConfig, method_for, method_named
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.plan import plan_merge
-from dc_merge_peft.registration import combination_types
 
 from ..support.strategies import dense, memory_sources, random_tasks, rank_deficient, relative, zero_task
 
