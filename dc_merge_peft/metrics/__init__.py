@@ -13,7 +13,6 @@ from dc_merge_peft.metrics.cover import cover_block_energy, cover_block_map, cov
 from dc_merge_peft.metrics.energy import cumulative_energy, effective_rank, energy_retention, spectrum
 from dc_merge_peft.metrics.perturbation import perturb_directions, perturb_energy
 from dc_merge_peft.metrics.similarity import (
-    Delta,
     Overlap,
     cos_sim,
     dir_sim,
@@ -27,7 +26,6 @@ from dc_merge_peft.metrics.similarity import (
 )
 
 __all__ = [
-    "Delta",
     "Overlap",
     "average_normalized_accuracy",
     "cos_sim",

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
-from dc_merge_peft.methods.cover import cover_basis, ranks_that_fit
-from dc_merge_peft.metrics.similarity import Delta, triplets
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods.base import ModuleTasks
+from dc_merge_peft.methods.spaces import CoverConfig, cover_view
 
 
 def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[int]]:
@@ -28,11 +30,9 @@ def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[in
     shapes = {tuple(delta.shape) for delta in deltas}
     if len(shapes) != 1:
         raise OptionError(f"found deltas of shapes {sorted(shapes)}: expected at least one delta, all of one module")
-    svds = [triplets(delta) for delta in deltas]
-    ranks = ranks_that_fit([len(svd.S) for svd in svds], min(deltas[0].shape))
-    svds = [svd.truncate(rank) for svd, rank in zip(svds, ranks, strict=True)]
-    U, V = cover_basis([svd.U for svd in svds]), cover_basis([svd.Vh.mT for svd in svds])
-    return [(U.mT @ svd.U * svd.S) @ (svd.Vh @ V) for svd in svds], ranks
+    wide = [delta if _is_wide(delta) else delta.to(torch.float64) for delta in deltas]
+    view = cover_view(ModuleTasks("", wide, [1.0] * len(wide), range(len(wide))), CoverConfig())
+    return list(view.matrices()), list(view.ranks)
 
 
 def sign_conflict(first: Delta, second: Delta) -> float:
@@ -93,6 +93,12 @@ def cover_block_energy(deltas: Sequence[Delta]) -> Tensor:
     energies = torch.stack([_block_sums(core.square(), ranks) for core in M])
     totals = energies.sum(dim=(1, 2), keepdim=True)
     return torch.where(totals > 0, energies / totals, 0.0)
+
+
+def _is_wide(delta: Delta) -> bool:
+    """Whether it is float64 as it is, so that an SVD it may have is used."""
+    parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.W,)
+    return all(part.dtype == torch.float64 for part in parts)
 
 
 def _block_sums(

@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
-from dc_merge_peft.metrics.similarity import Delta, triplets
+from dc_merge_peft.metrics.similarity import triplets
 
 
 def spectrum(delta: Delta) -> Tensor:

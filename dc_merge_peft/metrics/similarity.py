@@ -6,28 +6,15 @@ Every measure needs the singular triplets of both deltas and nothing of size m x
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD, null_threshold
 from dc_merge_peft.lowrank import LowRank
-
-
-class Delta(Protocol):
-    """What a measure needs of a task vector; :class:`LowRank` has it."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def svd(self) -> SVD: ...
-
-    def inner(self, other: Any) -> float: ...
-
-    def norm(self) -> float: ...
 
 
 class Overlap(NamedTuple):
@@ -39,16 +26,16 @@ class Overlap(NamedTuple):
 
 def triplets(delta: Delta) -> SVD:
     """The thin SVD in float64. Factors of half precision are decomposed in float32: torch has no QR for them."""
-    svd = _widened(delta).svd if isinstance(delta, LowRank) else delta.svd
+    svd = widened(delta).svd
     return SVD(svd.U.to(torch.float64), svd.S.to(torch.float64), svd.Vh.to(torch.float64))
 
 
-def _widened(delta: LowRank) -> LowRank:
-    """Factors of one dtype, float32 or float64; the delta itself, with its cached SVD, where it has them."""
-    B, A = delta.B.dtype, delta.A.dtype
-    if B == A and B in (torch.float32, torch.float64):
+def widened(delta: Delta) -> Delta:
+    """The delta in one dtype, float32 or wider; the delta itself, with its cached SVD, where it is."""
+    dtypes = {delta.B.dtype, delta.A.dtype} if isinstance(delta, LowRank) else {delta.W.dtype}
+    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
         return delta
-    return delta.to(torch.promote_types(torch.promote_types(B, A), torch.float32))
+    return delta.to(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
 def refuse_shapes(first: Delta, second: Delta) -> None:
@@ -236,8 +223,7 @@ def dyadic_coefficients(
     They are the least-squares coefficients of ``dW ~ U diag(c) V^T``: the squared residual is ``||dW||^2 - ||c||^2``
     (Eq. 20), and ``CosSim(dW, U V^T) = sum(c) / (||dW|| sqrt(k))`` (Eq. 22).
     """
-    d = triplets(delta)
-    return ((U.to(torch.float64).mT @ d.U) * d.S * (d.Vh @ V.to(torch.float64)).mT).sum(dim=1)
+    return delta.project(U.to(torch.float64), V.to(torch.float64)).diagonal()
 
 
 def _dir_sim(s: SVD, t: SVD) -> float:

@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dc_merge_peft import OptionError, metrics
+from dc_merge_peft.dense import Dense
 from dc_merge_peft.lowrank import LowRank, SharedSpace, concatenate
 
 from ..support import measures, oracle
@@ -78,6 +79,17 @@ def test_float32_and_half_factors(name: str) -> None:
     assert ours(first, second) == pytest.approx(theirs(dense(first), dense(second)), abs=2e-5)
     half = [LowRank(task.B, task.A.to(torch.bfloat16)) for task in (first, second)]
     assert ours(*half) == pytest.approx(theirs(*map(dense, half)), abs=2e-5)
+
+
+@every_pairwise
+def test_full_matrices(name: str) -> None:
+    """Full fine-tuning's deltas are measured as they are, a matrix beside factors too."""
+    first, second = random_tasks(6, (14, 11), (4, 3))
+    ours, _ = PAIRWISE[name]
+    whole = [Dense(task.to(torch.float64).dense()) for task in (first, second)]
+    expected = ours(wide(first), wide(second))
+    assert ours(*whole) == pytest.approx(expected, abs=1e-6)
+    assert ours(whole[0], wide(second)) == pytest.approx(expected, abs=1e-6)
 
 
 @QUICK
