@@ -18,6 +18,7 @@ from dc_merge_peft.errors import (
     SourceError,
     UnsupportedAdapterError,
 )
+from dc_merge_peft.inspection import inspect_adapters, inspect_merge
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
@@ -38,6 +39,8 @@ __all__ = [
     "SourceError",
     "UnsupportedAdapterError",
     "__version__",
+    "inspect_adapters",
+    "inspect_merge",
     "metrics",
     "register",
     "unregister",

@@ -33,6 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("outputs.*",),
     ("adapter", "peft_plugin"),
     ("registration",),
+    ("inspection.*",),
+    ("plots",),
     ("",),  # the package itself: its public names
     ("demo.*",),
     ("cli.*",),
