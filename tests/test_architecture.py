@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
-    ("plots",),
+    ("plots.*",),
     ("",),  # the package itself: its public names
     ("demo.*",),
     ("cli.*",),
