@@ -95,7 +95,7 @@ def _inspect(
                 missing[name].append(module)
     overall = {name: _overall(name, norms[name], modules) for name in names}
     return MergeInspection(
-        merged=f"{merged.method}, alpha {merged.alpha:.4g}" if isinstance(merged, MergeResult) else merged.info.name,
+        merged=f"{merged.method} (alpha {merged.alpha:.3g})" if isinstance(merged, MergeResult) else merged.info.name,
         adapters=tuple(names),
         overall=overall,
         modules=modules,
