@@ -77,6 +77,13 @@ class Dense:
 Delta: TypeAlias = LowRank | Dense
 
 
+def inner(one: Delta, other: Delta) -> float:
+    """Frobenius inner product of any two deltas, in float64."""
+    if isinstance(one, LowRank):
+        return one.inner(other) if isinstance(other, LowRank) else other.inner(one)
+    return one.inner(other)
+
+
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """``sum_i w_i dW_i``: factors side by side where all deltas have factors, so that nothing is multiplied out."""
     lowranks = [delta for delta in deltas if isinstance(delta, LowRank)]

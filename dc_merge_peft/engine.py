@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,9 @@ from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
 
 T = TypeVar("T")
+
+# Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
+TOLERATED = 2e-3
 
 
 class Progress(Protocol):
@@ -58,12 +62,10 @@ def run_merge(
     Raises:
         OptionError: a device that does not exist.
         SourceError: a factor holds NaN, Inf or, unless allowed, only zeros.
-        MergeError: ``alpha="auto"`` has no solution.
+        MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero.
     """
     start = time.perf_counter()
     device = checked_device(device)
-    for remark in plan.remarks:
-        warnings.warn(remark, MergeWarning, stacklevel=2)
 
     def read(module: PlannedModule) -> ModuleTasks:
         deltas = [checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
@@ -81,7 +83,12 @@ def run_merge(
         delta, S, module_fit = _merge_one(method, merge, read(module), plan.svd_rank, keep_dense=keep_dense)
         fit = fit.plus(module_fit)
         merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
-    return MergeResult(
+    if not allow_zero and not any(module.rank for module in merged.values()):
+        raise MergeError(
+            f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere; expected options "
+            "and weights that keep something"
+        )
+    result = MergeResult(
         modules=merged,
         alpha=_alpha(method, fit),
         adapters=plan.adapters,
@@ -93,6 +100,21 @@ def run_merge(
         remarks=plan.remarks,
         seconds=time.perf_counter() - start,
     )
+    remarks = (*plan.remarks, *_left_out(result))
+    for remark in remarks:
+        warnings.warn(remark, MergeWarning, stacklevel=2)
+    return dataclasses.replace(result, remarks=remarks)
+
+
+def _left_out(result: MergeResult) -> Iterator[str]:
+    """What a LoRA can't hold of a method that has left the span of its adapters, where nobody asked for truncation."""
+    if result.svd_rank is None and result.truncation_error > TOLERATED:
+        largest = max(module.full_rank for module in result.modules.values())
+        yield (
+            f"method '{result.method}' works on the entries of dW, so that its result has a rank of up to {largest}: as a LoRA "
+            f"of rank {result.max_rank} it is kept with a relative error of {result.truncation_error:.2%}; give a larger "
+            "svd_rank, or fuse it into the base model, which keeps all of it"
+        )
 
 
 def merge_module(

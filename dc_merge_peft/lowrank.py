@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.linalg import SVD, Frame, orthonormal_frame, svd_of_product
-
-if TYPE_CHECKING:
-    from dc_merge_peft.dense import Delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +72,8 @@ class LowRank:
         """``U^T dW V``, the block of dW in these directions, in the dtype of U."""
         return (U.mT @ self.B.to(U.dtype)) @ (self.A.to(V.dtype) @ V)
 
-    def inner(self, other: Delta) -> float:
+    def inner(self, other: LowRank) -> float:
         """Frobenius inner product ``<dW, dW'>`` from k x k products, in float64."""
-        if not isinstance(other, LowRank):
-            return other.inner(self)
         left = other.B.to(torch.float64).mT @ self.B.to(torch.float64)
         right = other.A.to(torch.float64) @ self.A.to(torch.float64).mT
         return float((left * right).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class ConsensusTA(SwitchedMethod):
     reference = "Wang et al., Localizing Task Information for Improved Model Merging and Compression, ICML 2024"
     Config = ConsensusConfig
     config: ConsensusConfig
+
+    def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
+        yield from super().remarks(shape, ranks)
+        if len(ranks) < self.config.min_tasks:
+            yield f"fewer than min_tasks={self.config.min_tasks} adapters meet, so that nothing of them is kept"
 
     def survey(self, views: Views) -> Aggregate:
         def aggregate(view: View) -> Tensor:

@@ -89,8 +89,12 @@ class PCBMerging(SwitchedMethod):
 
 
 def balanced(view: View, limits: dict[int, Range]) -> Iterator[Tensor]:
-    """Each task's intra-balancing times its inter-balancing, entry by entry."""
+    """Each task's intra-balancing times its inter-balancing, entry by entry, in float32.
+
+    exp and tanh are computed in float64: their last bit depends on where a thread's share of the entries begins.
+    """
     merged = total(view.matrices())
     count = len(view.module.tasks)
     for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
-        yield (count * limits[adapter].share(X.abs()).square()).exp() * (X * merged).tanh()
+        intra = (count * limits[adapter].share(X.abs().to(torch.float64)).square()).exp()
+        yield (intra * (X * merged).to(torch.float64).tanh()).to(torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import Delta, inner
 
 
 class AlphaFit(NamedTuple):
@@ -34,5 +34,5 @@ def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -
     for task, weight in zip(tasks, weights, strict=True):
         U, _, Vh = task.svd
         projected = merged.project(U, Vh.mT)  # (r, r)
-        fit = fit.plus(AlphaFit(weight * merged.inner(task), float(projected.square().sum())))
+        fit = fit.plus(AlphaFit(weight * inner(merged, task), float(projected.square().sum())))
     return fit

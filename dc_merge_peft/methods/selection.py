@@ -17,7 +17,7 @@ from torch import Tensor
 Stream: TypeAlias = Callable[[], Iterable[tuple[int, Tensor]]]
 
 _HALF = 16
-_BINS = 1 << _HALF
+BINS = 1 << _HALF  # counters of one key, whatever the size of the model
 # Entries that are counted at a time: a bound on the memory for their 64-bit keys.
 _CHUNK = 1 << 22
 
@@ -33,23 +33,26 @@ def order_statistics(
         positions: From the number of entries of a key to the wanted positions, 0 the smallest.
 
     Returns:
-        By key, in the order of its positions.
+        By key, in the order of its positions. A key without a single entry has zeros.
     """
     upper: dict[int, Tensor] = {}
     for key, X in stream():
         for ordered in _ordered(X):
-            counts = torch.bincount(ordered >> _HALF, minlength=_BINS).cpu()
+            counts = torch.bincount(ordered >> _HALF, minlength=BINS).cpu()
             upper[key] = upper[key] + counts if key in upper else counts
+    empty = {key: [0.0] * len(positions(0)) for key, counts in upper.items() if not counts.any()}
     wanted = {
-        key: [_find(counts, position) for position in positions(int(counts.sum()))] for key, counts in upper.items()
+        key: [_find(counts, position) for position in positions(int(counts.sum()))]
+        for key, counts in upper.items()
+        if key not in empty
     }
-    lower = {(key, high): torch.zeros(_BINS, dtype=torch.long) for key, places in wanted.items() for high, _ in places}
+    lower = {(key, high): torch.zeros(BINS, dtype=torch.long) for key, places in wanted.items() for high, _ in places}
     for key, X in stream():
         for ordered in _ordered(X):
-            for high in {high for high, _ in wanted[key]}:
-                inside = ordered[ordered >> _HALF == high] & (_BINS - 1)
-                lower[key, high] += torch.bincount(inside, minlength=_BINS).cpu()
-    return {
+            for high in {high for high, _ in wanted.get(key, ())}:
+                inside = ordered[ordered >> _HALF == high] & (BINS - 1)
+                lower[key, high] += torch.bincount(inside, minlength=BINS).cpu()
+    return empty | {
         key: [_value(high << _HALF | _find(lower[key, high], rest)[0]) for high, rest in places]
         for key, places in wanted.items()
     }
