@@ -75,7 +75,8 @@ def cos_sim(first: Delta, second: Delta) -> float:
     """
     refuse_shapes(first, second)
     norms = first.norm() * second.norm()
-    return _bounded(first.inner(second) / norms) if norms > 0 else 0.0
+    inner = first.inner(second) if isinstance(second, LowRank) else second.inner(first)
+    return _bounded(inner / norms) if norms > 0 else 0.0
 
 
 def direction_matrix(first: Delta, second: Delta) -> Tensor:

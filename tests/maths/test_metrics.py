@@ -90,6 +90,7 @@ def test_full_matrices(name: str) -> None:
     expected = ours(wide(first), wide(second))
     assert ours(*whole) == pytest.approx(expected, abs=1e-6)
     assert ours(whole[0], wide(second)) == pytest.approx(expected, abs=1e-6)
+    assert ours(wide(first), whole[1]) == pytest.approx(expected, abs=1e-6)
 
 
 @QUICK
