@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
-from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.methods.spaces import CoverConfig, cover_view
+from dc_merge_peft.metrics.decomposition import in_float64
 
 
 def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[int]]:
@@ -30,7 +30,7 @@ def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[in
     shapes = {tuple(delta.shape) for delta in deltas}
     if len(shapes) != 1:
         raise OptionError(f"found deltas of shapes {sorted(shapes)}: expected at least one delta, all of one module")
-    wide = [delta if _is_wide(delta) else delta.to(torch.float64) for delta in deltas]
+    wide = [in_float64(delta) for delta in deltas]
     view = cover_view(ModuleTasks("", wide, [1.0] * len(wide), range(len(wide))), CoverConfig())
     return list(view.matrices()), list(view.ranks)
 
@@ -93,12 +93,6 @@ def cover_block_energy(deltas: Sequence[Delta]) -> Tensor:
     energies = torch.stack([_block_sums(core.square(), ranks) for core in M])
     totals = energies.sum(dim=(1, 2), keepdim=True)
     return torch.where(totals > 0, energies / totals, 0.0)
-
-
-def _is_wide(delta: Delta) -> bool:
-    """Whether it is float64 as it is, so that an SVD it may have is used."""
-    parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.W,)
-    return all(part.dtype == torch.float64 for part in parts)
 
 
 def _block_sums(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
-from dc_merge_peft.metrics.similarity import triplets
+from dc_merge_peft.metrics.decomposition import triplets
 
 
 def spectrum(delta: Delta) -> Tensor:

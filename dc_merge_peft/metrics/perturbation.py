@@ -11,7 +11,7 @@ from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
-from dc_merge_peft.metrics.similarity import triplets
+from dc_merge_peft.metrics.decomposition import triplets
 
 # Relative size below which what is left of the balanced spectrum beside the original one is rounding.
 ORTHOGONAL_PART = 1e-10

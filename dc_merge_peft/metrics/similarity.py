@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import Delta, inner
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD, null_threshold
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.metrics.decomposition import triplets
 
 
 class Overlap(NamedTuple):
@@ -22,42 +22,6 @@ class Overlap(NamedTuple):
 
     left: float  # of the column spaces: outputs
     right: float  # of the row spaces: inputs
-
-
-def triplets(delta: Delta) -> SVD:
-    """The thin SVD in float64. Factors of half precision are decomposed in float32: torch has no QR for them."""
-    svd = widened(delta).svd
-    return SVD(svd.U.to(torch.float64), svd.S.to(torch.float64), svd.Vh.to(torch.float64))
-
-
-def widened(delta: Delta) -> Delta:
-    """The delta in one dtype, float32 or wider; the delta itself, with its cached SVD, where it is."""
-    dtypes = {delta.B.dtype, delta.A.dtype} if isinstance(delta, LowRank) else {delta.W.dtype}
-    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
-        return delta
-    return delta.to(torch.float64 if torch.float64 in dtypes else torch.float32)
-
-
-def refuse_shapes(first: Delta, second: Delta) -> None:
-    """Raise :class:`OptionError` for deltas of two modules."""
-    if first.shape != second.shape:
-        raise OptionError(
-            f"found deltas of shapes {tuple(first.shape)} and {tuple(second.shape)}: expected two deltas of one module"
-        )
-
-
-def pair(first: Delta, second: Delta) -> tuple[SVD, SVD]:
-    """The triplets of two deltas of one shape."""
-    refuse_shapes(first, second)
-    return triplets(first), triplets(second)
-
-
-def consistency(
-    s: SVD,  # of rank n
-    t: SVD,  # of rank m
-) -> Tensor:  # (n, m)
-    """Eq. 4 on singular triplets."""
-    return (s.U.mT @ t.U) * (s.Vh @ t.Vh.mT)
 
 
 def cos_sim(first: Delta, second: Delta) -> float:
@@ -73,10 +37,9 @@ def cos_sim(first: Delta, second: Delta) -> float:
     Raises:
         OptionError: different shapes.
     """
-    refuse_shapes(first, second)
+    _refuse_shapes(first, second)
     norms = first.norm() * second.norm()
-    inner = first.inner(second) if isinstance(second, LowRank) else second.inner(first)
-    return _bounded(inner / norms) if norms > 0 else 0.0
+    return _bounded(inner(first, second) / norms) if norms > 0 else 0.0
 
 
 def direction_matrix(first: Delta, second: Delta) -> Tensor:
@@ -95,7 +58,7 @@ def direction_matrix(first: Delta, second: Delta) -> Tensor:
     Raises:
         OptionError: different shapes.
     """
-    return consistency(*pair(first, second))
+    return _consistency(*_pair(first, second))
 
 
 def dir_sim(first: Delta, second: Delta) -> float:
@@ -113,7 +76,7 @@ def dir_sim(first: Delta, second: Delta) -> float:
     Raises:
         OptionError: different shapes.
     """
-    return _dir_sim(*pair(first, second))
+    return _dir_sim(*_pair(first, second))
 
 
 def projected_dir_sim(task: Delta, merged: Delta) -> float:
@@ -132,7 +95,7 @@ def projected_dir_sim(task: Delta, merged: Delta) -> float:
     Raises:
         OptionError: different shapes.
     """
-    t, m = pair(task, merged)
+    t, m = _pair(task, merged)
     return _dir_sim(t, _projected(t, m))
 
 
@@ -141,10 +104,10 @@ def projected_cos_sim(task: Delta, merged: Delta) -> float:
 
     Args, range and errors are those of :func:`projected_dir_sim`.
     """
-    t, m = pair(task, merged)
+    t, m = _pair(task, merged)
     # The projection is orthogonal and leaves the task as it is: only the merged delta's norm changes.
     norms = float(t.S.norm() * _projected(t, m).S.norm())
-    return _bounded(float(t.S @ consistency(t, m) @ m.S) / norms) if norms > 0 else 0.0
+    return _bounded(float(t.S @ _consistency(t, m) @ m.S) / norms) if norms > 0 else 0.0
 
 
 def subspace_overlap(first: Delta, second: Delta) -> Overlap:
@@ -163,7 +126,7 @@ def subspace_overlap(first: Delta, second: Delta) -> Overlap:
     Raises:
         OptionError: different shapes.
     """
-    s, t = pair(first, second)
+    s, t = _pair(first, second)
     smaller = min(len(s.S), len(t.S))
     if smaller == 0:
         return Overlap(0.0, 0.0)
@@ -188,7 +151,7 @@ def retained_energy(task: Delta, merged: Delta) -> float:
     Raises:
         OptionError: different shapes.
     """
-    t, m = pair(task, merged)
+    t, m = _pair(task, merged)
     kept = ((m.U.mT @ t.U) * t.S) @ (t.Vh @ m.Vh.mT)
     energy = float(t.S.square().sum())
     return min(float(kept.square().sum()) / energy, 1.0) if energy > 0 else 0.0
@@ -209,9 +172,9 @@ def strength(task: Delta, merged: Delta) -> float:
     Raises:
         OptionError: different shapes.
     """
-    t, m = pair(task, merged)
+    t, m = _pair(task, merged)
     energy = float(t.S.square().sum())
-    return float(t.S @ consistency(t, m) @ m.S) / energy if energy > 0 else 0.0
+    return float(t.S @ _consistency(t, m) @ m.S) / energy if energy > 0 else 0.0
 
 
 def dyadic_coefficients(
@@ -227,9 +190,31 @@ def dyadic_coefficients(
     return delta.project(U.to(torch.float64), V.to(torch.float64)).diagonal()
 
 
+def _refuse_shapes(first: Delta, second: Delta) -> None:
+    """Raise :class:`OptionError` for deltas of two modules."""
+    if first.shape != second.shape:
+        raise OptionError(
+            f"found deltas of shapes {tuple(first.shape)} and {tuple(second.shape)}: expected two deltas of one module"
+        )
+
+
+def _pair(first: Delta, second: Delta) -> tuple[SVD, SVD]:
+    """The triplets of two deltas of one shape."""
+    _refuse_shapes(first, second)
+    return triplets(first), triplets(second)
+
+
+def _consistency(
+    s: SVD,  # of rank n
+    t: SVD,  # of rank m
+) -> Tensor:  # (n, m)
+    """Eq. 4 on singular triplets."""
+    return (s.U.mT @ t.U) * (s.Vh @ t.Vh.mT)
+
+
 def _dir_sim(s: SVD, t: SVD) -> float:
     counts = len(s.S) * len(t.S)
-    return _bounded(float(consistency(s, t).sum()) / counts**0.5) if counts else 0.0
+    return _bounded(float(_consistency(s, t).sum()) / counts**0.5) if counts else 0.0
 
 
 def _projected(task: SVD, merged: SVD) -> SVD:

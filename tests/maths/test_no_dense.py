@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dc_merge_peft import DCMergeAdapter, metrics
+from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge, metrics
 from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods import method_named
@@ -178,6 +178,17 @@ def test_from_disk_to_disk(directories: list[Path], tmp_path: Path) -> None:
         merged.save_pretrained(tmp_path / "out")
     check(guard)
     assert merged.modules["layers.0.q_proj"].delta.shape == (M, N)
+
+
+def test_inspecting(directories: list[Path]) -> None:
+    """Adapters before merging and a merge after it, from disk."""
+    merged = DCMergeAdapter().merge(directories, progress=False)
+    with LargestTensor() as guard:
+        before = inspect_adapters(directories, progress=False)
+        after = inspect_merge(merged, progress=False)
+    # The merged delta's factors, of rank k, are laid beside those of the tasks.
+    assert guard.operations > 100 and M * RANK <= guard.entries <= 2 * LARGEST_ALLOWED < M * N
+    assert len(before.cover) == len(after.modules) == 1
 
 
 def test_the_guard_trips(tasks: list[LowRank]) -> None:
