@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,7 +133,7 @@ def _described(source: Source, module: str, problem: str | None) -> ModuleSpectr
 
 def _measured(described: ModuleSpectrum, core: LowRank) -> ModuleSpectrum:
     S = metrics.spectrum(core)
-    return ModuleSpectrum(**{**vars(described), "S": tuple(S.tolist()), "effective_rank": effective_rank_of(S)})
+    return dataclasses.replace(described, S=tuple(S.tolist()), effective_rank=effective_rank_of(S))
 
 
 def _pair_numbers(first: LowRank, second: LowRank) -> PairNumbers:

@@ -30,6 +30,7 @@ def findings_before(
         *_damage(adapters),
         *_pairs(adapters, pairs),
         *_sizes(adapters),
+        *_rooms(adapters),
         *_spectra(adapters),
         *_configs(opened, adapters),
     ]
@@ -128,6 +129,10 @@ def _sizes(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
                 f"'{name}' dwarfs the others: its norm {norm:.3g} is {ratio:.1f} times their median. It will decide what "
                 f"comes out; give it a weight of about {1 / ratio:.2g} if it should count like the others",
             )
+
+
+def _rooms(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
+    """Modules too small for all directions, and modules that only some adapters have."""
     crowded: list[str] = []
     modules: dict[str, list[AdapterReport]] = {}
     for adapter in adapters:
