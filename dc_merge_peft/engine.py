@@ -69,7 +69,7 @@ def run_merge(
     device = checked_device(device)
 
     def read(module: PlannedModule) -> ModuleTasks:
-        deltas = [_checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
+        deltas = [checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
         where = compute_device(device or deltas[0].B.device)
         weights = [plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
@@ -197,8 +197,12 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         ) from error
 
 
-def _checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
-    """One task's factors of one module, refused where they can't be merged rightly."""
+def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
+    """One task's factors of one module.
+
+    Raises:
+        SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
+    """
     delta = source.factors(module)
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         where = f"{name} of '{module}' in adapter '{source.info.name}'"

@@ -65,7 +65,7 @@ class LiveSource(Source):
         config = _config_values(configs[adapter])
         refuse_unless_plain_lora(config, adapter)
         model: nn.Module = tuner.model  # type: ignore[assignment]
-        self._adapter = adapter
+        self._adapter, self.config = adapter, config
         self._offloading = Offloading(model)
         self._layers = lora_layers(model, adapter)
         if not self._layers:
@@ -84,15 +84,16 @@ class LiveSource(Source):
             targets=Targets.from_config(config),
         )
 
+    def scaling(self, module: str) -> float:
+        return float(self._layers[module].scaling[self._adapter])
+
     def factors(self, module: str) -> LowRank:
-        layer = self._layers[module]
         names = self.modules[module].layout.factor_names
         A, B = (
             self._numbers(holder, key, f"{name} of '{module}' in adapter '{self._adapter}'")
-            for (holder, key), name in zip(factor_holders(layer, self._adapter), names, strict=True)
+            for (holder, key), name in zip(factor_holders(self._layers[module], self._adapter), names, strict=True)
         )
-        scaling = float(layer.scaling[self._adapter])
-        return self.modules[module].layout.to_lowrank(A, B, scaling)
+        return self.modules[module].layout.to_lowrank(A, B, self.scaling(module))
 
     def _numbers(self, holder: nn.Module, key: str, name: str) -> Tensor:
         """A stored factor, from wherever it is kept."""
