@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
+from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
@@ -68,7 +69,7 @@ def run_merge(
     device = checked_device(device)
 
     def read(module: PlannedModule) -> ModuleTasks:
-        deltas = [_checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
+        deltas = [checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
         where = compute_device(device or deltas[0].B.device)
         weights = [plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
@@ -85,8 +86,8 @@ def run_merge(
         merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
-            f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere; expected options "
-            "and weights that keep something"
+            f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
+            "adapters cancel each other; expected adapters, weights and options that leave something"
         )
     result = MergeResult(
         modules=merged,
@@ -154,11 +155,20 @@ def _merge_one(
     """
     seen, space = _seen_by(method, module)
     merged = merge(seen)
+    if _vanishes(merged, seen):
+        (m, n), like = merged.shape, merged.svd.U
+        merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
     fit = fit_alpha(seen.tasks, seen.weights, merged)
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
     kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
     return (space.expand(kept) if space else kept.to(torch.float32)), merged.svd.S, fit
+
+
+def _vanishes(merged: Delta, module: ModuleTasks) -> bool:
+    """Whether nothing but rounding is left, as of adapters that cancel each other: noise must not become an adapter."""
+    largest = max(abs(weight) * task.norm() for task, weight in zip(module.tasks, module.weights, strict=True))
+    return merged.norm() <= FLOAT32_EPS * largest
 
 
 def compute_device(device: torch.device) -> torch.device:
@@ -187,8 +197,12 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         ) from error
 
 
-def _checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
-    """One task's factors of one module, refused where they can't be merged rightly."""
+def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
+    """One task's factors of one module.
+
+    Raises:
+        SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
+    """
     delta = source.factors(module)
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         where = f"{name} of '{module}' in adapter '{source.info.name}'"
