@@ -52,8 +52,9 @@ def optimized_basis(
     Three things are more than the algorithm's plain steps, which need a learning rate for each problem: A starts at zero
     again after each step, so that the gradient needs no derivative of the exponential; directions are those of conjugate
     gradients (Polak-Ribiere); and ``lr`` is the first step's length only, doubled after a step that raises the score
-    enough and cut down by interpolation before one that does not. On trained adapters and on random ones about 100 steps
-    reach the maximum to six digits.
+    enough and cut down by interpolation before one that does not. Measured, the score reaches its maximum to six digits after
+    10 to 40 steps on the demo's adapters and about 100 on golden data of 128 directions, and it is the same maximum from
+    the start given here and from whitening.
 
     Columns come in the order of the task directions that they are nearest to, with their signs, so that the structural
     mask finds each task's block where whitening has it.

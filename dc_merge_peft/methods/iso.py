@@ -32,7 +32,7 @@ class IsoCConfig(MethodConfig):
 
 
 class IsoC(Method):
-    """Isotropic merging in the common subspace (Marczak et al., ICML 2025, Section 4.1).
+    """Isotropic merging in the common subspace (Marczak et al., ICML 2025: Iso-C).
 
     ``sum_i w_i dW_i = U diag(S) V^T``, and ``dW = mean(S) U V^T`` over its K leading directions. K is min(m, n) for full
     fine-tuning deltas, as published. For adapters it is T * r, and never more than the sum has: in the null space of a
@@ -61,7 +61,7 @@ class IsoCTSConfig(MethodConfig):
 
 
 class IsoCTS(Method):
-    """Isotropic merging in common and task-specific subspaces (Marczak et al., ICML 2025, Section 4.2, Algorithm 1).
+    """Isotropic merging in common and task-specific subspaces (Marczak et al., ICML 2025: Iso-CTS).
 
     Of K directions (see :class:`IsoC`) c are the leading ones of the sum, ``U_c``; each task adds the (K - c)/T leading ones
     of ``(I - U_c U_c^T) w_i dW_i``. Both stacks become their polar factors, and every direction gets the mean of the

@@ -34,7 +34,7 @@ class RobustMergeConfig(MethodConfig):
 
 class RobustMerge(Method):
     """RobustMerge (Zeng et al., "RobustMerge: Parameter-Efficient Model Merging for MLLMs with Direction Robustness", NeurIPS
-    2025, Section 4), as the official code does it.
+    2025), as the official code does it.
 
     With ``A_i', B_i'`` the factors cut to their largest entries: direction j of task i has the scale
     ``s_ij = sum abs(A_i[j]) / sum abs(A_i'[j])``, lifted to the scale at position ``floor((1 - attenuation) r)`` of the task's r,

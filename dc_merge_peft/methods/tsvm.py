@@ -23,11 +23,11 @@ class TSVMConfig(MethodConfig):
 
 class TSVM(Method):
     """Task Singular Vectors merging (Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging",
-    CVPR 2025, Algorithm 1).
+    CVPR 2025: TSV-Merge).
 
     The leading components ``U_i diag(S_i) V_i^T`` of all tasks side by side, with the stacked U and V replaced by their
-    polar factors (their Eq. 6): ``dW = U~ diag([w_1 S_1 .. w_T S_T]) V~^T``. It is DC-Merge's cover basis with a diagonal
-    core and no projection.
+    polar factors, the Procrustes solution: ``dW = U~ diag([w_1 S_1 .. w_T S_T]) V~^T``. It is DC-Merge's cover basis with a
+    diagonal core and no projection.
 
     Of full fine-tuning deltas each task gives ``floor(min(m, n) / T)`` components, as in the official code; of adapters all
     they have, while there is room. Null components are no directions and never take part.

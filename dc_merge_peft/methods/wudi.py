@@ -57,14 +57,15 @@ class WUDIConfig(MethodConfig):
 
 class WUDI(Method):
     """WUDI-Merging (Cheng et al., "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task
-    Vectors", ICML 2025, Eq. 9 and Algorithm 1).
+    Vectors", ICML 2025).
 
     Minimises ``sum_i || (W - dW_i) dW_i^T ||^2 / || dW_i ||^2`` by Adam from the sum of the ``dW_i``, in float32 like the
     official code. Gradients go through the tasks' thin SVDs, m n k multiplications a step with k the summed rank. Adam
     divides entry by entry, so that W leaves the span of the tasks and is dense. Rows of W do not know each other: they are
     optimised a few at a time, and beside W itself no second m x n matrix is made.
 
-    Steps are of a fixed length: neither weights nor scale of the tasks are mere factors of the result. Float32 products obey
+    Steps are of a fixed length: neither weights nor scale of the tasks are mere factors of the result, and a task alone, which
+    starts at its optimum, comes back but for a step or two, since Adam enlarges even rounding. Float32 products obey
     the precision that the program has set for its GPU (TF32).
     """
 
@@ -153,7 +154,7 @@ class WUDIClosedConfig(MethodConfig):
 
 
 class WUDIClosed(Method):
-    """The minimiser that WUDI's steps head for (Cheng et al., ICML 2025, Eq. 9), in closed form: ours, not published.
+    """The minimiser that WUDI's steps head for (Cheng et al., ICML 2025), in closed form: ours, not published.
 
     ``W = (sum_i dW_i C_i) (sum_i C_i)^+`` with ``C_i = dW_i^T dW_i / || dW_i ||^2``. It is the least-squares solution of
     smallest norm of ``W F = G sqrt(D)``, ``F = V sqrt(D)`` (see :class:`Terms`), of rank k at most, and comes from the SVD of F,

@@ -83,7 +83,7 @@ def iso_cts_in(dtype: torch.dtype, deltas: Sequence[Tensor], K: int, common_frac
 
 
 def wudi_loss(W: ndarray, deltas: Sequence[ndarray]) -> float:
-    """Eq. 9 of the WUDI paper; tasks without energy have no term."""
+    """The loss of the WUDI paper; tasks without energy have no term."""
     return sum(
         float(np.linalg.norm((W - delta) @ delta.T) ** 2 / np.linalg.norm(delta) ** 2)
         for delta in deltas
