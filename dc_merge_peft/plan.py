@@ -18,6 +18,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.experts import unmatched_parameters
 
 # Output dtypes by the name a user may give.
 DTYPES = {
@@ -162,6 +163,12 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         specs = [sources[index].modules[name] for index in tasks]
         for index, spec in zip(tasks, specs, strict=True):
             found, expected = sources[index].info.name, sources[tasks[0]].info.name
+            if spec.layout.parameters != specs[0].layout.parameters:
+                raise IncompatibleAdaptersError(
+                    f"adapter '{found}' targets the parameters {preview(spec.layout.parameters)} in '{spec.layout.base_path(name)}', "
+                    f"'{expected}' targets {preview(specs[0].layout.parameters)}: PEFT tells them apart by their nesting alone; expected "
+                    "adapters with the same target_parameters"
+                )
             if spec.layout != specs[0].layout:
                 raise IncompatibleAdaptersError(
                     f"'{name}' is of type {spec.layout} in adapter '{found}', {specs[0].layout} in '{expected}': they were "
@@ -210,7 +217,7 @@ def _incomplete(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iter
     """Adapters whose config names target modules that their weights lack. Lists written for several architectures look
     the same, so it is no error."""
     for source, info in zip(sources, infos, strict=True):
-        missing = info.targets.unmatched(source.modules)
+        missing = info.targets.unmatched(source.modules) + unmatched_parameters(info.target_parameters, source.modules)
         if missing:
             yield (
                 f"adapter '{info.name}' targets {preview(missing)} in its config but has no factors for it: nothing of it is "

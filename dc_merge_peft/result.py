@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,6 +51,14 @@ def relative_tail(S: Tensor, rank: int) -> float:
     return float(S[rank:].norm()) / whole if whole > 0 else 0.0
 
 
+def common_truncation_error(modules: Iterable[MergedModule]) -> float:
+    """Relative Frobenius error of truncation over several modules together."""
+    modules = list(modules)
+    lost = sum(float(module.S[module.rank :].square().sum()) for module in modules)
+    whole = sum(float(module.S.square().sum()) for module in modules)
+    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergeResult:
     """A finished merge. Immutable; :meth:`with_alpha` gives a rescaled copy that shares the factors."""
@@ -79,7 +87,8 @@ class MergeResult:
     def delta(self, module: str) -> Tensor:
         """The merged delta of a module as a dense float32 (m, n) tensor: m outputs, n inputs, ``alpha`` applied.
 
-        A ``Conv2d`` counts n = in * kh * kw, an ``Embedding`` m = dim and n = tokens.
+        A ``Conv2d`` counts n = in * kh * kw, an ``Embedding`` m = dim and n = tokens. Each expert of a parameter is a module
+        of its own, ``path[number]``; the input projection of a ``MultiheadAttention`` goes by the attention's path.
 
         Raises:
             OptionError: no such module was merged.
@@ -99,9 +108,7 @@ class MergeResult:
     @property
     def truncation_error(self) -> float:
         """Relative Frobenius error of truncation to ``svd_rank`` over all modules together."""
-        lost = sum(float(module.S[module.rank :].square().sum()) for module in self.modules.values())
-        whole = sum(float(module.S.square().sum()) for module in self.modules.values())
-        return (lost / whole) ** 0.5 if whole > 0 else 0.0
+        return common_truncation_error(self.modules.values())
 
     @property
     def max_rank(self) -> int:

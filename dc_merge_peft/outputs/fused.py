@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, first_line, preview
-from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.result import MergeResult
@@ -60,11 +60,12 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
             "merge_and_unload() on its PeftModel first"
         )
     targets = list(_targets(model, result))
-    for name, module in targets:
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    for name, module, place in targets:
+        weight = module.get_parameter(place.parameter)
+        if place.layout.kind == "expert" and weight.dim() == 3:
+            weight = weight[place.layout.number(name)]
         delta = result.lowrank(name).to(weight.device).dense()
-        transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
-        delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
+        delta = place.layout.to_weight(delta, weight, transposed=place.transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight.copy_((weight.to(wide) + delta).to(weight.dtype))
 
@@ -92,26 +93,34 @@ def save_fused(
     return Path(out).expanduser()
 
 
-def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module]]:
-    """The layer of every merged module, checked. A model class with or without its head spells paths with or without
-    ``base_model_prefix``; both are found."""
+def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module, Place]]:
+    """The layer of every merged module and the place of its delta there, checked. A model class with or without its head
+    spells paths with or without ``base_model_prefix``; both are found."""
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "") + "."
     shared = _shared_parameters(model)
     for name, merged in result.modules.items():
-        path = next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in modules), None)
+        base_path = merged.layout.base_path(name)
+        candidates = (base_path, prefix + base_path, base_path.removeprefix(prefix))
+        path = next((path for path in candidates if path in modules), None)
         if path is None:
             raise OutputError(
-                f"the base model, a {type(model).__name__}, has no module {preview([name])}: expected the base model of the "
+                f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
             )
         module = modules[path]
-        weight = getattr(module, "weight", None)
-        found, shape = layer_layout(name, module), delta_shape(module)
-        if found != merged.layout or shape != merged.delta.shape or weight is None:
+        place = place_of(name, module, merged.layout, merged.delta.shape)
+        weight = getattr(module, place.parameter, None)
+        if place.layout != merged.layout or place.shape != merged.delta.shape or weight is None:
             raise OutputError(
-                f"'{name}' is of type {found} and shape {shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
+                f"'{name}' is of type {place.layout} and shape {place.shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
+            )
+        if place.layout.kind == "out_proj":
+            raise UnsupportedAdapterError(
+                f"'{name}' is the output projection of a MultiheadAttention, to which PEFT's forward pass adds the delta twice, so "
+                "that base + delta is not the model that was trained: expected other layers; load the merged adapter with "
+                "PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
             )
         if not weight.is_floating_point():
             raise UnsupportedAdapterError(
@@ -122,7 +131,7 @@ def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Mo
                 f"'{name}' shares its weight with {preview(other for other in shared[id(weight)] if other != path)}: fusing "
                 "would change both, the adapter changes one; untie them first, or keep the merged adapter"
             )
-        yield name, module
+        yield name, module, place
 
 
 def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:

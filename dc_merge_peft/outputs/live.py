@@ -15,8 +15,8 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from dc_merge_peft.errors import OptionError, OutputError, preview
-from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
+from dc_merge_peft.layers import place_of
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import Targets
@@ -65,7 +65,8 @@ def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter
     config = _config_for(result, tuner.model)
     with _unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
-        tuner.inject_adapter(tuner.model, adapter_name)
+        with _readable_refusals(config):
+            tuner.inject_adapter(tuner.model, adapter_name)
         write_factors(result, tuner.model, adapter_name)
 
 
@@ -87,19 +88,20 @@ def check_name(adapter_name: str, taken: Any) -> None:
 def check_modules(result: MergeResult, model: nn.Module) -> None:
     """Every merged module exists in the model with the same layer type and shape."""
     modules = {_plain_path(name): module for name, module in model.named_modules()}
-    missing = [name for name in result.modules if name not in modules]
+    paths = {name: merged.layout.base_path(name) for name, merged in result.modules.items()}
+    missing = dict.fromkeys(path for path in paths.values() if path not in modules)
     if missing:
         raise OutputError(
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
             "from the one they were trained with"
         )
     for name, merged in result.modules.items():
-        module = modules[name]
+        module = modules[paths[name]]
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        found, shape = layer_layout(name, base), delta_shape(base)
-        if found != merged.layout or (shape is not None and shape != merged.delta.shape):
+        place = place_of(name, base, merged.layout, merged.delta.shape)
+        if place.layout != merged.layout or (place.shape is not None and place.shape != merged.delta.shape):
             raise OutputError(
-                f"'{name}' is of type {found} and shape {shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
+                f"'{name}' is of type {place.layout} and shape {place.shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
 
@@ -111,11 +113,17 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
         OutputError: PEFT wrapped other modules than the merged ones.
     """
     layers = lora_layers(model, adapter_name)
-    if set(layers) != set(result.modules):
-        difference = sorted(set(layers) ^ set(result.modules))
+    expected = {merged.layout.layer(name) for name, merged in result.modules.items()}
+    if set(layers) != expected:
+        difference = sorted(set(layers) ^ expected)
         raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
-    for name, A, B in stored_factors(result):
-        for holder, factor in zip(_factor_parameters(layers[name], adapter_name), (A, B), strict=True):
+    for layer, _, A, B in stored_factors(result):
+        for holder, factor in zip(_factor_parameters(layers[layer], adapter_name), (A, B), strict=True):
+            if holder.shape != factor.shape:
+                raise OutputError(
+                    f"'{layer}' takes factors of shape {tuple(holder.shape)} in the model, the merged adapter has "
+                    f"{tuple(factor.shape)}: expected adapters of this base model, made by a PEFT that lays them out as this one"
+                )
             holder.data = factor.to(holder.device)
             holder.requires_grad_(False)
 
@@ -148,6 +156,20 @@ def _factor_parameters(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[return-value]
+
+
+@contextmanager
+def _readable_refusals(config: LoraConfig) -> Iterator[None]:
+    """PEFT's own rules for LoRA on parameters, which differ between its versions, as an error of this library."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not config.target_parameters:
+            raise
+        raise OutputError(
+            f"PEFT can't add an adapter with target_parameters {sorted(config.target_parameters)} to this model ({first_line(error)}): "
+            "expected one that all its adapters allow; save the merged adapter and load it into a fresh base model"
+        ) from error
 
 
 @contextmanager

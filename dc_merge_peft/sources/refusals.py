@@ -19,7 +19,6 @@ _FEATURES: dict[str, tuple[str, str]] = {
     "lora_bias": ("a trained bias on lora_B", "train or save the adapter with lora_bias=False"),
     "modules_to_save": ("fully trained modules beside LoRA", _EXTRA_VALUES),
     "trainable_token_indices": ("trained token embeddings beside LoRA", _EXTRA_VALUES),
-    "target_parameters": ("LoRA on parameters (MoE experts)", "only LoRA on modules is supported so far"),
     "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
     "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
     "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _TO_PLAIN),

@@ -158,10 +158,6 @@ class Odd(nn.Module):
 
 
 ODD: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
-    "attention": (
-        lambda: nn.MultiheadAttention(4, 2),
-        ("'odd' is a MultiheadAttention", "share one weight", "expected Linear", "without that module"),
-    ),
     "groups": (lambda: nn.Conv2d(4, 4, 3, groups=2), ("groups=2", "expected groups=1", "without that module")),
     "dilation": (lambda: nn.Conv2d(4, 4, 3, dilation=2), ("dilation=(2, 2)", "expected groups=1, dilation 1")),
     "padding mode": (
@@ -179,12 +175,11 @@ def test_layers(layer: Callable[[], nn.Module], words: tuple[str, ...]) -> None:
     still_refused(model, UnsupportedAdapterError, "'odd'", *words)
 
 
-def test_target_parameters() -> None:
-    """LoRA on parameters keeps other factors."""
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["fc.weight"])
-    model = get_peft_model(Odd(nn.Linear(4, 4)), config, adapter_name="sentiment")
-    words = ("'sentiment'", "target_parameters=['fc.weight']", "expected plain LoRA")
-    still_refused(model, UnsupportedAdapterError, *words, adapters=["sentiment"], weights=[1.0])
+def test_output_projection_alone() -> None:
+    """LoRA on the output projection of an attention module has no effect: torch never calls that layer."""
+    model = two(lambda: Odd(nn.MultiheadAttention(4, 2)), target_modules=["out_proj", "fc"])
+    words = ("'odd.out_proj'", "never calls it", "expected LoRA on the attention module itself", "target_modules")
+    still_refused(model, UnsupportedAdapterError, *words)
 
 
 def test_offloaded_factors() -> None:
