@@ -18,7 +18,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
-from dc_merge_peft.sources.experts import unmatched_parameters
+from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 
 # Output dtypes by the name a user may give.
 DTYPES = {
@@ -182,7 +182,19 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         ranks = tuple(spec.rank for spec in specs)
         modules.append(PlannedModule(name, specs[0].shape, specs[0].layout, tasks, ranks))
     _refuse_strangers(sources, modules)
+    _refuse_renamed_experts(modules)
     return tuple(modules)
+
+
+def _refuse_renamed_experts(modules: Sequence[PlannedModule]) -> None:
+    """The same experts under two kinds of names, which would meet when transformers renames the old ones on loading."""
+    old = [module.name for module in modules if SEPARATE_EXPERT.search(module.name)]
+    new = [module.name for module in modules if module.layout.kind == "expert"]
+    if old and new:
+        raise IncompatibleAdaptersError(
+            f"some adapters have experts as modules, such as {preview(old, 1)}, others as parameters, such as {preview(new, 1)}: "
+            "expected adapters of one version of transformers; load the older ones with PEFT and save them again"
+        )
 
 
 def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:

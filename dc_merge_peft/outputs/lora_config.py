@@ -17,14 +17,11 @@ from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo, Targets
-from dc_merge_peft.sources.experts import parameters_at
+from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
 
 # Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
 # worth its complication.
 LARGEST_PADDING = 1.25
-
-# One expert of a mixture as a module of its own, as transformers had them before version 5.
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # For these PEFT expects a trained head in the checkpoint, which a merged adapter does not have.
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -63,7 +60,7 @@ def stored_ranks(result: MergeResult) -> Ranks:
     padded = result.max_rank * sum(sizes.values())
     exact = sum((r if path in stacks else ranks[path]) * sizes[path] for path in ranks)
     ambiguous = any(other.endswith("." + name) for name in ranks for other in ranks)
-    ambiguous = ambiguous or any(map(EXPERT.search, ranks))  # PEFT renames these on loading, but no patterns
+    ambiguous = ambiguous or any(map(SEPARATE_EXPERT.search, ranks))  # PEFT renames these on loading, but no patterns
     if padded <= LARGEST_PADDING * exact or ambiguous:
         return Ranks(result.max_rank, {})
     return Ranks(r, {re.escape(path): rank for path, rank in pattern.items()})
@@ -94,7 +91,7 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
         if any(task in module.tasks for module in wrapped.values())
     ]
     targets = choose_targets(merged, specs, resolve) if merged else Targets()
-    experts = [name for name in merged if EXPERT.search(name)]
+    experts = [name for name in merged if SEPARATE_EXPERT.search(name)]
     if resolve is None and experts and targets == full_paths(merged):
         raise OutputError(
             f"the merged modules {preview(experts)} are experts that transformers renames on loading, which PEFT can follow "

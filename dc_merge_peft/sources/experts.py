@@ -7,6 +7,7 @@ checkpoint alone that order can't be seen. It matters only where ranks or alphas
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,8 +15,11 @@ from typing import Any
 
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
 from dc_merge_peft.layout import LEVEL, holder_and_depth
-from dc_merge_peft.sources.base import ModuleSpec, ends_in
+from dc_merge_peft.sources.base import ModuleSpec, Targets, ends_in
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
+
+# One expert as a module of its own, as transformers had them before version 5.
+SEPARATE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # The order of these two is known: transformers registers them so, and PEFT's own conversion of checkpoints counts on it.
 _INNER, _OUTER = "gate_up_proj", "down_proj"
@@ -61,11 +65,12 @@ def expert_stacks(rows: Mapping[str, int], config: Mapping[str, Any], adapter: s
         SourceError: ranks that do not fit the stored factors.
         UnsupportedAdapterError: several parameters of one module whose ranks or alphas differ, in an order that can't be told.
     """
-    targets = target_parameters(config)
+    targets, modules = target_parameters(config), Targets.from_config(config)
     by_holder: dict[str, list[str]] = {}  # layers, the outermost first
     for layer in sorted(rows, key=len):
         holder, _ = holder_and_depth(layer)
-        if parameters_at(holder, targets):
+        # A name without a dot fits any module. PEFT never wraps a module as such and for its parameters too.
+        if parameters_at(holder, targets) and not modules.matches(holder):
             by_holder.setdefault(holder, []).append(layer)
     found: dict[str, Stack] = {}
     for holder, layers in by_holder.items():

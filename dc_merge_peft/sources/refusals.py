@@ -65,6 +65,20 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
         )
 
 
+def refused_kinds() -> list[tuple[str, str, str]]:
+    """``(what is refused, what it means, what to do)`` for every rule above and those on other kinds of adapters."""
+    return [
+        ("peft_type other than LORA", "another kind of adapter", "convert it with peft.convert_to_lora where PEFT can"),
+        *((name, meaning, remedy) for name, (meaning, remedy) in _FEATURES.items()),
+        ("bias other than none", "trained bias vectors of the base model", "train the adapter without biases"),
+        (
+            f"init_lora_weights of {', '.join(_CHANGES_BASE)}",
+            "factors relative to a base model that the initialisation changed",
+            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it",
+        ),
+    ]
+
+
 def _plain(value: Any) -> str | None:
     """An enum's value, or the string itself."""
     return getattr(value, "value", value)
