@@ -176,15 +176,16 @@ def _readable_refusals(config: LoraConfig) -> Iterator[None]:
 def _own_layers_on_failure(model: nn.Module) -> Iterator[None]:
     """On an error a base model gets the layers back that PEFT has put its own around, and their ``requires_grad``."""
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: PEFT's layer around an attention makes new parameters of its weights.
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     had_config = hasattr(model, "peft_config")
     try:
         yield
     except BaseException:
         for parent, name, child in children:
             parent._modules[name] = child
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
         if not had_config and hasattr(model, "peft_config"):
             del model.peft_config
         raise

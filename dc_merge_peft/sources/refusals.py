@@ -73,7 +73,7 @@ def refused_kinds() -> list[tuple[str, str, str]]:
         ("bias other than none", "trained bias vectors of the base model", "train the adapter without biases"),
         (
             f"init_lora_weights of {', '.join(_CHANGES_BASE)}",
-            "factors relative to a base model that the initialisation changed",
+            "factors are relative to a base model that this initialisation changed",
             "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it",
         ),
     ]

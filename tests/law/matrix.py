@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from torch import nn
 
 from dc_merge_peft.sources.refusals import refused_kinds
 from tests.law.nets import LAYERS
@@ -63,6 +66,35 @@ def cell(layer: str, feature: str) -> Cell:
     return EXACT if feature in ON_DISK else Cell("exact", places=("memory",))
 
 
+@dataclass(frozen=True)
+class RefusedLayer:
+    """A layer that PEFT trains and that is not merged, whatever the features."""
+
+    layer: Callable[[], nn.Module]
+    reason: str
+    words: tuple[str, ...]  # of the error
+    target: str = "odd"  # the name that the config targets
+
+
+REFUSED_LAYERS: dict[str, RefusedLayer] = {
+    "Convolution with groups": RefusedLayer(
+        lambda: nn.Conv2d(4, 4, 3, groups=2), "the merged weight differs from what PEFT computes",
+        ("groups=2", "expected groups=1", "without that module"),
+    ),
+    "Convolution with dilation": RefusedLayer(
+        lambda: nn.Conv2d(4, 4, 3, dilation=2), "the merged weight differs from what PEFT computes",
+        ("dilation=(2, 2)", "expected groups=1, dilation 1"),
+    ),
+    "Convolution with another padding mode": RefusedLayer(
+        lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "the merged weight differs from what PEFT computes",
+        ("padding_mode='reflect'", "zero padding", "without that module"),
+    ),
+    "Output projection of an attention alone": RefusedLayer(
+        lambda: nn.MultiheadAttention(4, 2), "torch never calls that layer, so LoRA there does nothing; target the attention",
+        ("'odd.out_proj'", "never calls it", "expected LoRA on the attention module itself", "target_modules"), "out_proj",
+    ),
+}  # fmt: skip
+
 MATRIX = {(layer, feature): cell(layer, feature) for layer in LAYERS for feature in FEATURES}
 
 
@@ -85,7 +117,9 @@ def render() -> str:
     footnotes = [f"{number}. {note[0].upper()}{note[1:]}." for note, number in notes.items()]
     kinds = [f"| {_name(kind)} | {meaning} | {remedy} |" for kind, meaning, remedy in refused_kinds()]
     refused = ["| refused | what it is | what to do |", "|---|---|---|", *kinds]
-    return "\n".join([*table, "", *footnotes, "", "### Refused kinds", "", *refused])
+    layers = [f"| {name} | {layer.reason} |" for name, layer in REFUSED_LAYERS.items()]
+    refused_layers = ["| refused layer | why |", "|---|---|", *layers]
+    return "\n".join([*table, "", *footnotes, "", *refused_layers, "", "## Refused kinds", "", *refused])
 
 
 def _name(text: str) -> str:

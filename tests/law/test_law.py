@@ -128,7 +128,9 @@ def test_in_memory(tmp_path: Path, layer: str, feature: str) -> None:
         check_model(layer, feature, adapters.loaded(LAYERS[layer], feature, tmp_path / "merged"), "default", expected)
 
 
-@pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")  # PEFT merges an attention's output twice
+@pytest.mark.filterwarnings(
+    "ignore:All adapters are already merged:UserWarning"
+)  # PEFT merges an attention's output twice
 @pytest.mark.parametrize(("layer", "feature"), cells("refused", "memory"))
 def test_refused(layer: str, feature: str) -> None:
     """What is refused says so, and nothing changes."""

@@ -149,39 +149,6 @@ def test_merged_adapters() -> None:
     model.add_weighted_adapter(NAMES, [1.0, 1.0], "new", combination_type="dc")
 
 
-class Odd(nn.Module):
-    """One layer of a kind that is not supported, beside a linear one."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.odd, self.fc = layer, nn.Linear(4, 4)
-
-
-ODD: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
-    "groups": (lambda: nn.Conv2d(4, 4, 3, groups=2), ("groups=2", "expected groups=1", "without that module")),
-    "dilation": (lambda: nn.Conv2d(4, 4, 3, dilation=2), ("dilation=(2, 2)", "expected groups=1, dilation 1")),
-    "padding mode": (
-        lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-        ("padding_mode='reflect'", "zero padding", "without that module"),
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
-@pytest.mark.parametrize(("layer", "words"), ODD.values(), ids=ODD)
-def test_layers(layer: Callable[[], nn.Module], words: tuple[str, ...]) -> None:
-    """Layers whose factors do not say what PEFT computes are refused by their path."""
-    model = two(lambda: Odd(layer()), target_modules=["odd", "fc"])
-    still_refused(model, UnsupportedAdapterError, "'odd'", *words)
-
-
-def test_output_projection_alone() -> None:
-    """LoRA on the output projection of an attention module has no effect: torch never calls that layer."""
-    model = two(lambda: Odd(nn.MultiheadAttention(4, 2)), target_modules=["out_proj", "fc"])
-    words = ("'odd.out_proj'", "never calls it", "expected LoRA on the attention module itself", "target_modules")
-    still_refused(model, UnsupportedAdapterError, *words)
-
-
 def test_offloaded_factors() -> None:
     """Meta tensors hold no numbers."""
     model = two()
