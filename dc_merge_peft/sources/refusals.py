@@ -19,7 +19,6 @@ _FEATURES: dict[str, tuple[str, str]] = {
     "lora_bias": ("a trained bias on lora_B", "train or save the adapter with lora_bias=False"),
     "modules_to_save": ("fully trained modules beside LoRA", _EXTRA_VALUES),
     "trainable_token_indices": ("trained token embeddings beside LoRA", _EXTRA_VALUES),
-    "target_parameters": ("LoRA on parameters (MoE experts)", "only LoRA on modules is supported so far"),
     "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
     "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
     "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _TO_PLAIN),
@@ -64,6 +63,20 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
             "initialisation changed; expected factors relative to the base model: save it with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it"
         )
+
+
+def refused_kinds() -> list[tuple[str, str, str]]:
+    """``(what is refused, what it means, what to do)`` for every rule above and those on other kinds of adapters."""
+    return [
+        ("peft_type other than LORA", "another kind of adapter", "convert it with peft.convert_to_lora where PEFT can"),
+        *((name, meaning, remedy) for name, (meaning, remedy) in _FEATURES.items()),
+        ("bias other than none", "trained bias vectors of the base model", "train the adapter without biases"),
+        (
+            f"init_lora_weights of {', '.join(_CHANGES_BASE)}",
+            "factors are relative to a base model that this initialisation changed",
+            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it",
+        ),
+    ]
 
 
 def _plain(value: Any) -> str | None:
