@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from dc_merge_peft.adapter import MergedAdapter
-from dc_merge_peft.cli.show import bytes_in_words, console, table
+from dc_merge_peft.cli.show import bytes_in_words, console, say, table
+from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.runconfig import RunConfig, run_record
 
@@ -49,7 +48,7 @@ def print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
         f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
     )
     for remark in plan.remarks:
-        out.print(f"note: {remark}", markup=False)
+        say(out, f"note: {remark}")
     out.print("dry run: nothing was merged or written")
 
 
@@ -67,8 +66,7 @@ def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, se
         typer.echo(json.dumps(outcome))
         return
     out = console()
-    columns = ("module", "count", "shape", "adapters", "rank", "truncation error")
-    out.print(table("Merged modules", columns, _rows(merged), right=columns[1:]))
+    out.print(table("Merged modules", GROUP_COLUMNS, grouped_modules(merged), right=GROUP_COLUMNS[1:]))
     out.print(
         f"\n{len(merged.adapters)} adapters, method {merged.method}, alpha {merged.alpha:.4g}"
         f"{' (auto)' if merged.options.get('alpha') == 'auto' else ''}, "
@@ -76,30 +74,9 @@ def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, se
         markup=False,
     )
     for remark in merged.remarks:
-        out.print(f"note: {remark}", markup=False)
+        say(out, f"note: {remark}")
     if output is not None:
         size = sum(file.stat().st_size for file in Path(output).expanduser().iterdir() if file.is_file())
-        out.print(
-            f"written to {output} ({bytes_in_words(size)}): PeftModel.from_pretrained(base, '{output}')", markup=False
-        )
+        say(out, f"written to {output} ({bytes_in_words(size)}): PeftModel.from_pretrained(base, '{output}')")
     if url is not None:
-        out.print(f"uploaded: {url}", markup=False)
-
-
-def _rows(merged: MergedAdapter) -> Iterator[tuple[object, ...]]:
-    """One row for all modules of one name and shape: a 7B model has 224 modules of 7 kinds."""
-    groups: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
-    for row in merged.report():
-        groups.setdefault((row["module"].rpartition(".")[2], tuple(row["shape"])), []).append(row)
-    for (name, (m, n)), rows in groups.items():
-        ranks = dict.fromkeys((min(row["rank"] for row in rows), max(row["rank"] for row in rows)))
-        full = max(row["full_rank"] for row in rows)
-        adapters = dict.fromkeys((min(len(row["adapters"]) for row in rows), max(len(row["adapters"]) for row in rows)))
-        yield (
-            name,
-            len(rows),
-            f"{m} x {n}",
-            "-".join(map(str, adapters)),
-            f"{'-'.join(map(str, ranks))} of {full}",
-            f"{max(row['truncation_error'] for row in rows):.2%}",
-        )
+        say(out, f"uploaded: {url}")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dc_merge_peft.errors import MergeError
+from dc_merge_peft.errors import MergeError, printable, without_secrets
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +28,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", header_style="dim")
     for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
+        made.add_row(*(escape(printable(cell)) for cell in row))
     return made
 
 
@@ -47,9 +47,14 @@ def reports_errors(command: F) -> F:
 
 
 def one_line(text: object, limit: int = 1000) -> str:
-    """Text that may hold names from files and shells: no control characters, no endless lines."""
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).encode(errors="replace").decode())
+    """Text that may hold names from files and shells: no control characters, no secrets, no endless lines."""
+    plain = printable(without_secrets(text))
     return plain if len(plain) <= limit else plain[:limit] + " ..."
+
+
+def say(out: Console, text: object) -> None:
+    """A line for people as it is: nothing in it is markup or moves the cursor."""
+    out.print(printable(text), markup=False)
 
 
 def bytes_in_words(count: float) -> str:
