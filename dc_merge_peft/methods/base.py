@@ -44,6 +44,7 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]  # a few words for listings
     reference: ClassVar[str]  # paper and, where there is one, equation
+    link: ClassVar[str] = ""  # to the paper or the authors' code
     Config: ClassVar[type[MethodConfig]]
     # Whether the method commutes with orthonormal changes of basis on both sides. Then the engine hands it k x k
     # cores instead of m x n deltas; an element-wise method on the entries of dW must say False.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -22,9 +23,18 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def public_copy(result: R) -> R:
-    """The same merge with local adapters by the last part of their name, and without local base models."""
+    """The same merge with local adapters by the last part of their name, in notes too, and without local base models."""
     short = [dataclasses.replace(info, name=PurePath(info.name).name) for info in result.adapters]
-    return dataclasses.replace(result, adapters=tuple(_without_paths(info) for info in uniquely_named(short)))
+    public = tuple(_without_paths(info) for info in uniquely_named(short))
+    names = {f"'{old.name}'": f"'{new.name}'" for old, new in zip(result.adapters, public, strict=True)}
+    return dataclasses.replace(
+        result, adapters=public, remarks=tuple(_renamed(remark, names) for remark in result.remarks)
+    )
+
+
+def _renamed(remark: str, names: Mapping[str, str]) -> str:
+    """All quoted names replaced at once, so that no new one is taken for an old one."""
+    return re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], remark) if names else remark
 
 
 def _without_paths(info: AdapterInfo) -> AdapterInfo:

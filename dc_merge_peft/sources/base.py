@@ -94,6 +94,16 @@ IN_MEMORY = "model"
 
 
 @dataclass(frozen=True)
+class CardFacts:
+    """What the model card of an adapter or a base model says about it, where it says so in the Hub's terms."""
+
+    license: str | None = None
+    license_name: str | None = None  # of a license "other"
+    license_link: str | None = None
+    pipeline_tag: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """Where an adapter comes from and what it was made for."""
 
@@ -106,6 +116,7 @@ class AdapterInfo:
     auto_mapping: Mapping[str, Any] | None = None
     fan_in_fan_out: bool = False
     targets: Targets = field(default_factory=Targets)
+    card: CardFacts = field(default_factory=CardFacts)
 
 
 class Source(ABC):

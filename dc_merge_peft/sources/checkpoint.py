@@ -16,6 +16,7 @@ from dc_merge_peft.errors import SourceError
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.cards import read_card
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys
@@ -26,17 +27,18 @@ from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 class CheckpointSource(Source):
     """One adapter directory, local or from the Hub. Opening it reads the config and the headers, no tensors."""
 
-    def __init__(self, source: str | Path, *, name: str | None = None) -> None:
+    def __init__(self, source: str | Path, *, name: str | None = None, token: str | bool | None = None) -> None:
         """
         Args:
             source: A directory or a Hub id (``org/name``, ``org/name@revision``, ``org/name/subfolder``).
             name: How to call the adapter; by default the last part of its path.
+            token: For the Hub; by default that of the environment or login, none with ``False``. It is not kept.
 
         Raises:
             SourceError: missing, corrupt or incomplete files, or no LoRA.
             UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A``.
         """
-        files = locate(source)
+        files = locate(source, token)
         self.name = name or files.directory.name if files.revision is None else name or files.location
         self._config = _read_config(files, self.name)
         self._tensors = open_weights(files.directory, self.name)
@@ -163,4 +165,5 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         auto_mapping=config.get("auto_mapping") if isinstance(config.get("auto_mapping"), dict) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         targets=Targets.from_config(config),
+        card=read_card(files.directory),
     )
