@@ -86,6 +86,13 @@ def merge(
     private: Annotated[
         bool, typer.Option("--private", help="Make that repository private if it is new.", rich_help_panel=_REST)
     ] = False,
+    commit_message: Annotated[
+        str | None, typer.Option(help="Title of that commit or pull request.", rich_help_panel=_REST)
+    ] = None,
+    create_pr: Annotated[
+        bool,
+        typer.Option("--create-pr", help="Propose a pull request instead of committing.", rich_help_panel=_REST),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_REST)
     ] = False,
@@ -115,8 +122,8 @@ def merge(
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
-    if push_to is not None and not push_to.strip():
-        raise OptionError("--push-to is empty: expected a Hub repository, as in me/merged")
+    push = {"private": private or None, "commit_message": commit_message, "create_pr": create_pr}
+    _check_push(push_to, push)
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
@@ -136,14 +143,28 @@ def merge(
         merged = merger.merge(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings)
     if run.output is not None:
         merged.save_pretrained(run.output, overwrite=overwrite)
-    url = _push(merged, push_to, private, run.output) if push_to is not None else None
+    url = _push(merged, push_to, run.output, **push) if push_to is not None else None
     print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
 
 
-def _push(merged: MergedAdapter, repo_id: str, private: bool, output: str | None) -> str:
+def _check_push(repo_id: str | None, options: Mapping[str, Any]) -> None:
+    """A repository where something is said about one."""
+    if repo_id is not None and not repo_id.strip():
+        raise OptionError("--push-to is empty: expected a Hub repository, as in me/merged")
+    if options["commit_message"] is not None and not options["commit_message"].strip():
+        raise OptionError("--commit-message is empty: expected a title, or leave it out")
+    given = next((name for name, value in options.items() if value), None)
+    if repo_id is None and given is not None:
+        flag = f"--{given.replace('_', '-')}"
+        raise OptionError(
+            f"{flag} is given without --push-to: expected a Hub repository for it, as in --push-to me/merged"
+        )
+
+
+def _push(merged: MergedAdapter, repo_id: str, output: str | None, **options: Any) -> str:
     """Upload; an error says where the merged adapter is all the same."""
     try:
-        return merged.push_to_hub(repo_id, private=private or None)
+        return merged.push_to_hub(repo_id, **options)
     except OutputError as error:
         raise OutputError(f"{error}; the merged adapter is in '{output}'" if output else str(error)) from error
 

@@ -11,15 +11,14 @@ from typing import TypeVar
 from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.sources.hub import HubId
 
 R = TypeVar("R", bound=MergeResult)
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a base model's name is a Hub id: spelled like one, and no directory here."""
-    return bool(name and _HUB_ID.fullmatch(name)) and not Path(str(name)).exists()
+    return name is not None and HubId.parse(name) == HubId(name) and not Path(name).exists()
 
 
 def public_copy(result: R) -> R:

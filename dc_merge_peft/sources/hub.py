@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dc_merge_peft.errors import SourceError, first_line
-from dc_merge_peft.hub_errors import causes, harmless, http_status, in_words, patiently, retry_after, secrets
+from dc_merge_peft.hub_errors import (
+    causes,
+    connection_broke,
+    harmless,
+    http_status,
+    in_words,
+    patiently,
+    retry_after,
+    secrets,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -99,11 +109,40 @@ def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
         )
         if cached is None:
             known = secrets(token)
-            raise SourceError(_reason(error, wanted, known)) from harmless(error, known)
+            raise SourceError(failure_in_words(error, wanted, known)) from harmless(error, known)
         snapshot = cached
     return AdapterFiles(
         snapshot / prefix if prefix else snapshot, (wanted.repo + "/" + prefix).rstrip("/"), snapshot.name
     )
+
+
+def fetch_files(
+    wanted: HubId,
+    patterns: Sequence[str],
+    token: str | bool | None = None,
+    *,
+    fallback: Callable[[], Path | None] = lambda: None,
+) -> Path:
+    """A snapshot of those files of a repository that match, or ``fallback`` where the Hub can't be reached.
+
+    Raises:
+        SourceError: the Hub can't deliver it.
+    """
+    import huggingface_hub
+
+    def fetch() -> str:
+        return huggingface_hub.snapshot_download(
+            wanted.repo, revision=wanted.revision, allow_patterns=list(patterns), token=token
+        )
+
+    try:
+        return Path(patiently(fetch))
+    except Exception as error:
+        cached = fallback() if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else None
+        if cached is not None:
+            return cached
+        known = secrets(token)
+        raise SourceError(failure_in_words(error, wanted, known)) from harmless(error, known)
 
 
 def _from_cache(wanted: HubId, prefix: str) -> Path | None:
@@ -118,7 +157,17 @@ def _from_cache(wanted: HubId, prefix: str) -> Path | None:
     return Path(cached).parents[prefix.count("/")]
 
 
-def _reason(error: BaseException, wanted: HubId, known: tuple[str, ...]) -> str:
+def failed_at_the_hub(error: BaseException) -> bool:
+    """Whether the Hub or the way to it is what failed."""
+    from huggingface_hub import errors
+
+    missing = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    return (
+        http_status(error) is not None or connection_broke(error) or any(isinstance(e, missing) for e in causes(error))
+    )
+
+
+def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]) -> str:
     """Why the Hub gave nothing, in a sentence. What the client says about its cache may hide the Hub's own answer, which
     is then its cause."""
     from huggingface_hub import errors
@@ -139,7 +188,7 @@ def _reason(error: BaseException, wanted: HubId, known: tuple[str, ...]) -> str:
         wait = retry_after(error)
         when = f"in {wait:.0f} seconds" if wait else "later"
         return f"the Hub could not deliver {wanted} (status {status}): try again {when}"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+    if any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):
         return (
             f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: check the "
             "path, or connect (and unset HF_HUB_OFFLINE) and try again later"
