@@ -214,8 +214,11 @@ class DCMergeAdapter:
         """
         from dc_merge_peft.outputs.directory import check_target
         from dc_merge_peft.outputs.fused import fuse_into, load_base, save_fused
+        from dc_merge_peft.outputs.publish import check_repository
         from dc_merge_peft.outputs.push_fused import push_fused
 
+        if push_to is not None:
+            check_repository(push_to)
         if out is not None:
             check_target(out, overwrite=overwrite)
         merged = self.merge(sources, weights, token=token, **merge_options)

@@ -47,11 +47,18 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def message(text: object, limit: int = 2000) -> str:
+    """The text of an error or note: one printable line without secrets. A longer one loses its middle, since its end says
+    what to do."""
+    plain = printable(without_secrets(text))
+    return plain if len(plain) <= limit else f"{plain[: limit // 2]} ... {plain[-limit // 2 :]}"
+
+
 class MergeError(Exception):
     """Base class of the errors of this library."""
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(printable(without_secrets(message)))
+    def __init__(self, text: object = "") -> None:
+        super().__init__(message(text))
 
 
 class OptionError(MergeError, ValueError):
@@ -77,8 +84,8 @@ class OutputError(MergeError, ValueError):
 class MergeWarning(UserWarning):
     """The merge is right, but there is something to know about it."""
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(printable(without_secrets(message)))
+    def __init__(self, text: object = "") -> None:
+        super().__init__(message(text))
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from dc_merge_peft.engine import checked_device
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.outputs.publish import check_repository
 from dc_merge_peft.runconfig import RunConfig
 
 _METHOD, _RUN, _REST = "Method", "Run", "Output"
@@ -153,6 +154,8 @@ def _check_push(repo_id: str | None, options: Mapping[str, Any]) -> None:
         raise OptionError("--push-to is empty: expected a Hub repository, as in me/merged")
     if options["commit_message"] is not None and not options["commit_message"].strip():
         raise OptionError("--commit-message is empty: expected a title, or leave it out")
+    if repo_id is not None:
+        check_repository(repo_id)
     given = next((name for name, value in options.items() if value), None)
     if repo_id is None and given is not None:
         flag = f"--{given.replace('_', '-')}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dc_merge_peft.errors import MergeError, printable, without_secrets
+from dc_merge_peft.errors import MergeError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,16 +40,10 @@ def reports_errors(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except MergeError as error:
-            typer.secho(f"error: {one_line(error)}", err=True, fg=typer.colors.RED)
+            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
 
     return wrapped  # type: ignore[return-value]
-
-
-def one_line(text: object, limit: int = 1000) -> str:
-    """Text that may hold names from files and shells: no control characters, no secrets, no endless lines."""
-    plain = printable(without_secrets(text))
-    return plain if len(plain) <= limit else plain[:limit] + " ..."
 
 
 def say(out: Console, text: object) -> None:

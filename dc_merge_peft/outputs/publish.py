@@ -46,6 +46,7 @@ def publish(
     """
     import huggingface_hub
 
+    check_repository(repo_id)
     known = tokens_in_use(token)
     api = huggingface_hub.HfApi(token=token)
     created = False
@@ -69,8 +70,26 @@ def publish(
     except OutputError:
         raise
     except Exception as error:  # the client lets its HTTP library's errors through, whose names change with versions
-        raise OutputError(_reason(error, repo_id, known, created, create_pr)) from harmless(error, known)
+        raise OutputError(_reason(error, repo_id, known, created=created, create_pr=create_pr)) from harmless(
+            error, known
+        )
     return commit.pr_url or commit.commit_url
+
+
+def check_repository(repo_id: str) -> None:
+    """Refuse what can't be pushed to whatever the Hub says; called before any work is done.
+
+    Raises:
+        OutputError: the id is no repository's, or the client is told to stay offline.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.utils.validate_repo_id(repo_id)
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.OfflineModeIsEnabled) as error:
+        raise OutputError(_reason(error, repo_id, (), created=False, create_pr=False)) from error
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool | None) -> tuple[str, bool]:
@@ -84,7 +103,7 @@ def _open_repository(api: HfApi, repo_id: str, private: bool | None) -> tuple[st
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id, False
 
 
-def _reason(error: Exception, repo_id: str, known: tuple[str, ...], created: bool, create_pr: bool) -> str:
+def _reason(error: Exception, repo_id: str, known: tuple[str, ...], *, created: bool, create_pr: bool) -> str:
     """Why nothing was published, and what to do."""
     left = "; the new repository was created and stays empty: push again to fill it, or delete it" if created else ""
     if create_pr and connection_broke(error):

@@ -23,6 +23,8 @@ from dc_merge_peft.sources.keys import FactorKeys, factor_keys
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
+LARGEST_CONFIG = 10_000_000  # bytes; one with a pattern for each of a thousand modules has some 100 kB
+
 
 class CheckpointSource(Source):
     """One adapter directory, local or from the Hub. Opening it reads the config and the headers, no tensors."""
@@ -87,6 +89,11 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
         inside = sorted(child.parent.name for child in files.directory.glob(f"*/{CONFIG_FILE}"))
         hint = f"its subfolders hold adapters: {', '.join(inside)}" if inside else "is it a full model?"
         raise SourceError(f"'{files.location}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise SourceError(
+            f"adapter '{name}' has a {CONFIG_FILE} of {path.stat().st_size} bytes: expected some kilobytes; save or download "
+            "it again"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
