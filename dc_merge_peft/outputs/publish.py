@@ -11,7 +11,7 @@ from dc_merge_peft.hub_errors import causes, connection_broke, harmless, http_st
 from dc_merge_peft.hub_errors import secrets as tokens_in_use
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitInfo, HfApi
 
 
 def publish(
@@ -57,13 +57,17 @@ def publish(
                 f"can't push to '{repo}' privately: it exists and is public; expected a private repository or a new name: "
                 "make it private on its page, or leave private out"
             )
-        # Made once: an operation remembers that its file is uploaded when the commit is tried again.
-        operations = [
-            huggingface_hub.CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-            for path, content in sorted(files.items())
-        ]
+
+        def commit_once() -> CommitInfo:
+            # New operations for each try: they remember what the repository held. What is uploaded the Hub remembers.
+            operations = [
+                huggingface_hub.CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+                for path, content in sorted(files.items())
+            ]
+            return api.create_commit(repo, operations, commit_message=commit_message, create_pr=create_pr)
+
         commit = patiently(
-            lambda: api.create_commit(repo, operations, commit_message=commit_message, create_pr=create_pr),
+            commit_once,
             # To the main branch the same commit twice is one. A pull request, whose answer was lost, would be two.
             repeatable=lambda error: not create_pr or http_status(error) in (429, 503),
         )
