@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dc_merge_peft.errors import SourceError
+from dc_merge_peft.errors import SourceError, without_secrets
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
@@ -166,7 +166,8 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         name=name,
         location=files.location,
         revision=files.revision,
-        base_model=_text(config.get("base_model_name_or_path")),
+        # A URL with a password loads nothing, but would be copied into every output.
+        base_model=without_secrets(base) if (base := _text(config.get("base_model_name_or_path"))) else None,
         base_revision=_text(config.get("revision")),
         task_type=_text(config.get("task_type")),
         auto_mapping=config.get("auto_mapping") if isinstance(config.get("auto_mapping"), dict) else None,

@@ -69,7 +69,9 @@ def test_subfolder_of_a_revision(server: HubServer, tmp_path: Path) -> None:
         assert found.adapters[0].location == "org/many/a/b" and len(found.adapters[0].revision or "") == 40
 
 
-@pytest.mark.parametrize("revision", ["../x", "a/../b", "a..b", "/etc", "x/", "a//b", ".hidden", "a b", "a@b", "a\n", "-x"])
+@pytest.mark.parametrize(
+    "revision", ["../x", "a/../b", "a..b", "/etc", "x/", "a//b", ".hidden", "a b", "a@b", "a\n", "-x"]
+)
 def test_revisions_that_are_no_paths(server: HubServer, revision: str) -> None:
     """A revision becomes a path in the local cache: spelled otherwise it is refused before anything is asked."""
     before = len(server.requests)
@@ -145,7 +147,9 @@ def test_fuse_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_pa
     count = len(server.requests)
     fused_model = merger.fuse("org/base@v2", folders, tmp_path / "offline")
     assert difference(models.output(fused_model.eval()), models.output(model)) < 1e-5
-    with refused(SourceError, "the base model can't be loaded", "'org/other' is not in the local cache", "HF_HUB_OFFLINE"):
+    with refused(
+        SourceError, "the base model can't be loaded", "'org/other' is not in the local cache", "HF_HUB_OFFLINE"
+    ):
         merger.fuse("org/other", folders)
     assert len(server.requests) == count
 
