@@ -111,7 +111,7 @@ def test_a_whole_tour(
         )
         assert result.exit_code == 0, result.output
         said.append(result.output)
-    for path in ("/commit/", "/preupload/", "/repos/create", f"/api/models/{UNREAD}"):
+    for path in ("/repos/create", "/commit/", "/preupload/", f"/api/models/{UNREAD}"):
         server.fail(None, path, 403, times=99)
         call = (
             (lambda: merge(UNREAD, **token)) if UNREAD in path else (lambda: merged.push_to_hub("org/other", **token))
@@ -146,7 +146,7 @@ def test_a_hub_that_echoes_the_token(server: HubServer, monkeypatch: pytest.Monk
         server.fail(None, path, 400, times=99, message=f"bad token {TOKEN} for you", error_code=None)
         said = text_of(call)
         assert TOKEN not in said, path
-        assert UNREAD in path or "bad token" in said and HIDDEN in said
+        assert UNREAD in path or ("bad token" in said and HIDDEN in said)
         server.recover()
 
 
