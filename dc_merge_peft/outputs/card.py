@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import quote
@@ -54,8 +55,7 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 
 ## Configuration
 
-`dc-merge merge --config dc_merge.yaml -o OUT` merges the adapters again; this was
-made with {versions}.
+`dc-merge merge --config dc_merge.yaml -o OUT` merges the adapters again. Made with {versions}.
 
 {configuration}
 
@@ -166,10 +166,9 @@ def _table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 
 def _versions() -> list[str]:
     """The programs that had a part in the numbers and the files, by name and version."""
-    found = [f"dc\\_merge\\_peft {__version__}"]
+    found = {"dc_merge_peft": __version__}
     for package in ("torch", "safetensors", "peft", "transformers", "huggingface_hub"):
-        try:
-            found.append(f"{text(package)} {text(version(package))}")
-        except PackageNotFoundError:
-            continue
-    return [*found, f"Python {platform.python_version()}"]
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    found["Python"] = platform.python_version()
+    return [f"`{code(name)} {code(number)}`" for name, number in found.items()]

@@ -91,7 +91,7 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
         raise SourceError(f"'{files.location}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
     if path.stat().st_size > LARGEST_CONFIG:
         raise SourceError(
-            f"adapter '{name}' has a {CONFIG_FILE} of {path.stat().st_size} bytes: expected some kilobytes; save or download "
+            f"adapter '{name}' has an {CONFIG_FILE} of {path.stat().st_size} bytes: expected some kilobytes; save or download "
             "it again"
         )
     try:

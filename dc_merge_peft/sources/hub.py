@@ -193,4 +193,5 @@ def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]
             f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: check the "
             "path, or connect (and unset HF_HUB_OFFLINE) and try again later"
         )
-    return f"the Hub could not deliver {wanted}: {in_words(error, known)}; try again later"
+    remedy = "use another repository" if isinstance(error, ValueError) else "try again later"
+    return f"the Hub could not deliver {wanted}: {in_words(error, known)}; {remedy}"
