@@ -70,7 +70,7 @@ def test_wrong_flags_stop_before_the_work(server: HubServer, arguments: list[str
 def test_no_token_on_the_command_line(server: HubServer) -> None:
     """A flag would stand in lists of processes and in the shell's history: there is none."""
     result = run("--push-to", MERGED, "--token", server.token)
-    assert result.exit_code == 2 and "No such option" in result.stderr and server.token not in server.store.repos
+    assert result.exit_code == 2 and "No such option" in result.stderr and not server.requests
 
 
 def test_a_failed_push_after_saving(server: HubServer) -> None:
