@@ -86,13 +86,14 @@ def check_repository(repo_id: str) -> None:
     Raises:
         OutputError: the id is no repository's, or the client is told to stay offline.
     """
-    import huggingface_hub
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        huggingface_hub.utils.validate_repo_id(repo_id)
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.OfflineModeIsEnabled) as error:
+        validate_repo_id(repo_id)
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled("offline mode is enabled")
+    except (errors.HFValidationError, errors.OfflineModeIsEnabled) as error:
         raise OutputError(_reason(error, repo_id, (), created=False, create_pr=False)) from error
 
 

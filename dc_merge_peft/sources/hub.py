@@ -104,9 +104,7 @@ def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
     try:
         snapshot = Path(patiently(fetch))
     except Exception as error:
-        cached = (
-            _from_cache(wanted, prefix) if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else None
-        )
+        cached = _from_cache(wanted, prefix) if isinstance(error, errors.LocalEntryNotFoundError) else None
         if cached is None:
             known = secrets(token)
             raise SourceError(failure_in_words(error, wanted, known)) from harmless(error, known)
@@ -129,6 +127,7 @@ def fetch_files(
         SourceError: the Hub can't deliver it.
     """
     import huggingface_hub
+    from huggingface_hub import errors
 
     def fetch() -> str:
         return huggingface_hub.snapshot_download(
@@ -138,7 +137,7 @@ def fetch_files(
     try:
         return Path(patiently(fetch))
     except Exception as error:
-        cached = fallback() if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else None
+        cached = fallback() if isinstance(error, errors.LocalEntryNotFoundError) else None
         if cached is not None:
             return cached
         known = secrets(token)

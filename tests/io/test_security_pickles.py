@@ -19,16 +19,14 @@ import torch
 from torch.torch_version import TorchVersion
 
 from dc_merge_peft import SourceError
-from dc_merge_peft.sources import CheckpointSource, files
-from tests.support.models import factors, write_checkpoint
+from dc_merge_peft.sources import CheckpointSource
+from tests.support.models import factors, needs_safe_pickles, write_checkpoint
 from tests.support.refused import merge_refused, refused
 
 A, B = factors(6, 5, 2)
 GOOD = {"enc.q.lora_A.weight": A, "enc.q.lora_B.weight": B}
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < files.SAFE_PICKLES, reason="pickles are refused as a whole with an older PyTorch"
-)
+pytestmark = needs_safe_pickles
 
 
 class Call:
