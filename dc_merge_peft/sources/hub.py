@@ -91,27 +91,10 @@ def locate(source: str | Path, token: str | bool | None = None) -> AdapterFiles:
 
 def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
     """A snapshot of one adapter's config, weights and card, nothing else of the repository."""
-    import huggingface_hub
-
     prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
     patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE)]
-
-    def fetch() -> str:
-        return huggingface_hub.snapshot_download(
-            wanted.repo, revision=wanted.revision, allow_patterns=patterns, token=token
-        )
-
-    try:
-        snapshot = Path(patiently(fetch))
-    except Exception as error:
-        cached = _from_cache(wanted, prefix) if isinstance(error, errors.LocalEntryNotFoundError) else None
-        if cached is None:
-            known = secrets(token)
-            raise SourceError(failure_in_words(error, wanted, known)) from harmless(error, known)
-        snapshot = cached
-    return AdapterFiles(
-        snapshot / prefix if prefix else snapshot, (wanted.repo + "/" + prefix).rstrip("/"), snapshot.name
-    )
+    snapshot = fetch_files(wanted, patterns, token, fallback=lambda: _from_cache(wanted, prefix))
+    return AdapterFiles(snapshot / prefix, f"{wanted.repo}/{prefix}".rstrip("/"), snapshot.name)
 
 
 def fetch_files(
