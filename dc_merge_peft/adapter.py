@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import run_merge
+from dc_merge_peft.engine import Progress, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
@@ -118,6 +118,7 @@ class DCMergeAdapter:
         device: torch.device | str | None = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
+        keep_dense: bool = False,
         progress: bool | None = None,
         token: str | bool | None = None,
     ) -> MergedAdapter:
@@ -126,11 +127,14 @@ class DCMergeAdapter:
         Args:
             sources: Directories, Hub ids (``org/name``, ``org/name@revision``, ``org/name/subfolder``) or a mix.
             weights: One finite number an adapter; 1 for each by default. Not normalised.
-            svd_rank: Rank of the merged adapter at most, by optimal truncation; all of it by default.
+            svd_rank: Rank of the merged adapter at most, by optimal truncation. By default the sum of the adapters' ranks:
+                that is all of it, but for methods that work on the entries of dW, whose result has full rank.
             dtype: Of the factors when they are written; the widest of the sources by default.
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
+            keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
+                weights, as :meth:`fuse` does.
             progress: Show a progress bar; by default on a terminal only.
             token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
@@ -146,7 +150,13 @@ class DCMergeAdapter:
                 opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
             )
             result = run_merge(
-                plan, opened, self.method, device=device, allow_zero=allow_zero, progress=progress_bar(progress)
+                plan,
+                opened,
+                self.method,
+                device=device,
+                allow_zero=allow_zero,
+                keep_dense=keep_dense,
+                progress=progress_bar(progress),
             )
         finally:
             for source in opened:
@@ -202,7 +212,7 @@ class DCMergeAdapter:
                 ``create_pr`` are as for :meth:`MergedAdapter.push_to_hub`.
             token: For the Hub, to read and to push; by default that of the environment or login.
             trust_remote_code: Run the Python code that the base model brings along.
-            **merge_options: Everything else :meth:`merge` takes.
+            **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
             The fused model.
@@ -221,7 +231,8 @@ class DCMergeAdapter:
             check_repository(push_to)
         if out is not None:
             check_target(out, overwrite=overwrite)
-        merged = self.merge(sources, weights, token=token, **merge_options)
+        whole = {"keep_dense": merge_options.get("svd_rank") is None, **merge_options}
+        merged = self.merge(sources, weights, token=token, **whole)
         in_memory = not isinstance(base, (str, Path))
         model = base if in_memory else load_base(base, token=token, trust_remote_code=trust_remote_code)
         fuse_into(model, merged)
@@ -271,12 +282,10 @@ def _parts(path: str) -> list[str]:
         return [path]
 
 
-def progress_bar(show: bool | None) -> Any:
+def progress_bar(show: bool | None) -> Progress:
     """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
 
-    def wrap(modules: Iterable[Any]) -> Iterable[Any]:
-        return cast(
-            Iterable[Any], tqdm(modules, unit="module", desc="merging", disable=None if show is None else not show)
-        )
+    def wrap(modules: Iterable[Any], what: str) -> Iterable[Any]:
+        return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
 
     return wrap

@@ -15,6 +15,7 @@ from torch import nn
 from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
@@ -90,9 +91,12 @@ def _cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known
 def fuse_into(model: nn.Module, result: MergeResult) -> None:
     """Add every merged delta to its weight, in float32 and back to the weight's dtype; all modules are checked first.
 
+    Weights that are offloaded, to disk too, are in CPU memory afterwards: the files may be the base model's own.
+
     Raises:
         OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
-        UnsupportedAdapterError: a quantised weight.
+        SourceError: an offloaded weight is not where accelerate has put it.
+        UnsupportedAdapterError: a weight that is quantised, sharded, or on the meta device without an offload hook.
     """
     injected = next((name for name, module in model.named_modules() if hasattr(module, "get_base_layer")), None)
     if injected is not None:
@@ -100,14 +104,21 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
             "merge_and_unload() on its PeftModel first"
         )
-    targets = list(_targets(model, result))
+    offloading = Offloading(model)
+    targets = list(_targets(model, result, offloading))
     for name, module in targets:
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        delta = result.lowrank(name).to(weight.device).dense()
+        parameter: nn.Parameter = module.weight  # type: ignore[assignment]
+        place = offloading.find(module, "weight") if parameter.is_meta else None
+        weight = place.read(parameter, f"the weight of '{name}'") if place else parameter
+        delta = result.delta(name).to(weight.device)
         transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
         delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_((weight.to(wide) + delta).to(weight.dtype))
+        fused = (weight.to(wide) + delta).to(weight.dtype)
+        if place:
+            place.write(fused)
+        else:
+            parameter.copy_(fused)
 
 
 def save_fused(
@@ -122,11 +133,16 @@ def save_fused(
     """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
 
     Raises:
-        OutputError: the directory exists, can't be written, or the model has no ``save_pretrained``.
+        OutputError: the directory exists, can't be written, or transformers can't save the model.
     """
     if not hasattr(model, "save_pretrained"):
         raise OutputError(
             f"a {type(model).__name__} can't be saved: expected a transformers model; use model.state_dict()"
+        )
+    if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+        raise OutputError(
+            f"the {type(model).__name__} is offloaded without a device map, and transformers can't save it: expected one loaded with "
+            "device_map=...; or take the hooks off first, with accelerate.hooks.remove_hook_from_submodules(model)"
         )
     with whole_directory(out, overwrite=overwrite) as building:
         model.save_pretrained(building)  # type: ignore[operator]
@@ -139,12 +155,12 @@ def save_fused(
     return Path(out).expanduser()
 
 
-def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module]]:
+def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> Iterator[tuple[str, nn.Module]]:
     """The layer of every merged module, checked. A model class with or without its head spells paths with or without
     ``base_model_prefix``; both are found."""
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "") + "."
-    shared = _shared_parameters(model)
+    shared = _sharing(model)
     for name, merged in result.modules.items():
         path = next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in modules), None)
         if path is None:
@@ -160,24 +176,47 @@ def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Mo
                 f"'{name}' is of type {found} and shape {shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
+        reason = unreadable(weight, offloading.find(module, "weight"), path)
+        if reason is not None:
+            raise UnsupportedAdapterError(
+                f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
+            )
         if not weight.is_floating_point():
             raise UnsupportedAdapterError(
                 f"'{name}' is quantised ({weight.dtype}): expected floating-point base weights"
             )
-        if id(weight) in shared:
+        if others := [other for other in shared.get(path, ()) if other != path]:
             raise OutputError(
-                f"'{name}' shares its weight with {preview(other for other in shared[id(weight)] if other != path)}: fusing "
+                f"'{name}' shares its weight with {preview(others)}: fusing "
                 "would change both, the adapter changes one; untie them first, or keep the merged adapter"
             )
         yield name, module
 
 
-def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules that hold the same parameter, where more than one does."""
-    holders: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(path.rpartition(".")[0])
-    return {key: paths for key, paths in holders.items() if len(paths) > 1}
+def _sharing(model: nn.Module) -> dict[str, list[str]]:
+    """For the paths of modules that share a parameter all those that hold it.
+
+    Offloaded parameters are meta tensors of their own, shared or not; there it counts what transformers declares.
+    """
+    holders: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for group in _declared_ties(model):
+        if all(model.get_parameter(name).is_meta for name in group):
+            holders[group] = [name.rpartition(".")[0] for name in group]
+    return {path: paths for paths in holders.values() if len(paths) > 1 for path in paths}
+
+
+def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Groups of parameters that a transformers model ties, by name."""
+    ties = getattr(model, "all_tied_weights_keys", None)  # transformers 5: {target: source}
+    if ties is not None:
+        yield from ((target, source) for target, source in ties.items())
+    elif getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        paths = {id(module): path for path, module in model.named_modules()}
+        names = tuple(f"{paths[id(module)]}.weight" for module in embeddings if module is not None)
+        yield names
 
 
 def _companions(base: str | Path, token: str | bool | None) -> list[Path]:

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -124,6 +125,11 @@ class Source(ABC):
 
     info: AdapterInfo
     modules: Mapping[str, ModuleSpec]  # by path in the base model
+    config: Mapping[str, Any] = MappingProxyType({})  # the adapter's own settings under PEFT's names, where it has any
+
+    def scaling(self, module: str) -> float:
+        """What PEFT multiplies ``B @ A`` of a module by; :meth:`factors` has it folded in."""
+        return 1.0
 
     @abstractmethod
     def factors(self, module: str) -> LowRank:

@@ -42,16 +42,18 @@ class CheckpointSource(Source):
         """
         files = locate(source, token)
         self.name = name or files.directory.name if files.revision is None else name or files.location
-        self._config = _read_config(files, self.name)
+        self.config = _read_config(files, self.name)
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
-        self.info = _describe(self.name, files, self._config)
+        self.info = _describe(self.name, files, self.config)
+
+    def scaling(self, module: str) -> float:
+        return lora_scaling(self.config, module, self.modules[module].rank)
 
     def factors(self, module: str) -> LowRank:
-        keys, spec = self._keys[module], self.modules[module]
-        scaling = lora_scaling(self._config, module, spec.rank)
-        return spec.layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), scaling)
+        keys, layout = self._keys[module], self.modules[module].layout
+        return layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), self.scaling(module))
 
     def close(self) -> None:
         self._tensors.close()
@@ -72,9 +74,9 @@ class CheckpointSource(Source):
                 f"{where}: expected one rank in both; a convolution with groups > 1 is not supported, anything else is "
                 "a damaged checkpoint"
             )
-        if rank != expected_rank(self._config, module):
+        if rank != expected_rank(self.config, module):
             raise SourceError(
-                f"{where}, but its {CONFIG_FILE} says rank {expected_rank(self._config, module)} for it: the scaling "
+                f"{where}, but its {CONFIG_FILE} says rank {expected_rank(self.config, module)} for it: the scaling "
                 "would be wrong; expected config and weights of one training run"
             )
         kind = "embedding" if keys.embedding else "conv" if len(A) > 2 else "linear"
