@@ -102,6 +102,22 @@ def test_names_on_the_terminal(
         assert name in (rows[0].get("base_model"), rows[0].get("module"))
 
 
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "[red]x[/red]", "a\u202eb", "[link=file:x]"])
+def test_names_in_an_inspection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Tables, their titles and findings of ``dc-merge inspect``."""
+    monkeypatch.chdir(tmp_path)
+    tensors = {f"{name}.lora_{f}.weight": value for f, value in zip("AB", factors(6, 5, 2), strict=True)}
+    name = name.replace("/", "_")
+    fields = {"base_model_name_or_path": name, "target_modules": [name, "lost"]}
+    folders = [write_checkpoint(tmp_path / prefix / name, tensors, **fields) for prefix in "xy"]
+    with pytest.warns(UserWarning, match="lost"):
+        merge(*folders).save_pretrained(tmp_path / f"out {name}")
+    result = CliRunner().invoke(app, ["inspect", *map(str, folders), "--merged", str(tmp_path / f"out {name}")])
+    assert result.exit_code == 0, result.output
+    assert all(c.isprintable() or c == "\n" for c in result.output)
+    assert "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"out {name}") in result.output
+
+
 @pytest.mark.parametrize("name", ["a\x1b[31mb", "a\x1b]0;t\x07b", "a\x9b2Jb", "a\u202eb", "a\nb", "a\rb", "\ud800"])
 def test_errors_on_the_terminal(tmp_path: Path, name: str) -> None:
     """In Python and in the program: one printable line."""
