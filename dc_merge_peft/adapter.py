@@ -41,10 +41,18 @@ class MergedAdapter(MergeResult):
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload to the root of a Hub repository in one commit; returns its URL.
+        """Upload to the root of a Hub repository in one commit, without local paths; returns the commit's URL.
+
+        Args:
+            repo_id: ``owner/name``, or a name under the user's own account; created if need be.
+            private: Of a new repository; by default as the account has it. ``True`` refuses one that exists and is public.
+            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
+            commit_message: Title of the commit or pull request.
+            create_pr: Propose a pull request instead of committing to the main branch.
 
         Raises:
-            OutputError: the Hub refuses.
+            OutputError: the Hub refuses, fails or can't be reached. No file is published then; a repository that was
+                created for it stays, empty, which the error says.
         """
         return push_adapter(
             self, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
@@ -112,6 +120,7 @@ class DCMergeAdapter:
         allow_zero: bool = False,
         keep_dense: bool = False,
         progress: bool | None = None,
+        token: str | bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
 
@@ -127,6 +136,7 @@ class DCMergeAdapter:
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
                 weights, as :meth:`fuse` does.
             progress: Show a progress bar; by default on a terminal only.
+            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
@@ -134,7 +144,7 @@ class DCMergeAdapter:
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype or device.
         """
-        opened = open_sources(sources)
+        opened = open_sources(sources, token)
         try:
             plan = self.plan(
                 opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
@@ -161,10 +171,11 @@ class DCMergeAdapter:
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
         allow_different_bases: bool = False,
+        token: str | bool | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
-            open_sources(sources),
+            open_sources(sources, token),
             self.method,
             weights,
             svd_rank=svd_rank,
@@ -180,46 +191,70 @@ class DCMergeAdapter:
         weights: Sequence[float] | None = None,
         *,
         overwrite: bool = False,
+        push_to: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
         **merge_options: Any,
     ) -> nn.Module:
         """Merge adapters and add the result to the base model's own weights: a full model without PEFT.
 
         Args:
-            base: A model directory, a Hub id, or a model in memory (changed in place).
+            base: A model directory, a Hub id (``org/name``, ``org/name@revision``), or a model in memory (changed in
+                place).
             sources: As for :meth:`merge`.
             out: Where to save it; nowhere by default.
             weights: As for :meth:`merge`.
             overwrite: Replace ``out`` if it exists.
+            push_to: A Hub repository to upload the model to, in one commit; ``private``, ``commit_message`` and
+                ``create_pr`` are as for :meth:`MergedAdapter.push_to_hub`.
+            token: For the Hub, to read and to push; by default that of the environment or login.
+            trust_remote_code: Run the Python code that the base model brings along.
             **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
             The fused model.
 
         Raises:
-            OutputError: a module is missing from the base, has another shape or shares its weight with another one.
+            OutputError: a module is missing from the base, has another shape or shares its weight with another one, or
+                the model can't be saved or pushed.
+            SourceError: the base model can't be loaded.
         """
         from dc_merge_peft.outputs.directory import check_target
         from dc_merge_peft.outputs.fused import fuse_into, load_base, save_fused
+        from dc_merge_peft.outputs.publish import check_repository
+        from dc_merge_peft.outputs.push_fused import push_fused
 
+        if push_to is not None:
+            check_repository(push_to)
         if out is not None:
             check_target(out, overwrite=overwrite)
         whole = {"keep_dense": merge_options.get("svd_rank") is None, **merge_options}
-        merged = self.merge(sources, weights, **whole)
-        model = load_base(base) if isinstance(base, (str, Path)) else base
+        merged = self.merge(sources, weights, token=token, **whole)
+        in_memory = not isinstance(base, (str, Path))
+        model = base if in_memory else load_base(base, token=token, trust_remote_code=trust_remote_code)
         fuse_into(model, merged)
+        place, saved = None if in_memory else base, None
         if out is not None:
-            save_fused(model, merged, out, base=base if isinstance(base, (str, Path)) else None, overwrite=overwrite)
+            saved = save_fused(model, merged, out, base=place, overwrite=overwrite, token=token)
+        if push_to is not None:
+            push_fused(
+                model, merged, push_to, base=place, saved=saved,
+                private=private, token=token, commit_message=commit_message, create_pr=create_pr,
+            )  # fmt: skip
         return model
 
 
-def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
+def open_sources(sources: Sequence[str | Path | Source], token: str | bool | None = None) -> list[Source]:
     """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     sources = list(sources)  # it is gone through twice
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
     return [
-        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
+        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)], token=token)
         for source in sources
     ]
 

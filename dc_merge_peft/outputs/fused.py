@@ -12,13 +12,16 @@ import torch
 import yaml
 from torch import nn
 
-from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, first_line, preview
+from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, preview
+from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.card import fused_card
+from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words, fetch_files
 
 # What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
 COMPANIONS = (
@@ -27,23 +30,61 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def load_base(base: str | Path) -> nn.Module:
+def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model in the class its own config names, in the dtype it is stored in.
 
+    Args:
+        base: A model directory, or a Hub id (``org/name``, ``org/name@revision``).
+        token: For the Hub; by default that of the environment or login.
+        trust_remote_code: Run the Python code that the repository or directory brings along.
+
     Raises:
-        SourceError: it can't be loaded.
+        SourceError: it can't be loaded, or brings code that is not trusted.
     """
     import transformers
 
+    hub_id = None if Path(base).is_dir() else HubId.parse(str(base))
+    options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
+    if hub_id is not None and hub_id.revision:
+        options["revision"] = hub_id.revision
+    place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(base))
-        name = (getattr(config, "architectures", None) or [""])[0]
-        model_class: Any = getattr(transformers, name, transformers.AutoModel)
-        return model_class.from_pretrained(str(base), dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"the base model '{base}' can't be loaded ({first_line(error)}): expected a transformers model directory or a Hub id"
-        ) from error
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+        return _model_class(config).from_pretrained(place, dtype="auto", **options)
+    except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
+        known = secrets(token)
+        raise SourceError(_cannot_load(error, base, hub_id, known)) from harmless(error, known)
+
+
+def _model_class(config: Any) -> Any:
+    """The model class that a config names, of transformers or of the code that comes with it."""
+    import transformers
+
+    name = str((getattr(config, "architectures", None) or [""])[0])
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    own: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, path in own.items() if str(path).rpartition(".")[2] == name), "AutoModel")
+    return (
+        getattr(transformers, auto)
+        if auto in dir(transformers) and auto.startswith("AutoModel")
+        else transformers.AutoModel
+    )
+
+
+def _cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"the base model '{base}' brings Python code of its own, which is not run unasked: expected a model class of "
+            "transformers; read the code, and pass trust_remote_code=True if you trust it"
+        )
+    if hub_id is not None and failed_at_the_hub(error):
+        return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
+    return (
+        f"the base model '{base}' can't be loaded ({in_words(error, known)}): expected a transformers model directory or a "
+        "Hub id"
+    )
 
 
 @torch.no_grad()
@@ -80,7 +121,13 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
 
 
 def save_fused(
-    model: nn.Module, result: MergeResult, out: str | Path, *, base: str | Path | None, overwrite: bool = False
+    model: nn.Module,
+    result: MergeResult,
+    out: str | Path,
+    *,
+    base: str | Path | None,
+    overwrite: bool = False,
+    token: str | bool | None = None,
 ) -> Path:
     """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
 
@@ -98,12 +145,12 @@ def save_fused(
         )
     with whole_directory(out, overwrite=overwrite) as building:
         model.save_pretrained(building)  # type: ignore[operator]
-        for file in _companions(base) if base is not None else ():
+        for file in _companions(base, token) if base is not None else ():
             if not (building / file.name).exists():
                 shutil.copyfile(file, building / file.name)
         record = run_record(result)
         (building / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        (building / "README.md").write_text(fused_card(result, record), encoding="utf-8")
+        (building / "README.md").write_text(fused_card(result, record, base_facts(result)), encoding="utf-8")
     return Path(out).expanduser()
 
 
@@ -179,13 +226,26 @@ def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
         yield names
 
 
-def _companions(base: str | Path) -> list[Path]:
-    """Tokenizer and processor files of a base model directory or Hub snapshot."""
+def _companions(base: str | Path, token: str | bool | None) -> list[Path]:
+    """Tokenizer and processor files of a base model directory or Hub snapshot.
+
+    Raises:
+        OutputError: one of them is a link to a file elsewhere, which would be copied and perhaps published.
+    """
     folder = Path(base)
     if not folder.is_dir():
-        import huggingface_hub
-
-        folder = Path(huggingface_hub.snapshot_download(str(base), allow_patterns=list(COMPANIONS)))
-    return sorted(
+        folder = fetch_files(HubId.parse(str(base)) or HubId(str(base)), COMPANIONS, token)
+    found = sorted(
         file for file in folder.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in COMPANIONS)
     )
+    root = folder.resolve()
+    # The Hub's cache keeps content beside its snapshots, and links to it.
+    inside = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for file in found:
+        real = file.resolve()
+        if not real.is_relative_to(root) and not real.is_relative_to(inside):
+            raise OutputError(
+                f"'{file.name}' of the base model is a link to a file outside of it: expected its own files, since they are "
+                "copied; put the file there if it belongs to the model"
+            )
+    return found
