@@ -13,11 +13,12 @@ import yaml
 from typer.testing import CliRunner
 
 from dc_merge_peft.cli import app
+from dc_merge_peft.methods import METHODS
 from dc_merge_peft.runconfig import RunConfig
 from tests.support.workspace import make_workspace
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -82,9 +83,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def readme_table() -> ModuleType:
-    """``examples/readme_table.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "examples/readme_table.py")
+def example(name: str) -> ModuleType:
+    """A program of ``examples/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -93,7 +94,7 @@ def readme_table() -> ModuleType:
 
 def test_demo_numbers_are_the_saved_ones() -> None:
     """The tables in README and docs are what the program writes from the saved results."""
-    module = readme_table()
+    module = example("readme_table")
     for page, picture in module.PAGES.items():
         text = page.read_text(encoding="utf-8")
         assert "| individual adapters |" in text
@@ -114,3 +115,11 @@ def test_cli_page_names_every_flag(name: str) -> None:
             assert any(f"`{flag}`" in page or f"{flag}`" in page or f"`{flag} " in page for flag in parameter.opts), (
                 parameter
             )
+
+
+def test_every_method_has_its_page() -> None:
+    """docs/methods has one page a method, with the options and their defaults as the code has them, and a list of all."""
+    module = example("method_pages")
+    for page, text in module.pages().items():
+        assert page.read_text(encoding="utf-8") == text, "run python examples/method_pages.py"
+    assert {page.stem for page in (ROOT / "docs/methods").glob("*.md")} == {*METHODS, "index"}

@@ -42,6 +42,7 @@ def describe_method(name: str) -> dict[str, Any]:
     """One method as plain values: title, reference, and for each option its default, allowed values and meaning."""
     method = METHODS[name]
     types = typing.get_type_hints(method.Config)
+    own = {"alpha", *method.Config.__dict__.get("__annotations__", {})}  # before those of the space it works in
     return {
         "title": method.title,
         "reference": method.reference,
@@ -56,6 +57,6 @@ def describe_method(name: str) -> dict[str, Any]:
                 "type": describe_type(types[field.name]),
                 "help": field.metadata["help"],
             }
-            for field in dataclasses.fields(method.Config)
+            for field in sorted(dataclasses.fields(method.Config), key=lambda field: field.name not in own)
         ],
     }
