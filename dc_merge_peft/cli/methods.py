@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import typing
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ def describe_method(name: str) -> dict[str, Any]:
     """One method as plain values: title, reference, and for each option its default, allowed values and meaning."""
     method = METHODS[name]
     types = typing.get_type_hints(method.Config)
-    own = {"alpha", *method.Config.__dict__.get("__annotations__", {})}  # before those of the space it works in
+    own = {"alpha", *inspect.get_annotations(method.Config)}  # before those of the space it works in
     return {
         "title": method.title,
         "reference": method.reference,
