@@ -16,6 +16,7 @@ from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources import CheckpointSource, Source
+from dc_merge_peft.sources.base_model import BaseModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -189,12 +190,12 @@ class DCMergeAdapter:
             OutputError: a module is missing from the base, has another shape or shares its weight with another one.
         """
         from dc_merge_peft.outputs.directory import check_target
-        from dc_merge_peft.outputs.fused import fuse_into, load_base, save_fused
+        from dc_merge_peft.outputs.fused import fuse_into, save_fused
 
         if out is not None:
             check_target(out, overwrite=overwrite)
         merged = self.merge(sources, weights, **merge_options)
-        model = load_base(base) if isinstance(base, (str, Path)) else base
+        model = BaseModel(base).model
         fuse_into(model, merged)
         if out is not None:
             save_fused(model, merged, out, base=base if isinstance(base, (str, Path)) else None, overwrite=overwrite)
