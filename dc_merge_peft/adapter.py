@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import run_merge
+from dc_merge_peft.engine import checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
@@ -17,6 +17,7 @@ from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources import CheckpointSource, Source
 from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading, with_base
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,6 +112,8 @@ class DCMergeAdapter:
         device: torch.device | str | None = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
         progress: bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
@@ -123,15 +126,21 @@ class DCMergeAdapter:
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
+            base: The base model, which the deltas of DoRA adapters depend on: a directory, a Hub id or a model in memory. It
+                is loaded only if an adapter is DoRA.
+            dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than both sides
+                of a weight; by default twice the adapter's rank.
             progress: Show a progress bar; by default on a terminal only.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
-            UnsupportedAdapterError: an adapter that is no plain LoRA.
+            UnsupportedAdapterError: an adapter that is no plain LoRA, or DoRA without a base model.
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype or device.
         """
-        opened = open_sources(sources)
+        device = checked_device(device)
+        reading = DoraReading(dora_rank, device, allow_zero)
+        opened = with_base(open_sources(sources), as_base(base), reading)
         try:
             plan = self.plan(
                 opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
@@ -152,10 +161,12 @@ class DCMergeAdapter:
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
         allow_different_bases: bool = False,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
-            open_sources(sources),
+            with_base(open_sources(sources), as_base(base), DoraReading(dora_rank)),
             self.method,
             weights,
             svd_rank=svd_rank,
@@ -194,12 +205,18 @@ class DCMergeAdapter:
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        merged = self.merge(sources, weights, **merge_options)
-        model = BaseModel(base).model
+        found = BaseModel(base)  # once for DoRA adapters and for the result
+        merged = self.merge(sources, weights, **{"base": found, **merge_options})
+        model = found.model
         fuse_into(model, merged)
         if out is not None:
             save_fused(model, merged, out, base=base if isinstance(base, (str, Path)) else None, overwrite=overwrite)
         return model
+
+
+def as_base(base: str | Path | nn.Module | BaseModel | None) -> BaseModel | None:
+    """A base model that is loaded when it is needed."""
+    return base if base is None or isinstance(base, BaseModel) else BaseModel(base)
 
 
 def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
