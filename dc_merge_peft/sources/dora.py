@@ -93,6 +93,7 @@ class DoraSource(Source):
             base: Directory or Hub id of the base model, for the record.
         """
         self.info, self.reading, self.base = adapter.info, reading, base
+        self.extras, self.extras_reason = adapter.extras, adapter.extras_reason
         self._adapter, self._weight_of = adapter, weight_of
         self.modules = {
             name: replace(spec, rank=min(reading.rank or 2 * spec.rank, *spec.shape))
@@ -121,6 +122,9 @@ class DoraSource(Source):
         """Relative Frobenius error of the rank over all modules read so far; 0 where all are read whole."""
         lost, whole = (sum(part) for part in zip(*self._squares.values(), strict=True)) if self._squares else (0, 0)
         return (lost / whole) ** 0.5 if whole else 0.0
+
+    def extra(self, name: str) -> Tensor:
+        return self._adapter.extra(name)
 
     def close(self) -> None:
         self._adapter.close()
