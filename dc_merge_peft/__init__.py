@@ -6,6 +6,7 @@ Importing this package adds its methods to PEFT as combination types of ``add_we
 
 from __future__ import annotations
 
+from dc_merge_peft import metrics
 from dc_merge_peft._version import __version__
 from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
 from dc_merge_peft.errors import (
@@ -17,6 +18,7 @@ from dc_merge_peft.errors import (
     SourceError,
     UnsupportedAdapterError,
 )
+from dc_merge_peft.inspection import inspect_adapters, inspect_merge
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
@@ -37,6 +39,9 @@ __all__ = [
     "SourceError",
     "UnsupportedAdapterError",
     "__version__",
+    "inspect_adapters",
+    "inspect_merge",
+    "metrics",
     "register",
     "unregister",
 ]

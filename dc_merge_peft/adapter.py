@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import checked_device, run_merge
+from dc_merge_peft.engine import Progress, checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
@@ -115,6 +115,7 @@ class DCMergeAdapter:
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
         extras: str | None = None,
+        keep_dense: bool = False,
         progress: bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
@@ -122,7 +123,8 @@ class DCMergeAdapter:
         Args:
             sources: Directories, Hub ids (``org/name``, ``org/name@revision``, ``org/name/subfolder``) or a mix.
             weights: One finite number an adapter; 1 for each by default. Not normalised.
-            svd_rank: Rank of the merged adapter at most, by optimal truncation; all of it by default.
+            svd_rank: Rank of the merged adapter at most, by optimal truncation. By default the sum of the adapters' ranks:
+                that is all of it, but for methods that work on the entries of dW, whose result has full rank.
             dtype: Of the factors when they are written; the widest of the sources by default.
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
@@ -134,6 +136,8 @@ class DCMergeAdapter:
             extras: What becomes of tensors that adapters hold outside B and A (fully trained modules and tokens, biases, base
                 weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
                 default adapters that hold any are refused.
+            keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
+                weights, as :meth:`fuse` does.
             progress: Show a progress bar; by default on a terminal only.
 
         Raises:
@@ -156,7 +160,13 @@ class DCMergeAdapter:
                 extras=extras,
             )
             result = run_merge(
-                plan, opened, self.method, device=device, allow_zero=allow_zero, progress=progress_bar(progress)
+                plan,
+                opened,
+                self.method,
+                device=device,
+                allow_zero=allow_zero,
+                keep_dense=keep_dense,
+                progress=progress_bar(progress),
             )
         finally:
             for source in opened:
@@ -204,7 +214,7 @@ class DCMergeAdapter:
             out: Where to save it; nowhere by default.
             weights: As for :meth:`merge`.
             overwrite: Replace ``out`` if it exists.
-            **merge_options: Everything else :meth:`merge` takes.
+            **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
             The fused model.
@@ -217,8 +227,9 @@ class DCMergeAdapter:
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        found = BaseModel(base)  # once for DoRA adapters and for the result
-        merged = self.merge(sources, weights, **{"base": found, **merge_options})
+        found = BaseModel(base)  # loaded once, for DoRA adapters and for the result
+        whole = {"base": found, "keep_dense": merge_options.get("svd_rank") is None, **merge_options}
+        merged = self.merge(sources, weights, **whole)
         model = found.model
         fuse_into(model, merged)
         if out is not None:
@@ -266,12 +277,10 @@ def _parts(path: str) -> list[str]:
         return [path]
 
 
-def progress_bar(show: bool | None) -> Any:
+def progress_bar(show: bool | None) -> Progress:
     """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
 
-    def wrap(modules: Iterable[Any]) -> Iterable[Any]:
-        return cast(
-            Iterable[Any], tqdm(modules, unit="module", desc="merging", disable=None if show is None else not show)
-        )
+    def wrap(modules: Iterable[Any], what: str) -> Iterable[Any]:
+        return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
 
     return wrap

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
-from dc_merge_peft.errors import MergeWarning
 from dc_merge_peft.extra_values import merge_extras
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import DoraRecord, MergeResult
@@ -18,7 +16,7 @@ R = TypeVar("R", bound=MergeResult)
 
 
 def completed(result: R, plan: MergePlan, sources: Sequence[Source]) -> R:
-    """The merged factors with everything else that belongs to the result; a new remark is given as a warning, too.
+    """The merged factors with everything else that belongs to the result.
 
     Raises:
         SourceError: a tensor outside B and A holds NaN or Inf.
@@ -30,8 +28,6 @@ def completed(result: R, plan: MergePlan, sources: Sequence[Source]) -> R:
     first = next(iter(dora.values()))
     errors = {index: source.truncation_error() for index, source in dora.items()}
     remarks = [_dora_remark(result.adapters[index].name, error) for index, error in errors.items()]
-    for remark in remarks:
-        warnings.warn(remark, MergeWarning, stacklevel=3)
     record = DoraRecord(first.base, first.reading.rank, errors)
     return dataclasses.replace(result, dora=record, remarks=(*result.remarks, *remarks))
 

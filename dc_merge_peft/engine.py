@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.completion import completed
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
+from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
+from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
 
 T = TypeVar("T")
-Progress = Callable[[Iterable[T]], Iterable[T]]
+
+# Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
+TOLERATED = 2e-3
+
+
+class Progress(Protocol):
+    """Wraps the modules of one pass to show how far it is; ``what`` names the pass."""
+
+    def __call__(self, modules: Iterable[T], what: str) -> Iterable[T]: ...
+
+
+def silent(modules: Iterable[T], what: str) -> Iterable[T]:
+    """No progress shown."""
+    return modules
 
 
 @torch.no_grad()
@@ -31,34 +48,48 @@ def run_merge(
     *,
     device: torch.device | str | None = None,
     allow_zero: bool = False,
-    progress: Progress[PlannedModule] = iter,
+    keep_dense: bool = False,
+    progress: Progress = silent,
 ) -> MergeResult:
     """Merge module by module: read the factors of every task, merge, keep the result, let the factors go.
+
+    A method that needs numbers of the whole model first reads all modules more than once.
 
     Args:
         device: Where to compute; ``None`` is where each module's first factors are stored.
         allow_zero: Merge adapters with an all-zero factor, the usual sign of a failed load, instead of refusing them.
-        progress: Wraps the modules to show how far the merge is.
+        keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it.
+        progress: Shows how far the merge is.
 
     Raises:
         OptionError: a device that does not exist.
         SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
-        MergeError: ``alpha="auto"`` has no solution.
+        MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero.
     """
     start = time.perf_counter()
     device = checked_device(device)
-    for remark in plan.remarks:
-        warnings.warn(remark, MergeWarning, stacklevel=2)
+
+    def read(module: PlannedModule) -> ModuleTasks:
+        deltas = [checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
+        where = compute_device(device or deltas[0].B.device)
+        weights = [plan.weights[task] for task in module.tasks]
+        return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
+
+    def sweep() -> Iterator[ModuleTasks]:
+        return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
+
+    merge = method.prepare(sweep)
     merged: dict[str, MergedModule] = {}
     fit = AlphaFit()
-    for module in progress(plan.modules):
-        deltas = [_checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
-        weights = [plan.weights[task] for task in module.tasks]
-        where = compute_device(device or deltas[0].B.device)
-        delta, S, module_fit = merge_module(method, [delta.to(where) for delta in deltas], weights, plan.svd_rank)
+    for module in progress(plan.modules, "merging"):
+        delta, S, module_fit = _merge_one(method, merge, read(module), plan.svd_rank, keep_dense=keep_dense)
         fit = fit.plus(module_fit)
         merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
-        del deltas  # before the next module's are read
+    if not allow_zero and not any(module.rank for module in merged.values()):
+        raise MergeError(
+            f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
+            "adapters cancel each other; expected adapters, weights and options that leave something"
+        )
     result = MergeResult(
         modules=merged,
         alpha=_alpha(method, fit),
@@ -71,26 +102,75 @@ def run_merge(
         remarks=plan.remarks,
         seconds=time.perf_counter() - start,
     )
-    return completed(result, plan, sources)
+    result = completed(result, plan, sources)
+    remarks = (*result.remarks, *_left_out(result))
+    for remark in remarks:
+        warnings.warn(remark, MergeWarning, stacklevel=2)
+    return dataclasses.replace(result, remarks=remarks)
+
+
+def _left_out(result: MergeResult) -> Iterator[str]:
+    """What a LoRA can't hold of a method that has left the span of its adapters, where nobody asked for truncation."""
+    if result.svd_rank is None and result.truncation_error > TOLERATED:
+        largest = max(module.full_rank for module in result.modules.values())
+        yield (
+            f"method '{result.method}' works on the entries of dW, so that its result has a rank of up to {largest}: as a LoRA "
+            f"of rank {result.max_rank} it is kept with a relative error of {result.truncation_error:.2%}; give a larger "
+            "svd_rank, or fuse it into the base model, which keeps all of it"
+        )
 
 
 def merge_module(
     method: Method,
-    deltas: Sequence[LowRank],  # (m, n) each
+    deltas: Sequence[Delta],  # (m, n) each
     weights: Sequence[float],
     svd_rank: int | None,
 ) -> tuple[LowRank, Tensor, AlphaFit]:  # delta (m, n) float32; all its singular values; terms of alpha="auto"
-    """One module: into the shared space of its tasks, through the method, truncated optimally, and back.
+    """One module by itself, as if it were the whole model: see :func:`run_merge`."""
+    module = ModuleTasks("", deltas, weights, range(len(deltas)))
+    merge = method.prepare(lambda: iter([_seen_by(method, module)[0]]))
+    delta, S, fit = _merge_one(method, merge, module, svd_rank)
+    assert isinstance(delta, LowRank)
+    assert S is not None
+    return delta, S, fit
 
-    A method that works on the entries of dW gets the deltas themselves; every other one gets k x k cores, which by its
+
+def _seen_by(method: Method, module: ModuleTasks) -> tuple[ModuleTasks, SharedSpace | None]:
+    """The module's deltas as the method gets them, and the way back from there.
+
+    A method that looks at the entries of dW gets the deltas themselves; every other one gets k x k cores, which by its
     equivariance gives the same result.
     """
-    space = SharedSpace.of(deltas) if method.equivariant else None
-    tasks = space.cores if space else [delta.to(torch.float64) for delta in deltas]
-    merged = method.merge(tasks, weights)
-    kept = LowRank.from_svd(merged.svd.truncate(svd_rank))
-    delta = space.expand(kept) if space else kept.to(torch.float32)
-    return delta, merged.svd.S, fit_alpha(tasks, weights, merged)
+    lowranks = [task for task in module.tasks if isinstance(task, LowRank)]
+    space = SharedSpace.of(lowranks) if method.equivariant and len(lowranks) == len(module.tasks) else None
+    tasks = space.cores if space else [task.to(torch.float64) for task in module.tasks]
+    return ModuleTasks(module.name, tasks, module.weights, module.adapters), space
+
+
+def _merge_one(
+    method: Method, merge: ModuleMerge, module: ModuleTasks, svd_rank: int | None, *, keep_dense: bool = False
+) -> tuple[Delta, Tensor | None, AlphaFit]:
+    """Through the method, truncated optimally, and back to full size in float32.
+
+    Without an ``svd_rank`` the merged delta keeps the rank of the sum of its tasks at most. That is all of it, unless an
+    element-wise method has left their span.
+    """
+    seen, space = _seen_by(method, module)
+    merged = merge(seen)
+    if _vanishes(merged, seen):
+        (m, n), like = merged.shape, merged.svd.U
+        merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
+    fit = fit_alpha(seen.tasks, seen.weights, merged)
+    if keep_dense and isinstance(merged, Dense):
+        return merged.to(torch.float32), None, fit
+    kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
+    return (space.expand(kept) if space else kept.to(torch.float32)), merged.svd.S, fit
+
+
+def _vanishes(merged: Delta, module: ModuleTasks) -> bool:
+    """Whether nothing but rounding is left, as of adapters that cancel each other: noise must not become an adapter."""
+    largest = max(abs(weight) * task.norm() for task, weight in zip(module.tasks, module.weights, strict=True))
+    return merged.norm() <= FLOAT32_EPS * largest
 
 
 def compute_device(device: torch.device) -> torch.device:
@@ -119,8 +199,12 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         ) from error
 
 
-def _checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
-    """One task's factors of one module, refused where they can't be merged rightly."""
+def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
+    """One task's factors of one module.
+
+    Raises:
+        SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
+    """
     delta = source.factors(module)
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         where = f"{name} of '{module}' in adapter '{source.info.name}'"

@@ -58,6 +58,26 @@ def svd_of_product(
     return SVD(Q_B @ U[:, :kept], S[:kept], Vh[:kept] @ Q_A.mT)
 
 
+def svd_of_matrix(
+    X: Tensor,  # (m, n)
+) -> SVD:
+    """Thin SVD of a dense matrix by the eigendecomposition of its smaller Gram matrix, in float64.
+
+    Several times as fast as an SVD. The Gram matrix squares the condition number, so that singular values below
+    ``S_max * sqrt(eps64)``, about 1e-8, are lost: below the rounding of the float32 input, which is cut anyway.
+    """
+    if X.shape[0] < X.shape[1]:
+        U, S, Vh = svd_of_matrix(X.mT)
+        return SVD(Vh.mT, S, U.mT)
+    X64 = X.to(torch.float64)
+    eigenvalues, V = torch.linalg.eigh(X64.mT @ X64)
+    S, V = eigenvalues.clamp(min=0).sqrt().flip(0), V.flip(1)
+    kept = int((null_threshold(S, (X.shape[0], X.shape[1])) < S).sum())
+    # One QR step: X V has orthogonal columns up to rounding, which is large only relative to its shortest ones.
+    Q, R = torch.linalg.qr(X64 @ V[:, :kept])
+    return SVD(Q * R.diagonal().sign(), S[:kept], V[:, :kept].mT)
+
+
 def polar_factor(
     X: Tensor,  # (p, k)
 ) -> Tensor:  # (p, k), orthonormal columns where X has full column rank

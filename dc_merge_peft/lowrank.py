@@ -68,6 +68,10 @@ class LowRank:
         """Both factors through ``torch.Tensor.to``."""
         return LowRank(self.B.to(*args, **kwargs), self.A.to(*args, **kwargs))
 
+    def project(self, U: Tensor, V: Tensor) -> Tensor:
+        """``U^T dW V``, the block of dW in these directions, in the dtype of U."""
+        return (U.mT @ self.B.to(U.dtype)) @ (self.A.to(V.dtype) @ V)
+
     def inner(self, other: LowRank) -> float:
         """Frobenius inner product ``<dW, dW'>`` from k x k products, in float64."""
         left = other.B.to(torch.float64).mT @ self.B.to(torch.float64)

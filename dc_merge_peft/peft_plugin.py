@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
+from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.engine import checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import method_named
@@ -44,7 +45,7 @@ def add_merged_adapter(
         adapters: Names of loaded LoRA adapters.
         weights: One finite number an adapter; 1 for each by default.
         adapter_name: Name of the new adapter. It is frozen, and the active adapter stays active.
-        combination_type: Name of a method.
+        combination_type: Name of a method; one that PEFT has a type for with ``_dw`` behind it, as ``"ties_dw"``.
         svd_rank: Rank of the new adapter at most; all of it by default.
         dtype: Of the new factors; the widest of the adapters by default.
         device: Where to compute; by default where each module lives.
@@ -64,7 +65,7 @@ def add_merged_adapter(
                 f"'{name}' belongs to PEFT's own combination types, combination_type='{combination_type}' has no such "
                 "option: leave it out"
             )
-    method = method_named(combination_type, options)
+    method = method_named(combination_types()[combination_type], options)
     check_name(adapter_name, tuner.peft_config)
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")

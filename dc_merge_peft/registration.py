@@ -1,8 +1,8 @@
 """``model.add_weighted_adapter(..., combination_type="dc")``: how the methods of this library get into PEFT.
 
 PEFT has no extension point for this, so ``LoraModel.add_weighted_adapter`` (and ``MixedModel``'s) gets a door in front: our
-combination types are merged by :mod:`dc_merge_peft.peft_plugin`, everything else goes through as it came, also where a
-method of this library has the name of one of PEFT's types.
+combination types are merged by :mod:`dc_merge_peft.peft_plugin`, everything else goes through as it came. Where a method
+of this library has the name of one of PEFT's types, as ``ties`` has, it is called ``ties_dw`` there.
 
 PEFT takes seconds to import, and merging adapters from disk does not need it. So ``import dc_merge_peft`` acts at once
 where PEFT is imported already, and else asks to be called back the moment it is.
@@ -18,13 +18,7 @@ from typing import Any
 
 import wrapt
 
-from dc_merge_peft.methods import METHODS
-
-# Names of combination types that stay PEFT's own.
-PEFT_TYPES = frozenset(
-    {"svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd"}
-    | {"magnitude_prune", "magnitude_prune_svd"}
-)
+from dc_merge_peft.combination_types import combination_types
 
 _ORIGINAL = "__dc_merge_peft_original__"
 _state = {"wanted": False, "hooked": False}
@@ -62,11 +56,6 @@ def unregister() -> None:
     if "peft" in sys.modules:
         for tuner in _tuners():
             tuner.add_weighted_adapter = getattr(tuner.add_weighted_adapter, _ORIGINAL, tuner.add_weighted_adapter)
-
-
-def combination_types() -> list[str]:
-    """The combination types this library adds to ``add_weighted_adapter``."""
-    return [name for name in METHODS if name not in PEFT_TYPES]
 
 
 def _on_import(_peft: ModuleType) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.extra_values import MergedExtras
 from dc_merge_peft.layout import Layout
@@ -25,8 +26,8 @@ R = TypeVar("R", bound="MergeResult")
 class MergedModule:
     """The merged delta of one module, before ``alpha``."""
 
-    delta: LowRank  # (m, n), float32, balanced factors of the rank that is kept
-    S: Tensor  # (full_rank,) float64, all singular values, those beyond the kept rank included
+    delta: Delta  # (m, n), float32: balanced factors of the rank that is kept, or dense and whole for full weights
+    S: Tensor | None  # (full_rank,) float64, all singular values, those beyond the kept rank included; None if dense
     layout: Layout
     tasks: tuple[int, ...]  # which of the adapters have the module: indices into MergeResult.adapters
 
@@ -38,12 +39,12 @@ class MergedModule:
     @property
     def full_rank(self) -> int:
         """Rank before truncation to ``svd_rank``."""
-        return len(self.S)
+        return self.rank if self.S is None else len(self.S)
 
     @property
     def truncation_error(self) -> float:
         """Relative Frobenius error of keeping ``rank`` of ``full_rank`` components (Eckart-Young); 0 if all are."""
-        return relative_tail(self.S, self.rank)
+        return 0.0 if self.S is None else relative_tail(self.S, self.rank)
 
 
 def relative_tail(S: Tensor, rank: int) -> float:
@@ -84,9 +85,9 @@ class MergeResult:
         Raises:
             OptionError: no such module was merged.
         """
-        if module not in self.modules:
-            raise OptionError(unknown_name("merged module", module, self.modules))
-        return self.modules[module].delta.scaled(self.alpha)
+        delta = self._module(module).delta
+        whole = delta if isinstance(delta, LowRank) else LowRank.from_svd(delta.svd).to(torch.float32)
+        return whole.scaled(self.alpha)
 
     def delta(self, module: str) -> Tensor:
         """The merged delta of a module as a dense float32 (m, n) tensor: m outputs, n inputs, ``alpha`` applied.
@@ -96,7 +97,12 @@ class MergeResult:
         Raises:
             OptionError: no such module was merged.
         """
-        return self.lowrank(module).dense()
+        return self._module(module).delta.scaled(self.alpha).dense()
+
+    def _module(self, name: str) -> MergedModule:
+        if name not in self.modules:
+            raise OptionError(unknown_name("merged module", name, self.modules))
+        return self.modules[name]
 
     def with_alpha(self, alpha: float) -> Self:
         """The same merge with another coefficient: merging is homogeneous in alpha, nothing is merged again.
@@ -111,8 +117,9 @@ class MergeResult:
     @property
     def truncation_error(self) -> float:
         """Relative Frobenius error of truncation to ``svd_rank`` over all modules together."""
-        lost = sum(float(module.S[module.rank :].square().sum()) for module in self.modules.values())
-        whole = sum(float(module.S.square().sum()) for module in self.modules.values())
+        spectra = [(module.S, module.rank) for module in self.modules.values() if module.S is not None]
+        lost = sum(float(S[rank:].square().sum()) for S, rank in spectra)
+        whole = sum(float(S.square().sum()) for S, _ in spectra)
         return (lost / whole) ** 0.5 if whole > 0 else 0.0
 
     @property

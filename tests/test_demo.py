@@ -74,8 +74,7 @@ def test_demo_measures_every_contender() -> None:
 
 def test_command_writes_adapter_table_and_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``dc-merge demo`` leaves an adapter that PEFT loads, the table as Markdown and JSON, and a PNG."""
-    monkeypatch.setattr(demo_run, "ALPHA_GRID", GRID)
-    monkeypatch.setattr(demo_run.run_demo, "__kwdefaults__", {"grid": GRID})
+    monkeypatch.setattr(demo_run.run_demo, "__kwdefaults__", {**demo_run.run_demo.__kwdefaults__, "grid": GRID})  # type: ignore[attr-defined]
     out = tmp_path / "demo"
     result = CliRunner().invoke(app, ["demo", "-o", str(out), "--texts", "3", "6"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -86,6 +85,19 @@ def test_command_writes_adapter_table_and_chart(tmp_path: Path, monkeypatch: pyt
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     again = CliRunner().invoke(app, ["demo", "-o", str(out)], catch_exceptions=False)
     assert again.exit_code == 2 and "already exists" in again.stderr
+
+
+def test_command_compares_chosen_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--methods`` takes any of them; a wrong name ends before anything is loaded."""
+    monkeypatch.setattr(demo_run.run_demo, "__kwdefaults__", {**demo_run.run_demo.__kwdefaults__, "grid": GRID})  # type: ignore[attr-defined]
+    out = tmp_path / "demo"
+    arguments = ["demo", "-o", str(out), "--texts", "2", "2", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--methods", "ties,consensus"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    labels = {row["label"] for row in json.loads(result.stdout)["rows"]}
+    assert labels == {"base model", "individual adapters", "ties", "consensus"}
+    wrong = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "b"), "--methods", "tie"], catch_exceptions=False)
+    assert wrong.exit_code == 2 and "unknown method 'tie': did you mean 'ties'?" in wrong.stderr
 
 
 def test_command_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,12 +99,15 @@ def test_demo_numbers_are_the_saved_ones() -> None:
         assert module.rendered(page, picture) == text
 
 
-def test_cli_page_names_every_flag() -> None:
-    """docs/cli.md has every flag of ``dc-merge merge``."""
+@pytest.mark.parametrize("name", ["merge", "inspect"])
+def test_cli_page_names_every_flag(name: str) -> None:
+    """The command's section of docs/cli.md has every flag."""
     import typer
 
-    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
-    command = typer.main.get_command(app).commands["merge"]  # type: ignore[attr-defined]
+    page = (
+        (ROOT / "docs/cli.md").read_text(encoding="utf-8").partition(f"## `dc-merge {name}`")[2].partition("\n## ")[0]
+    )
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     for parameter in command.params:
         if parameter.param_type_name == "option" and parameter.name != "help":
             assert any(f"`{flag}`" in page or f"{flag}`" in page or f"`{flag} " in page for flag in parameter.opts), (

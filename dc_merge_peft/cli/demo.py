@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli.show import console, reports_errors, table
 from dc_merge_peft.errors import OptionError
+from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.outputs.directory import check_target, whole_directory
 
 # Validation and test texts a task: about two minutes on two cores, and intervals of some 3 points on an average.
@@ -28,6 +30,13 @@ def demo(
     texts: Annotated[
         tuple[int, int], typer.Option(help="Validation and test texts of each task at most.", metavar="V T", min=1)
     ] = QUICK,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods to compare with their default options, as in dc,ties,tsvm, or all. Default: average, ta and the "
+            "kinds of smoothing of dc."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
@@ -44,13 +53,15 @@ def demo(
     check_target(output, overwrite=overwrite)
     # These import transformers, and need what was just looked for.
     from dc_merge_peft.demo.report import save_report, table_cells, verdict
-    from dc_merge_peft.demo.run import DEFAULT_CONTENDER, load_demo, merge_contender, run_demo
+    from dc_merge_peft.demo.run import CONTENDERS, load_demo, run_demo
 
+    names = [] if methods is None else list(METHODS) if methods == "all" else methods.split(",")
+    contenders = {name: (method_named(name).name, {}) for name in names} or CONTENDERS
     tasks, model = load_demo(*((None, None) if full else texts))
-    outcome = run_demo(tasks, model)
+    outcome = run_demo(tasks, model, contenders=contenders)
     with whole_directory(output, overwrite=overwrite) as folder:
         save_report(outcome, folder)
-        merge_contender(DEFAULT_CONTENDER, [task.adapter for task in tasks]).save_pretrained(folder / "adapter")
+        DCMergeAdapter().merge([task.adapter for task in tasks], progress=False).save_pretrained(folder / "adapter")
     plain = outcome.to_dict()
     if as_json:
         typer.echo(json.dumps(plain))
@@ -62,6 +73,6 @@ def demo(
     out.print(f"\n{verdict(plain)}\n", markup=False)
     out.print(
         f"{len(tasks)} adapters; each merge took at most {slowest:.2f} s, measuring {outcome.seconds:.0f} s; written to "
-        f"{output}: adapter/ ({DEFAULT_CONTENDER}, alpha auto), results.md, results.json, results.png",
+        f"{output}: adapter/ (the defaults: DC-Merge, alpha auto), results.md, results.json, results.png",
         markup=False,
     )

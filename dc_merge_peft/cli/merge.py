@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, table
 from dc_merge_peft.engine import checked_device
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
@@ -119,13 +119,13 @@ def merge(
     """
     start = time.perf_counter()
     shortcuts = {"smoothing": smoothing, "rho": rho, "density": density, "alpha": alpha}
-    run = _settings(
+    run = run_settings(
         config,
         adapters=tuple(adapters) if adapters else None,
         output=output,
-        weights=_numbers(weights) if weights is not None else None,
+        weights=numbers(weights) if weights is not None else None,
         method=method,
-        options=dict(_assignments(option or [], shortcuts)),
+        options=dict(assignments(option or [], shortcuts)),
         svd_rank=svd_rank,
         dtype=dtype,
         device=device,
@@ -169,38 +169,6 @@ def _push(merged: MergedAdapter, repo_id: str, private: bool, output: str | None
         return merged.push_to_hub(repo_id, private=private or None)
     except OutputError as error:
         raise OutputError(f"{error}; the merged adapter is in '{output}'" if output else str(error)) from error
-
-
-def _settings(path: Path | None, *, options: Mapping[str, Any], **given: Any) -> RunConfig:
-    """The YAML file's settings, overruled by what was given on the command line."""
-    base = RunConfig.read(path) if path else RunConfig()
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(base, **given, options={**base.options, **options})
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise OptionError(f"--weights is '{text}': expected numbers, as in 1,0.5,1") from error
-
-
-def _assignments(pairs: list[str], shortcuts: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
-    """``-O name=value`` and the shortcut flags as option values, still text."""
-    seen = set()
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise OptionError(f"-O is '{pair}': expected option=value, as in -O mask=false")
-        if name in seen:
-            raise OptionError(f"option '{name}' is given twice by -O: expected it once")
-        seen.add(name)
-        yield name, value
-    for name, value in shortcuts.items():
-        if value is not None:
-            if name in seen:
-                raise OptionError(f"option '{name}' is given by --{name} and by -O: expected it once")
-            yield name, value
 
 
 def _print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:

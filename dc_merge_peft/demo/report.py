@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.demo.run import CONTENDERS, DemoOutcome
+from dc_merge_peft.demo.run import DemoOutcome
 
 
 def table_cells(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -54,9 +54,9 @@ def bar_chart(outcome: dict[str, Any], path: Path) -> None:
     """Average normalized accuracy of every contender, at the data-free alpha and at the validated one."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    labels = list(dict.fromkeys(row["label"] for row in outcome["rows"] if row["alpha"] is not None))
+    figure = Figure(figsize=(8, 1.1 + 0.5 * len(labels)), layout="constrained")
     axes = figure.add_subplot()
-    labels = list(CONTENDERS)
     colours = {"auto": "#4c72b0", "validation": "#dd8452"}
     names = {"auto": "alpha found without data", "validation": "alpha picked on validation texts"}
     for shift, rule in ((-0.2, "auto"), (0.2, "validation")):

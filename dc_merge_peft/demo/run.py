@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,14 @@ from dc_merge_peft.demo.tasks import Task, load_tasks
 ALPHA_GRID = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)
 
 # label: (method, options)
-CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+Contenders = Mapping[str, tuple[str, dict[str, Any]]]
+CONTENDERS: Contenders = {
     "average": ("average", {}),
     "task arithmetic": ("ta", {}),
     "DC-Merge, averaging": ("dc", {"smoothing": "average"}),
     "DC-Merge, linear": ("dc", {"smoothing": "linear"}),
     "DC-Merge, no smoothing": ("dc", {"smoothing": "none"}),
 }
-DEFAULT_CONTENDER = "DC-Merge, linear"  # the library's default, whose adapter the demo saves
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ class Patient:
                     self._modules[name].weight.copy_(weight)
 
 
-def run_demo(tasks: Sequence[Task], model: Any, *, grid: Sequence[float] = ALPHA_GRID) -> DemoOutcome:
+def run_demo(
+    tasks: Sequence[Task], model: Any, *, grid: Sequence[float] = ALPHA_GRID, contenders: Contenders = CONTENDERS
+) -> DemoOutcome:
     """Measure the base model, the individual adapters and every contender on every task.
 
     Args:
@@ -112,10 +114,11 @@ def run_demo(tasks: Sequence[Task], model: Any, *, grid: Sequence[float] = ALPHA
         model: The base model, unchanged afterwards.
         grid: Candidates for alpha; the best on the validation texts of all tasks together (mean normalized accuracy)
             is then measured on the test texts.
+        contenders: What is compared, by label: a method's name and its options.
     """
     start = time.perf_counter()
     patient = Patient(model)
-    steps = 2 * len(tasks) + 1 + len(CONTENDERS) * (len(grid[::2]) + 2 + 2)
+    steps = 2 * len(tasks) + 1 + len(contenders) * (len(grid[::2]) + 2 + 2)
     with tqdm(total=steps, unit="model", desc="measuring", disable=None) as bar:
         individual = {split: {} for split in ("validation", "test")}
         for task in tasks:
@@ -132,18 +135,18 @@ def run_demo(tasks: Sequence[Task], model: Any, *, grid: Sequence[float] = ALPHA
             base=base,
             individual=Row("individual adapters", None, "", individual["test"]),
         )
-        for label in CONTENDERS:
-            merged = merge_contender(label, [task.adapter for task in tasks])
+        for label, (method, options) in contenders.items():
+            merged = merge_contender(method, options, [task.adapter for task in tasks])
             outcome.merge_seconds[label] = merged.seconds
             outcome.rows += _measure(label, merged, tasks, patient, individual["validation"], grid, bar)
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def merge_contender(label: str, adapters: Sequence[Path]) -> MergedAdapter:
-    """One contender's merge of all adapters, with alpha found by its data-free rule."""
-    method, options = CONTENDERS[label]
-    return DCMergeAdapter(method=method, alpha="auto", **options).merge(adapters, progress=False)
+def merge_contender(method: str, options: Mapping[str, Any], adapters: Sequence[Path]) -> MergedAdapter:
+    """One contender's merge of all adapters for the full weights, with alpha found by its data-free rule."""
+    merger = DCMergeAdapter(method=method, alpha="auto", **options)
+    return merger.merge(adapters, keep_dense=True, progress=False)
 
 
 def load_demo(validation: int | None = None, test: int | None = None) -> tuple[list[Task], Any]:

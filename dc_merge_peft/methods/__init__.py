@@ -8,12 +8,26 @@ from typing import Any
 from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.methods.arithmetic import TaskArithmetic, WeightAveraging
 from dc_merge_peft.methods.base import Method, MethodConfig
+from dc_merge_peft.methods.consensus import ConsensusTA
+from dc_merge_peft.methods.dare import DareTA, DareTIES
 from dc_merge_peft.methods.dc import DCMerge, DCMergeConfig
+from dc_merge_peft.methods.knots import KnotsDareTIES, KnotsTIES
+from dc_merge_peft.methods.pcb import PCBMerging
+from dc_merge_peft.methods.pruning import MagnitudePrune
+from dc_merge_peft.methods.ties import TIES
 
 METHODS: dict[str, type[Method]] = {
     "dc": DCMerge,
     "ta": TaskArithmetic,
     "average": WeightAveraging,
+    "ties": TIES,
+    "dare_ta": DareTA,
+    "dare_ties": DareTIES,
+    "magnitude_prune": MagnitudePrune,
+    "consensus": ConsensusTA,
+    "pcb": PCBMerging,
+    "knots_ties": KnotsTIES,
+    "knots_dare_ties": KnotsDareTIES,
 }
 
 

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from dc_merge_peft.lowrank import LowRank, concatenate
-from dc_merge_peft.methods.base import Method, MethodConfig
-
-
-def weighted_sum(tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """``sum_i w_i dW_i`` as one LowRank of rank ``sum r_i``: factors side by side, nothing is multiplied out."""
-    return concatenate([LowRank(task.B * weight, task.A) for task, weight in zip(tasks, weights, strict=True)])
+from dc_merge_peft.dense import Delta, weighted_sum
+from dc_merge_peft.methods.base import Method, ModuleTasks
+from dc_merge_peft.methods.elementwise import total
+from dc_merge_peft.methods.spaces import SpaceConfig, cover_view, crowding, smoothed_tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskArithmeticConfig(MethodConfig):
+class TaskArithmeticConfig(SpaceConfig):
     """Options of task arithmetic."""
 
 
 class TaskArithmetic(Method):
-    """``dW = alpha * sum_i w_i dW_i`` (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023)."""
+    """``dW = alpha * sum_i w_i dW_i`` (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023).
+
+    A sum is the same in every orthonormal basis: in parameter space factors are put side by side, and the cover space
+    differs by its mask, and by what its basis can't hold.
+    """
 
     name = "ta"
     title = "task arithmetic: the weighted sum"
     reference = "Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023"
     Config = TaskArithmeticConfig
+    config: SpaceConfig
 
-    def merge(self, tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        return weighted_sum(tasks, weights)
+    def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
+        if not self.config.cover:
+            return weighted_sum(smoothed_tasks(tasks, self.config), weights)
+        view = cover_view(ModuleTasks("", tasks, weights, range(len(tasks))), self.config)
+        return view.back(total(view.matrices()))
+
+    def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
+        return crowding(shape, ranks, self.config) if self.config.cover else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightAveragingConfig(MethodConfig):
+class WeightAveragingConfig(SpaceConfig):
     """Options of weight averaging."""
 
 
-class WeightAveraging(Method):
+class WeightAveraging(TaskArithmetic):
     """``dW = alpha / T * sum_i w_i dW_i`` (Wortsman et al., "Model soups", ICML 2022).
 
     T counts the adapters that have the module. The weights are not normalised: (2, 2) is twice (1, 1).
@@ -47,5 +55,5 @@ class WeightAveraging(Method):
     reference = "Wortsman et al., Model soups, ICML 2022"
     Config = WeightAveragingConfig
 
-    def merge(self, tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        return weighted_sum(tasks, [weight / len(tasks) for weight in weights])
+    def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
+        return super().merge(tasks, [weight / len(tasks) for weight in weights])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
 
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.methods.options import build_config, check_config, option
 
 ALPHA_HELP = (
@@ -30,6 +30,22 @@ class MethodConfig:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleTasks:
+    """The deltas that meet in one module."""
+
+    name: str  # path in the base model
+    tasks: Sequence[Delta]  # of one (m, n), scaling folded in, float64
+    weights: Sequence[float]  # w_i multiplies task i's delta
+    adapters: Sequence[int]  # which adapters of the merge they are, ascending
+
+
+# All modules of the merge, one after the other; each call reads them again.
+Sweep: TypeAlias = Callable[[], Iterator[ModuleTasks]]
+# One module's merged delta before alpha: same shape and device as the tasks.
+ModuleMerge: TypeAlias = Callable[[ModuleTasks], Delta]
+
+
 class Method(ABC):
     """One merging method with its options.
 
@@ -37,17 +53,16 @@ class Method(ABC):
     it takes one row in :data:`dc_merge_peft.methods.METHODS`; the command line, PEFT, the saved provenance and the
     docs read everything else from here.
 
-    The result must be homogeneous: it scales with a common factor on all weights. ``alpha`` is applied by the engine,
-    after the merge, so that it can be fitted or changed without merging again.
+    ``alpha`` is applied by the engine, after the merge, so that it can be fitted or changed without merging again.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]  # a few words for listings
     reference: ClassVar[str]  # paper and, where there is one, equation
     Config: ClassVar[type[MethodConfig]]
-    # Whether the method commutes with orthonormal changes of basis on both sides. Then the engine hands it k x k
-    # cores instead of m x n deltas; an element-wise method on the entries of dW must say False.
-    equivariant: ClassVar[bool] = True
+    # Whether a common factor on all weights is a factor on the result. Where a method compares with fixed numbers it
+    # is not; alpha multiplies the result all the same.
+    homogeneous: ClassVar[bool] = True
 
     def __init__(self, config: MethodConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
@@ -57,19 +72,45 @@ class Method(ABC):
         """The method with loose option values checked and parsed; raises :class:`OptionError`."""
         return cls(build_config(cls.Config, options, method=cls.name))
 
+    @property
+    def equivariant(self) -> bool:
+        """Whether the method commutes with orthonormal changes of basis on both sides. Then the engine hands it k x k
+        cores instead of m x n deltas; a method that looks at the entries of dW must say False."""
+        return True
+
     @abstractmethod
-    def merge(self, tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         """Merge the deltas of one module.
 
         Args:
-            tasks: One LowRank a task, all of one (m, n), scaling folded in, float64 on the compute device.
+            tasks: One delta a task, all of one (m, n), scaling folded in, float64 on the compute device.
             weights: One finite factor a task; w_i multiplies task i's delta.
 
         Returns:
-            The merged delta before ``alpha``, same shape, dtype and device.
+            The merged delta before ``alpha``, same shape and device: a :class:`LowRank` where the method stays in
+            the span of its tasks, a :class:`Dense` where it does not.
         """
+
+    def prepare(self, sweep: Sweep) -> ModuleMerge:
+        """The function that merges each module in one run.
+
+        A method that needs numbers of the whole model first, such as a global threshold, goes through ``sweep()`` as
+        often as it must, and keeps nothing of a module but those numbers.
+        """
+        return lambda module: self.merge(module.tasks, module.weights)
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         """What a user should know about merging deltas of these ranks in a module of this shape, found before any
         factor is read. The same text for every module it concerns."""
         return ()
+
+
+class ModelWideMethod(Method):
+    """A method whose :meth:`prepare` is the real thing; on a module by itself that module is the whole model."""
+
+    def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
+        module = ModuleTasks("", tasks, weights, range(len(tasks)))
+        return self.prepare(lambda: iter([module]))(module)
+
+    @abstractmethod
+    def prepare(self, sweep: Sweep) -> ModuleMerge: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.dense import Delta, inner
 
 
 class AlphaFit(NamedTuple):
@@ -24,7 +24,7 @@ class AlphaFit(NamedTuple):
         return self.overlap / self.energy if self.energy > 0 else None
 
 
-def fit_alpha(tasks: Sequence[LowRank], weights: Sequence[float], merged: LowRank) -> AlphaFit:
+def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -> AlphaFit:
     """Least squares of the weighted task vectors on the merged delta inside each task's own subspaces.
 
     Minimises ``sum_i || alpha P_i dW~ - w_i dW_i ||^2`` with ``P_i X = U_i U_i^T X V_i V_i^T``, from factors. Since
@@ -33,6 +33,6 @@ def fit_alpha(tasks: Sequence[LowRank], weights: Sequence[float], merged: LowRan
     fit = AlphaFit()
     for task, weight in zip(tasks, weights, strict=True):
         U, _, Vh = task.svd
-        projected = (U.mT @ merged.B) @ (merged.A @ Vh.mT)  # (r, r)
-        fit = fit.plus(AlphaFit(weight * merged.inner(task), float(projected.square().sum())))
+        projected = merged.project(U, Vh.mT)  # (r, r)
+        fit = fit.plus(AlphaFit(weight * inner(merged, task), float(projected.square().sum())))
     return fit

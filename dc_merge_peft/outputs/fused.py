@@ -13,6 +13,7 @@ from torch import nn
 
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_writes
@@ -32,10 +33,13 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
     """Add every merged delta to its weight, in float32 and back to the weight's dtype, and put what stands outside B and A in
     its place; everything is checked first.
 
+    Weights that are offloaded, to disk too, are in CPU memory afterwards: the files may be the base model's own.
+
     Raises:
         OutputError: a module is missing, has another shape or layer type, or shares its weight with another module; a layer
             without a bias, for a bias on lora_B.
-        UnsupportedAdapterError: a quantised weight.
+        SourceError: an offloaded weight is not where accelerate has put it.
+        UnsupportedAdapterError: a weight that is quantised, sharded, or on the meta device without an offload hook.
     """
     injected = injected_layer(model)
     if injected is not None:
@@ -43,16 +47,24 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
             "merge_and_unload() on its PeftModel first"
         )
-    targets, writes = list(_targets(model, result)), list(extra_writes(model, result, _shared_parameters(model)))
+    offloading = Offloading(model)
+    targets = list(_targets(model, result, offloading))
+    writes = list(extra_writes(model, result, _sharing(model)))
     for write in writes:  # before the deltas: a value of the base model may be what a delta is added to
         write()
     for name, module in targets:
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        delta = result.lowrank(name).to(weight.device).dense()
+        parameter: nn.Parameter = module.weight  # type: ignore[assignment]
+        place = offloading.find(module, "weight") if parameter.is_meta else None
+        weight = place.read(parameter, f"the weight of '{name}'") if place else parameter
+        delta = result.delta(name).to(weight.device)
         transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
         delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_((weight.to(wide) + delta).to(weight.dtype))
+        fused = (weight.to(wide) + delta).to(weight.dtype)
+        if place:
+            place.write(fused)
+        else:
+            parameter.copy_(fused)
 
 
 def save_fused(
@@ -61,11 +73,16 @@ def save_fused(
     """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
 
     Raises:
-        OutputError: the directory exists, can't be written, or the model has no ``save_pretrained``.
+        OutputError: the directory exists, can't be written, or transformers can't save the model.
     """
     if not hasattr(model, "save_pretrained"):
         raise OutputError(
             f"a {type(model).__name__} can't be saved: expected a transformers model; use model.state_dict()"
+        )
+    if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+        raise OutputError(
+            f"the {type(model).__name__} is offloaded without a device map, and transformers can't save it: expected one loaded with "
+            "device_map=...; or take the hooks off first, with accelerate.hooks.remove_hook_from_submodules(model)"
         )
     with whole_directory(out, overwrite=overwrite) as building:
         model.save_pretrained(building)  # type: ignore[operator]
@@ -78,9 +95,9 @@ def save_fused(
     return Path(out).expanduser()
 
 
-def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module]]:
+def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> Iterator[tuple[str, nn.Module]]:
     """The layer of every merged module, checked."""
-    shared = _shared_parameters(model)
+    shared = _sharing(model)
     for name, merged in result.modules.items():
         path = path_in_model(model, name)
         if path is None:
@@ -96,24 +113,47 @@ def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Mo
                 f"'{name}' is of type {found} and shape {shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
+        reason = unreadable(weight, offloading.find(module, "weight"), path)
+        if reason is not None:
+            raise UnsupportedAdapterError(
+                f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
+            )
         if not weight.is_floating_point():
             raise UnsupportedAdapterError(
                 f"'{name}' is quantised ({weight.dtype}): expected floating-point base weights"
             )
-        if id(weight) in shared:
+        if others := [other for other in shared.get(path, ()) if other != path]:
             raise OutputError(
-                f"'{name}' shares its weight with {preview(other for other in shared[id(weight)] if other != path)}: fusing "
+                f"'{name}' shares its weight with {preview(others)}: fusing "
                 "would change both, the adapter changes one; untie them first, or keep the merged adapter"
             )
         yield name, module
 
 
-def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules that hold the same parameter, where more than one does."""
-    holders: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(path.rpartition(".")[0])
-    return {key: paths for key, paths in holders.items() if len(paths) > 1}
+def _sharing(model: nn.Module) -> dict[str, list[str]]:
+    """For the paths of modules that share a parameter all those that hold it.
+
+    Offloaded parameters are meta tensors of their own, shared or not; there it counts what transformers declares.
+    """
+    holders: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for group in _declared_ties(model):
+        if all(model.get_parameter(name).is_meta for name in group):
+            holders[group] = [name.rpartition(".")[0] for name in group]
+    return {path: paths for paths in holders.values() if len(paths) > 1 for path in paths}
+
+
+def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Groups of parameters that a transformers model ties, by name."""
+    ties = getattr(model, "all_tied_weights_keys", None)  # transformers 5: {target: source}
+    if ties is not None:
+        yield from ((target, source) for target, source in ties.items())
+    elif getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        paths = {id(module): path for path, module in model.named_modules()}
+        names = tuple(f"{paths[id(module)]}.weight" for module in embeddings if module is not None)
+        yield names
 
 
 def _companions(base: str | Path) -> list[Path]:

@@ -16,17 +16,17 @@ from dc_merge_peft.sources.base_model import path_in_model
 Write = Callable[[], object]
 
 
-def extra_writes(model: nn.Module, result: MergeResult, shared: Mapping[int, Sequence[str]]) -> Iterator[Write]:
+def extra_writes(model: nn.Module, result: MergeResult, shared: Mapping[str, Sequence[str]]) -> Iterator[Write]:
     """For every tensor the change it makes to the model, checked, in the order in which they are to be made.
 
     Args:
         model: A plain base model.
         result: The merge.
-        shared: For the id of a parameter that several modules hold the paths of those.
+        shared: For the paths of modules that share a parameter all those that hold it.
 
     Raises:
         OutputError: a parameter is missing, has another shape, or would change another module, too.
-        UnsupportedAdapterError: a quantised parameter.
+        UnsupportedAdapterError: a quantised or offloaded parameter.
     """
     extras = result.extras
     for name, extra in {**extras.of_kind("base"), **extras.of_kind("module")}.items():
@@ -37,7 +37,7 @@ def extra_writes(model: nn.Module, result: MergeResult, shared: Mapping[int, Seq
         yield _added_bias(model, extra)
 
 
-def _replacement(model: nn.Module, name: str, extra: MergedExtra, shared: Mapping[int, Sequence[str]]) -> Write:
+def _replacement(model: nn.Module, name: str, extra: MergedExtra, shared: Mapping[str, Sequence[str]]) -> Write:
     found = _parameter(model, name)
     if found.shape != extra.spec.shape:
         raise OutputError(
@@ -46,9 +46,10 @@ def _replacement(model: nn.Module, name: str, extra: MergedExtra, shared: Mappin
             "(model.resize_token_embeddings)"
         )
     # A value of the base model itself is meant for all its holders; that of a module trained in full is not.
-    if extra.spec.kind == "module" and id(found) in shared:
+    path = path_in_model(model, name.rpartition(".")[0]) or ""
+    if extra.spec.kind == "module" and path in shared:
         raise OutputError(
-            f"'{name}' is shared by the modules {preview(shared[id(found)])} of the base model, of which the adapters have trained "
+            f"'{name}' is shared by the modules {preview(shared[path])} of the base model, of which the adapters have trained "
             "one: fusing would change all; untie them first, or keep the merged adapter"
         )
     return lambda: found.copy_(extra.value)
@@ -70,9 +71,9 @@ def _new_rows(model: nn.Module, extra: MergedExtra) -> Write:
 def _added_bias(model: nn.Module, extra: MergedExtra) -> Write:
     path = path_in_model(model, extra.spec.module)
     found = getattr(model.get_submodule(path), "bias", None) if path is not None else None
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor) or found.is_meta:
         raise OutputError(
-            f"'{extra.spec.module}' has no bias in the base model, so that the bias on its lora_B can't be fused: expected a layer "
+            f"'{extra.spec.module}' has no bias in the base model, or one that is offloaded, so that the bias on its lora_B can't be fused: expected a layer "
             "with a bias; keep the merged adapter, or leave the biases out (extras='drop')"
         )
     wide = torch.promote_types(found.dtype, torch.float32)
@@ -87,6 +88,10 @@ def _parameter(model: nn.Module, name: str) -> Tensor:
         raise OutputError(
             f"the base model, a {type(model).__name__}, has no parameter '{name}': expected the base model of the adapters; give "
             "the model object of the class they were trained with, or leave such values out (extras='drop')"
+        )
+    if found.is_meta:
+        raise UnsupportedAdapterError(
+            f"'{name}' is offloaded (a meta tensor): expected it in memory; load the model without offload, or keep the merged adapter"
         )
     if not found.is_floating_point() and found.dtype != torch.int64:  # batch norm counts its batches
         raise UnsupportedAdapterError(f"'{name}' is quantised ({found.dtype}): expected floating-point base weights")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.mixed import MixedModel
@@ -19,11 +20,12 @@ from torch import nn
 
 from dc_merge_peft.errors import OptionError, OutputError, preview
 from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.offload import Offloaded, Offloading
 from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import Targets
-from dc_merge_peft.sources.live import lora_layers
+from dc_merge_peft.sources.live import factor_holders, lora_layers
 
 # What knows which adapter of its own is active.
 _HOLDERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -95,8 +97,10 @@ def check_name(adapter_name: str, taken: Any) -> None:
 
 
 def check_modules(result: MergeResult, model: nn.Module) -> None:
-    """Every merged module exists in the model with the same layer type and shape."""
+    """Every merged module exists in the model with the same layer type and shape, where PEFT can wrap it."""
+    offloading = Offloading(model)
     modules = {_plain_path(name): module for name, module in model.named_modules()}
+    wrapped = {_plain_path(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     missing = [name for name in result.modules if name not in modules]
     if missing:
         raise OutputError(
@@ -112,10 +116,18 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
                 f"'{name}' is of type {found} and shape {shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
+        place = offloading.find(base, "weight") if name not in wrapped else None
+        if place and place.key != "weight":
+            raise OutputError(
+                f"'{name}' is offloaded as a part of its block (preload_module_classes), where PEFT can't put a layer around it: "
+                "expected a model offloaded layer by layer; offload it after the adapter is in"
+            )
 
 
 def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> None:
-    """Replace the freshly made parameters of the adapter by the merged factors, on the same devices.
+    """Replace the freshly made parameters of the adapter by the merged factors, on the devices of their layers.
+
+    On an offloaded layer PEFT makes them meta tensors. The merged ones are real: nothing would bring their numbers.
 
     Raises:
         OutputError: PEFT wrapped other modules than the merged ones.
@@ -124,10 +136,25 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
     if set(layers) != set(result.modules):
         difference = sorted(set(layers) ^ set(result.modules))
         raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
-    for name, A, B in stored_factors(result):
-        for holder, factor in zip(_factor_parameters(layers[name], adapter_name), (A, B), strict=True):
-            holder.data = factor.to(holder.device)
-            holder.requires_grad_(False)
+    offloading = Offloading(model)
+    hooked: list[tuple[Offloaded, nn.Parameter]] = []
+    for name, *factors in stored_factors(result):
+        layer = layers[name]
+        for (holder, key), factor in zip(factor_holders(layer, adapter_name), factors, strict=True):
+            device = _device_of(layer, getattr(holder, key), offloading) or factor.device
+            parameter = nn.Parameter(factor.to(device), requires_grad=False)
+            setattr(holder, key, parameter)
+            if place := offloading.find(holder, key):  # its hook drops and brings every tensor below it
+                hooked.append((place, parameter))
+    for place, parameter in hooked:  # last, since it can't fail
+        place.write(parameter)
+
+
+def _device_of(layer: LoraLayer, fresh: nn.Parameter, offloading: Offloading) -> torch.device | None:
+    """Where a layer computes; None where nothing says so, as for a base layer on the meta device."""
+    if place := offloading.find(layer.get_base_layer(), "weight"):
+        return place.device
+    return None if fresh.is_meta else fresh.device
 
 
 def _config_for(result: MergeResult, model: nn.Module) -> LoraConfig:
@@ -152,12 +179,6 @@ def _matches(config: LoraConfig, name: str) -> bool:
 def _plain_path(name: str) -> str:
     """A module's path in the base model, without the levels that adapters put in between."""
     return re.sub(r"\.base_layer(?=\.|$)", "", name)
-
-
-def _factor_parameters(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[return-value]
 
 
 @contextmanager

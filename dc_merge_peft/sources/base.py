@@ -138,6 +138,11 @@ class Source(ABC):
     extras: Mapping[str, ExtraSpec] = MappingProxyType({})  # by the path of the tensor in the base model
     extras_reason: str | None = None  # why they are refused unless the caller says what becomes of them: "has ...; ..."
     is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
+    config: Mapping[str, Any] = MappingProxyType({})  # the adapter's own settings under PEFT's names, where it has any
+
+    def scaling(self, module: str) -> float:
+        """What PEFT multiplies ``B @ A`` of a module by; :meth:`factors` has it folded in."""
+        return 1.0
 
     @abstractmethod
     def factors(self, module: str) -> LowRank:

@@ -41,22 +41,24 @@ class CheckpointSource(Source):
         """
         files = locate(source)
         self.name = name or files.directory.name if files.revision is None else name or files.location
-        self._config = _read_config(files, self.name)
+        self.config = _read_config(files, self.name)
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
-        self.is_dora = bool(self._config.get("use_dora"))
+        self.is_dora = bool(self.config.get("use_dora"))
         others = other_keys(self._tensors.shapes)
-        self._magnitudes = magnitude_keys(others, self._keys, self._config, self.name)
-        self._extras = stored_extras(others, self._tensors, self._config, self.modules, self.name)
+        self._magnitudes = magnitude_keys(others, self._keys, self.config, self.name)
+        self._extras = stored_extras(others, self._tensors, self.config, self.modules, self.name)
         self.extras = {name: stored.spec for name, stored in self._extras.items()}
-        self.extras_reason = extras_reason(self._config, self.extras)
-        self.info = _describe(self.name, files, self._config)
+        self.extras_reason = extras_reason(self.config, self.extras)
+        self.info = _describe(self.name, files, self.config)
+
+    def scaling(self, module: str) -> float:
+        return lora_scaling(self.config, module, self.modules[module].rank)
 
     def factors(self, module: str) -> LowRank:
-        keys, spec = self._keys[module], self.modules[module]
-        scaling = lora_scaling(self._config, module, spec.rank)
-        return spec.layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), scaling)
+        keys, layout = self._keys[module], self.modules[module].layout
+        return layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), self.scaling(module))
 
     def extra(self, name: str) -> Tensor:
         return self._extras[name].read(self._tensors)
@@ -89,9 +91,9 @@ class CheckpointSource(Source):
                 f"{where}: expected one rank in both; a convolution with groups > 1 is not supported, anything else is "
                 "a damaged checkpoint"
             )
-        if rank != expected_rank(self._config, module):
+        if rank != expected_rank(self.config, module):
             raise SourceError(
-                f"{where}, but its {CONFIG_FILE} says rank {expected_rank(self._config, module)} for it: the scaling "
+                f"{where}, but its {CONFIG_FILE} says rank {expected_rank(self.config, module)} for it: the scaling "
                 "would be wrong; expected config and weights of one training run"
             )
         kind = "embedding" if keys.embedding else "conv" if len(A) > 2 else "linear"

@@ -92,7 +92,8 @@ class DoraSource(Source):
             reading: Rank and device.
             base: Directory or Hub id of the base model, for the record.
         """
-        self.info, self.reading, self.base = adapter.info, reading, base
+        self.info, self.config = adapter.info, adapter.config
+        self.reading, self.base = reading, base
         self.extras, self.extras_reason = adapter.extras, adapter.extras_reason
         self._adapter, self._weight_of = adapter, weight_of
         self.modules = {
@@ -100,6 +101,9 @@ class DoraSource(Source):
             for name, spec in adapter.modules.items()
         }
         self._squares: dict[str, tuple[float, float]] = {}  # by module: what truncation lost, and the whole
+
+    def scaling(self, module: str) -> float:
+        return self._adapter.scaling(module)
 
     def factors(self, module: str) -> LowRank:
         lora, magnitude = self._adapter.factors(module), self._adapter.magnitude(module)
@@ -187,17 +191,17 @@ def _weight_in(base: BaseModel, module: str, spec: ModuleSpec, adapter: str) -> 
             f"the base model, a {type(model).__name__}, has no module '{module}', which adapter '{adapter}' changes: expected "
             "the base model of the adapters; give the model object of the class they were trained with"
         )
-    return layer_weight(module, model.get_submodule(path), spec, adapter)
+    layer = model.get_submodule(path)
+    return matrix_of(module, layer, getattr(layer, "weight", None), spec, adapter)
 
 
-def layer_weight(module: str, layer: nn.Module, spec: ModuleSpec, adapter: str) -> Tensor:
+def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, adapter: str) -> Tensor:
     """The weight of a layer as (m, n), as adapters see it.
 
     Raises:
         IncompatibleAdaptersError: the layer is of another type or shape than the adapter's factors.
         UnsupportedAdapterError: the weight is quantised, or not in memory.
     """
-    weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
         found = "offloaded" if isinstance(weight, Tensor) and weight.is_meta else "quantised"
         raise UnsupportedAdapterError(

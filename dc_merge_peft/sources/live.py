@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, unknown_name
 from dc_merge_peft.layers import layer_layout
+from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
-from dc_merge_peft.sources.dora import layer_weight
+from dc_merge_peft.sources.dora import matrix_of
 from dc_merge_peft.sources.extras import extras_reason
 from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
@@ -48,7 +50,7 @@ def _base_path(name: str) -> str:
 
 
 class LiveSource(Source):
-    """One LoRA adapter of a PEFT tuner."""
+    """One LoRA adapter of a PEFT tuner. Offloaded factors are read from where they are, onto their layer's device."""
 
     def __init__(self, tuner: nn.Module, adapter: str) -> None:
         """
@@ -59,7 +61,8 @@ class LiveSource(Source):
         Raises:
             OptionError: the model has no such adapter.
             SourceError: the adapter is no LoRA, or is merged into the base weights at the moment.
-            UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's.
+            UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's, or whose factors are sharded or
+                lost.
         """
         configs: dict[str, Any] = tuner.peft_config  # type: ignore[assignment]
         if adapter not in configs:
@@ -68,7 +71,8 @@ class LiveSource(Source):
         refuse_unless_plain_lora(config, adapter)
         refuse_live_biases(config, adapter)
         model: nn.Module = tuner.model  # type: ignore[assignment]
-        self._adapter = adapter
+        self._adapter, self.config = adapter, config
+        self._offloading = Offloading(model)
         self._layers = lora_layers(model, adapter)
         if not self._layers:
             raise SourceError(
@@ -90,11 +94,22 @@ class LiveSource(Source):
             targets=Targets.from_config(config),
         )
 
+    def scaling(self, module: str) -> float:
+        return float(self._layers[module].scaling[self._adapter])
+
     def factors(self, module: str) -> LowRank:
-        layer = self._layers[module]
-        A, B = _stored_factors(layer, self._adapter)
-        scaling = float(layer.scaling[self._adapter])
-        return self.modules[module].layout.to_lowrank(A.detach(), B.detach(), scaling)
+        names = self.modules[module].layout.factor_names
+        A, B = (
+            self._numbers(holder, key, f"{name} of '{module}' in adapter '{self._adapter}'")
+            for (holder, key), name in zip(factor_holders(self._layers[module], self._adapter), names, strict=True)
+        )
+        return self.modules[module].layout.to_lowrank(A, B, self.scaling(module))
+
+    def _numbers(self, holder: nn.Module, key: str, name: str) -> Tensor:
+        """A stored factor, from wherever it is kept."""
+        parameter: Tensor = getattr(holder, key)
+        place = self._offloading.find(holder, key) if parameter.is_meta else None
+        return parameter.detach() if place is None else place.read(parameter, name)
 
     def extra(self, name: str) -> Tensor:
         return self._extras[name].read()
@@ -106,11 +121,16 @@ class LiveSource(Source):
                 f"adapter '{self._adapter}' is DoRA, but has no magnitude vector in '{module}': expected one in every layer; "
                 "load it again"
             )
-        return vectors[self._adapter].weight.detach().flatten()  # type: ignore[union-attr, operator]
+        holder: nn.Module = vectors[self._adapter]  # type: ignore[assignment]
+        return self._numbers(holder, "weight", f"the magnitude vector of '{module}'").flatten()
 
     def base_weight(self, module: str) -> Tensor:
-        """The (m, n) weight of the base layer under a module."""
-        return layer_weight(module, self._layers[module].get_base_layer(), self.modules[module], self._adapter)
+        """The (m, n) weight of the base layer under a module, from wherever it is kept."""
+        layer = self._layers[module].get_base_layer()
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor):
+            weight = self._numbers(layer, "weight", f"the base weight of '{module}'")
+        return matrix_of(module, layer, weight, self.modules[module], self._adapter)
 
     def _spec(self, name: str, layer: LoraLayer) -> ModuleSpec:
         kind = type(layer).__name__
@@ -120,20 +140,25 @@ class LiveSource(Source):
                 "Conv2d: train the adapter without that module"
             )
         _refuse_merged_and_variants(name, layer, self._adapter)
-        A, B = _stored_factors(layer, self._adapter)
         layout = layer_layout(name, layer.get_base_layer())
+        self._refuse_unreadable(name, layer, layout)
+        A, B = (getattr(holder, key) for holder, key in factor_holders(layer, self._adapter))
         columns = A.flatten(1).shape[1]
-        if A.is_meta or B.is_meta:
-            raise UnsupportedAdapterError(
-                f"the factors of '{name}' are offloaded (meta tensors): expected them in memory; load the model without "
-                "offload, or merge the adapters from disk"
-            )
         if A.shape[0] != B.shape[1]:
             raise SourceError(
                 f"adapter '{self._adapter}' has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} in '{name}': expected "
                 "one rank in both; sharded or damaged factors can't be merged"
             )
         return ModuleSpec((B.shape[0], columns), A.shape[0], layout, torch.promote_types(A.dtype, B.dtype))
+
+    def _refuse_unreadable(self, name: str, layer: LoraLayer, layout: Layout) -> None:
+        for (holder, key), factor in zip(factor_holders(layer, self._adapter), layout.factor_names, strict=True):
+            reason = unreadable(getattr(holder, key), self._offloading.find(holder, key), name)
+            if reason is not None:
+                raise UnsupportedAdapterError(
+                    f"{factor} of '{name}' in adapter '{self._adapter}' {reason}: expected whole factors; load all adapters "
+                    "before the model is offloaded or sharded, or merge them from disk (DCMergeAdapter().merge([...]))"
+                )
 
 
 def _config_values(config: Any) -> dict[str, Any]:
@@ -145,11 +170,11 @@ def _has(layer: LoraLayer, adapter: str) -> bool:
     return adapter in layer.lora_A or adapter in layer.lora_embedding_A
 
 
-def _stored_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """(A, B) parameters as PEFT keeps them."""
+def factor_holders(layer: LoraLayer, adapter: str) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+    """For A and B the module that holds the parameter, and its name there."""
     if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[return-value]
+        return (layer.lora_embedding_A, adapter), (layer.lora_embedding_B, adapter)
+    return (layer.lora_A[adapter], "weight"), (layer.lora_B[adapter], "weight")
 
 
 def _refuse_merged_and_variants(name: str, layer: LoraLayer, adapter: str) -> None:

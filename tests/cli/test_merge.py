@@ -153,7 +153,10 @@ def test_json_holds_every_module(workspace: Path) -> None:
             ["cubic", "'linear', 'average' or 'none'"],
         ),
         (["merge", "math-lora", "code-lora", "-o", "out", "--rho", "0.5"], ["rho", "at least 1"]),
-        (["merge", "math-lora", "code-lora", "-o", "out", "-m", "ta", "--rho", "5"], ["'ta'", "'rho'", "alpha"]),
+        (
+            ["merge", "math-lora", "code-lora", "-o", "out", "-m", "knots_ties", "--rho", "5"],
+            ["'knots_ties'", "'rho'", "alpha"],
+        ),
         (["merge", "math-lora", "code-lora", "-o", "out", "-O", "rhoo=5"], ["rhoo", "did you mean 'rho'"]),
         (["merge", "math-lora", "code-lora", "-o", "out", "-O", "rho"], ["option=value"]),
         (["merge", "math-lora", "code-lora", "-o", "out", "-O", "rho=5", "--rho", "4"], ["once"]),

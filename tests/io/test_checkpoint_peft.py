@@ -50,7 +50,7 @@ def test_scaling(tmp_path: Path, fields: dict[str, Any]) -> None:
     assert set(source.modules) == set(live.modules) == set(loaded) and len(loaded) == 4
     for name, layer in loaded.items():
         spec = source.modules[name]
-        assert lora_scaling(source._config, name, spec.rank) == layer.scaling["task"]
+        assert lora_scaling(source.config, name, spec.rank) == layer.scaling["task"]
         assert difference(source.factors(name).dense(), models.delta(layer, "task")) < 1e-6
     for name, layer in models.layers(model, "task").items():
         assert live.modules[name] == source.modules[name]

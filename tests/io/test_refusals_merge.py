@@ -20,7 +20,11 @@ from dc_merge_peft import (
     OutputError,
     SourceError,
 )
+from dc_merge_peft.adapter import open_sources
+from dc_merge_peft.engine import run_merge
+from dc_merge_peft.methods.arithmetic import TaskArithmetic
 from dc_merge_peft.methods.base import MethodConfig
+from dc_merge_peft.plan import plan_merge
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import listing, merge_refused, refused
 
@@ -197,7 +201,7 @@ def test_any_iterable_of_adapters(tmp_path: Path) -> None:
 MERGERS: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
     "unknown method": ((), {"method": "tas"}, ("unknown method 'tas'", "did you mean 'ta'?", "valid names are: dc")),
     "unknown option": ((), {"smothing": "none"}, ("'smothing'", "did you mean 'smoothing'?", "valid names are: alpha")),
-    "another method's": ((), {"method": "ta", "rho": 5}, ("option of method 'ta' 'rho'", "valid names are: alpha")),
+    "another method's": ((), {"method": "ta", "seed": 5}, ("option of method 'ta' 'seed'", "valid names are: alpha")),
     "wrong word": ((), {"smoothing": "flat"}, ("'smoothing' is 'flat'", "expected 'linear', 'average' or 'none'")),
     "wrong type": ((), {"rho": "much"}, ("'rho' is 'much'", "expected a number")),
     "out of range": ((), {"rho": 0.5}, ("'rho' is 0.5", "expected at least 1")),
@@ -222,11 +226,25 @@ def test_density_that_keeps_nothing(tmp_path: Path) -> None:
         DCMergeAdapter(density=0.001).merge(folders)
 
 
-def test_opposite_adapters_have_no_best_alpha(tmp_path: Path) -> None:
-    """``alpha="auto"`` where the merged delta is orthogonal or opposed to the adapters."""
+def test_opposite_adapters_leave_nothing(tmp_path: Path) -> None:
+    """What is left of a sum that cancels is rounding, and no adapter, whatever alpha is."""
     one, two = (write_checkpoint(tmp_path / name, tensors(A, sign * B)) for name, sign in (("one", 1), ("two", -1)))
-    with refused(MergeError, "alpha='auto'", "give alpha as a number"):
-        DCMergeAdapter(method="ta", alpha="auto").merge([one, two])
+    for alpha in ("auto", 1.0):
+        with refused(MergeError, "method 'ta' leaves nothing", "cancel each other", "expected adapters, weights"):
+            DCMergeAdapter(method="ta", alpha=alpha).merge([one, two])
+
+
+def test_a_merge_against_its_adapters_has_no_best_alpha(tmp_path: Path) -> None:
+    """``alpha="auto"`` where the merged delta opposes the adapters."""
+
+    class Against(TaskArithmetic):
+        def merge(self, tasks: Any, weights: Any) -> Any:
+            return super().merge(tasks, [-weight for weight in weights])
+
+    sources = open_sources([write_checkpoint(tmp_path / "one", tensors(A, B))])
+    method = Against.from_options({"alpha": "auto"})
+    with refused(MergeError, "alpha='auto'", "a best alpha of -1", "give alpha as a number"):
+        run_merge(plan_merge(sources, method), sources, method)
 
 
 def test_outputs_in_the_way(tmp_path: Path) -> None:

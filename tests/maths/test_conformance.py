@@ -1,21 +1,21 @@
-"""What every method owes its callers: one suite over METHODS, and the proof that a new method is one class and one row."""
+"""What every method owes its callers: one suite over METHODS."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import merge_module, run_merge
-from dc_merge_peft.lowrank import LowRank, concatenate
-from dc_merge_peft.methods import METHODS, Method, MethodConfig, method_for, method_named
-from dc_merge_peft.methods.options import option
+from dc_merge_peft.errors import MergeError, MergeWarning
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods import METHODS, Method, MethodConfig, method_named
 from dc_merge_peft.plan import plan_merge
-from dc_merge_peft.registration import combination_types
 
+from ..support.laws import LAWS, methods_that
 from ..support.strategies import dense, memory_sources, random_tasks, rank_deficient, relative, zero_task
 
 FLOAT32 = 2e-5
@@ -47,11 +47,20 @@ CASES: dict[str, Callable[[], list[LowRank]]] = {
     "huge": lambda: [LowRank(task.B * 1e12, task.A) for task in random_tasks(11, SHAPE, (4, 3))],
 }
 
-# Options under which a single task comes back as it is: no smoothing. A method without an entry needs none.
-NEUTRAL: dict[str, dict[str, Any]] = {"dc": {"smoothing": "none"}}
-
 every_case = pytest.mark.parametrize("case", CASES)
 every_method = pytest.mark.parametrize("name", METHODS)
+# Equal ranks are all that some methods can merge.
+every_pair = pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        (name, case)
+        for name in METHODS
+        for case, build in CASES.items()
+        if LAWS[name].any_ranks or len({task.rank for task in build()}) == 1
+    ],
+)
+# Magnitudes that a method of fixed thresholds can't see, or that it flattens.
+ONE_SCALE = [case for case in CASES if case not in ("tiny", "huge")]
 
 
 def merged(method: Method, tasks: Sequence[LowRank], factor: float = 1.0, svd_rank: int | None = None) -> LowRank:
@@ -60,8 +69,12 @@ def merged(method: Method, tasks: Sequence[LowRank], factor: float = 1.0, svd_ra
     return merge_module(method, tasks, weights, svd_rank)[0]
 
 
-@every_case
-@every_method
+def test_every_method_has_its_laws() -> None:
+    """A new method is a row in METHODS and one in the table of laws."""
+    assert list(LAWS) == list(METHODS)
+
+
+@every_pair
 def test_shape_rank_and_dtype(name: str, case: str) -> None:
     """Finite float32 factors of the right shape, within the rank bound, with every singular value above zero."""
     tasks = CASES[case]()
@@ -69,14 +82,18 @@ def test_shape_rank_and_dtype(name: str, case: str) -> None:
     assert delta.shape == tasks[0].shape
     assert delta.B.dtype == delta.A.dtype == torch.float32 and S.dtype == torch.float64
     assert bool(torch.isfinite(delta.B).all() and torch.isfinite(delta.A).all())
-    assert delta.rank == len(S) <= min(sum(task.rank for task in tasks), *delta.shape)
+    bound = min(sum(task.rank for task in tasks), *delta.shape)
+    assert delta.rank == min(len(S), bound)
+    assert len(S) <= (bound if LAWS[name].in_span else min(delta.shape))
     assert bool((S > 0).all()) and bool((S[:-1] >= S[1:]).all())
     assert merged(method_named(name), tasks, svd_rank=2).rank <= 2
-    assert (delta.rank == 0) == (case == "zero tasks alone")
+    if case == "zero tasks alone":
+        assert delta.rank == 0
+    elif case in ONE_SCALE and not (name == "consensus" and sum(task.rank > 0 for task in tasks) == 1):
+        assert delta.rank > 0
 
 
-@every_case
-@every_method
+@every_pair
 def test_deterministic(name: str, case: str) -> None:
     """The same bytes twice, from fresh copies; and the inputs are left as they were."""
     tasks, copies = CASES[case](), CASES[case]()
@@ -85,39 +102,111 @@ def test_deterministic(name: str, case: str) -> None:
     assert all(torch.equal(task.B, copy.B) and torch.equal(task.A, copy.A) for task, copy in zip(tasks, copies))
 
 
-@every_case
 @every_method
+def test_any_thread_count(name: str) -> None:
+    """The same bytes with one thread and with two, on matrices large enough for torch to share them out."""
+    tasks = random_tasks(21, (160, 128), (6, 6, 6))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(merged(method_named(name), tasks))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0].B, results[1].B) and torch.equal(results[0].A, results[1].A)
+
+
+@every_pair
 def test_homogeneous_in_weights(name: str, case: str) -> None:
     """A common factor on all weights is a factor on the result; a power of two keeps even borderline decisions."""
-    tasks = CASES[case]()
-    method = method_named(name)
+    tasks, method = CASES[case](), method_named(name)
+    if not method.homogeneous:
+        tasks = random_tasks(3, SHAPE, (4, 4))
+        doubled = dense(merged(method, tasks, 2.0))
+        assert relative(doubled, 2.0 * dense(merged(method, tasks))) > FLOAT32, "the flag says that it is not"
+        return
     for factor in (4.0, -0.5):
-        assert relative(dense(merged(method, tasks, factor)), factor * dense(merged(method, tasks))) <= FLOAT32
+        found, expected = dense(merged(method, tasks, factor)), factor * dense(merged(method, tasks))
+        assert relative(found, expected) <= FLOAT32
 
 
 @every_method
 def test_homogeneous_in_alpha(name: str) -> None:
     """alpha multiplies the result, whichever method made it."""
-    tasks = {"q": random_tasks(12, SHAPE, (3, 4))}
+    tasks = {"q": random_tasks(12, SHAPE, (3, 3))}
     sources = memory_sources(tasks)
     one, three = (
-        run_merge(plan_merge(sources, method), sources, method)
+        run_merge(plan_merge(sources, method, svd_rank=20), sources, method)
         for method in (method_named(name, {"alpha": 1.0}), method_named(name, {"alpha": 3.0}))
     )
     assert relative(three.delta("q"), 3 * one.delta("q")) <= FLOAT32
     assert torch.equal(one.with_alpha(3.0).delta("q"), three.delta("q"))
 
 
-@every_method
+@pytest.mark.parametrize("name", methods_that("neutral"))
 @pytest.mark.parametrize("case", ["one task", "rank one", "rank > min(m, n)", "one output", "float16"])
 def test_single_task_law(name: str, case: str) -> None:
-    """Merged alone, a task comes back: exactly with the method's neutral options, inside its own subspaces with any."""
+    """Merged alone, with the method's neutral options, a task comes back exactly."""
     task = CASES[case]()[:1]
-    neutral = method_named(name, NEUTRAL.get(name, {}))
+    neutral = method_named(name, LAWS[name].neutral)
     assert relative(dense(merged(neutral, task)), dense(task[0])) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["dc", "ta", "average"])
+def test_a_single_task_stays_in_its_subspaces(name: str) -> None:
+    """With any options."""
+    task = random_tasks(1, SHAPE, (4,))
     U, _, Vh = (part.to(torch.float64).numpy() for part in task[0].to(torch.float64).svd)
     delta = dense(merged(method_named(name), task))
     assert relative(U @ (U.T @ delta @ Vh.T) @ Vh, delta) <= FLOAT32
+
+
+@pytest.mark.parametrize("name", methods_that("any_order"))
+def test_task_order(name: str) -> None:
+    """Adapters may be given in any order."""
+    tasks, weights, order = random_tasks(16, SHAPE, (3, 3, 3)), [1.0, 0.7, 1.4], [2, 0, 1]
+    shuffled = [tasks[i] for i in order], [weights[i] for i in order]
+    method = method_named(name)
+    first, again = (dense(merge_module(method, *given, 20)[0]) for given in ((tasks, weights), shuffled))
+    assert relative(again, first) <= FLOAT32
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in methods_that("any_order")])
+def test_the_place_of_an_adapter_counts(name: str) -> None:
+    """The flag is not there for nothing: random numbers go by the place."""
+    tasks = random_tasks(16, SHAPE, (3, 3))
+    method = method_named(name)
+    first, again = (dense(merge_module(method, given, [1.0, 1.0], 20)[0]) for given in (tasks, tasks[::-1]))
+    assert relative(again, first) > 1e-2
+
+
+@pytest.mark.parametrize("name", methods_that("any_factors"))
+def test_gauge(name: str) -> None:
+    """Only ``B @ A`` counts: (B R, R^-1 A) is the same adapter, sign flips of components included."""
+    tasks = random_tasks(17, SHAPE, (3, 3), dtype=torch.float64)
+    R = torch.tensor([[-2.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.1, 0.0, -0.5]], dtype=torch.float64)
+    turned = [LowRank(task.B @ R, torch.linalg.solve(R, task.A)) for task in tasks]
+    method = method_named(name)
+    first, again = (dense(merge_module(method, given, [1.0, 0.6], 20)[0]) for given in (tasks, turned))
+    assert relative(again, first) <= FLOAT32
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in methods_that("in_span")])
+def test_entries_leave_the_span(name: str) -> None:
+    """A method on entries: whole where the rank allows, truncated by default with a remark, dense for full weights."""
+    tasks = random_tasks(18, SHAPE, (2, 2))
+    sources, method = memory_sources({"q": tasks}), method_named(name)
+    whole = run_merge(plan_merge(sources, method, svd_rank=20), sources, method)
+    with pytest.warns(MergeWarning, match=r"rank of up to \d+: as a LoRA of rank 4 .* error of \d+\.\d+%"):
+        cut = run_merge(plan_merge(sources, method), sources, method)
+    kept = run_merge(plan_merge(sources, method), sources, method, keep_dense=True)
+    assert isinstance(kept.modules["q"].delta, Dense)
+    assert relative(whole.delta("q"), kept.delta("q")) <= FLOAT32 and kept.truncation_error == 0
+    assert relative(kept.lowrank("q").dense(), kept.delta("q")) <= FLOAT32
+    assert relative(cut.delta("q"), whole.delta("q")) == pytest.approx(cut.truncation_error, rel=1e-3)
+    U, S, Vh = np.linalg.svd(dense(kept.modules["q"].delta))
+    assert relative(cut.delta("q") / cut.alpha, U[:, :4] * S[:4] @ Vh[:4]) <= FLOAT32
 
 
 @every_method
@@ -128,84 +217,10 @@ def test_a_method_describes_itself(name: str) -> None:
     assert issubclass(method.Config, MethodConfig) and method().config == method.Config()
 
 
-# ------------------------------------------------------------------------------------------------ a new method
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ToyConfig(MethodConfig):
-    """Options of the toy methods."""
-
-    gain: float = option(1.0, "another factor", minimum=0)
-
-
-class Toy(Method):
-    """The sum, times ``gain``: all that a new method has to be."""
-
-    name, title, reference, Config = "toy", "the sum, times gain", "none", ToyConfig
-    config: ToyConfig
-
-    def merge(self, tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        return concatenate([task.scaled(weight * self.config.gain) for task, weight in zip(tasks, weights)])
-
-
-class Loudest(Method):
-    """Entry by entry of dW the value of the largest magnitude: a method that a change of basis would change."""
-
-    name, title, reference, Config = "loudest", "entry-wise largest", "none", ToyConfig
-    equivariant = False
-
-    def merge(self, tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        assert all(task.shape == SHAPE and task.B.dtype == torch.float64 for task in tasks)
-        stack = torch.stack([weight * task.dense() for task, weight in zip(tasks, weights)])
-        loudest = stack.gather(0, stack.abs().argmax(dim=0, keepdim=True))[0]
-        return LowRank(loudest, torch.eye(SHAPE[1], dtype=torch.float64))
-
-
-def test_a_new_method_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its row in METHODS it has names, options, alpha="auto", the engine and PEFT's door."""
-    monkeypatch.setitem(METHODS, "toy", Toy)
-    method = method_named("toy", {"gain": "2", "alpha": "auto"})
-    assert isinstance(method, Toy) and method.config == ToyConfig(gain=2.0, alpha="auto")
-    assert type(method_for(ToyConfig())) is Toy
-    assert "toy" in combination_types()
-    tasks = random_tasks(13, SHAPE, (3, 4))
-    sources = memory_sources({"q": tasks})
-    result = run_merge(plan_merge(sources, method), sources, method)
-    plain = run_merge(plan_merge(sources, method), sources, method_named("ta", {"alpha": "auto"}))
-    assert result.method == "toy" and result.options == {"alpha": "auto", "gain": 2.0}
-    assert result.alpha == pytest.approx(plain.alpha / 2)
-    assert relative(result.delta("q"), plain.delta("q")) <= FLOAT32
-
-
-def test_an_equivariant_method_gets_cores() -> None:
-    """k x k for k = 7, in float64: not the 24 x 20 deltas."""
-    seen: list[tuple[int, int]] = []
-
-    class Curious(Toy):
-        def merge(self, tasks: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-            assert all(task.B.dtype == task.A.dtype == torch.float64 for task in tasks)
-            seen.extend(task.shape for task in tasks)
-            return super().merge(tasks, weights)
-
-    merged(Curious(), random_tasks(14, SHAPE, (3, 4)))
-    assert seen == [(7, 7), (7, 7)]
-
-
-def test_an_elementwise_method_gets_whole_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``equivariant = False``: full-size deltas, and the entry-wise result of the dense computation, with its alpha."""
-    monkeypatch.setitem(METHODS, "loudest", Loudest)
-    tasks = random_tasks(15, SHAPE, (3, 4))
-    stack = torch.stack([task.to(torch.float64).dense() for task in tasks])
-    expected = stack.gather(0, stack.abs().argmax(dim=0, keepdim=True))[0]
-    delta, S, fit = merge_module(method_named("loudest"), tasks, [1.0, 1.0], None)
-    assert relative(dense(delta), expected) <= FLOAT32
-    assert delta.B.dtype == torch.float32 and delta.rank == len(S) == 20
-    assert fit.alpha is not None and 0.5 < fit.alpha < 2
-    truncated, _, _ = merge_module(method_named("loudest"), tasks, [1.0, 1.0], 3)
-    assert truncated.rank == 3
-
-
-def test_too_few_words_make_no_method() -> None:
-    """Without ``merge`` there is no method."""
-    with pytest.raises(TypeError, match="abstract"):
-        Method()  # type: ignore[abstract]
+def test_nothing_left_is_an_error() -> None:
+    """Consensus of fewer adapters than it asks for, and numbers below KnOTS's threshold."""
+    for name, tasks in (("consensus", CASES["one task"]()), ("knots_ties", CASES["tiny"]())):
+        sources, method = memory_sources({"q": tasks}), method_named(name)
+        plan = plan_merge(sources, method)
+        with pytest.raises(MergeError, match=f"method '{name}' leaves nothing of these adapters: .* zero everywhere"):
+            run_merge(plan, sources, method)

@@ -119,7 +119,8 @@ def test_unknown_options() -> None:
     text = refusal(densty=0.1)
     assert text.startswith("unknown option of method 'dc' 'densty': did you mean 'density'? valid names are: alpha, ")
     assert all(field.name in text for field in dataclasses.fields(DCMergeConfig))
-    assert refusal("ta", rho=5) == "unknown option of method 'ta' 'rho': valid names are: alpha"
+    valid = "alpha, smoothing, rho, tau, rank, basis, mask, mask_size, cover"
+    assert refusal("ta", seed=5) == f"unknown option of method 'ta' 'seed': valid names are: {valid}"
     with pytest.raises(TypeError):
         DCMergeConfig(densty=0.1)  # type: ignore[call-arg]
 
@@ -179,7 +180,9 @@ def test_defaults() -> None:
         "mask": True,
         "mask_size": None,
     }
-    assert method_named("ta").config.to_dict() == method_named("average").config.to_dict() == {"alpha": 1.0}
+    plain = {"alpha": 1.0, "smoothing": "none", "rho": 5.0, "tau": 0.0, "rank": None, "basis": "whitening"}
+    plain |= {"mask": True, "mask_size": None, "cover": False}
+    assert method_named("ta").config.to_dict() == method_named("average").config.to_dict() == plain
 
 
 @pytest.mark.parametrize(

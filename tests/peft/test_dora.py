@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.utils import align_module_device
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, SourceError, UnsupportedAdapterError
 from tests.peft.test_plugin_refusals import still_refused
@@ -62,6 +64,20 @@ def test_the_layers_count_not_the_config() -> None:
     model.add_weighted_adapter(["topic"], [1.0], "new", combination_type="ta", dora_rank=WHOLE)
     model.set_adapter("new")
     assert difference(models.output(model), expected) < 1e-5
+
+
+def test_offloaded_models() -> None:
+    """Weights, magnitudes and factors are read from where accelerate has put them."""
+    plain, offloaded = two(), two()
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    for model in (plain, offloaded):
+        model.add_weighted_adapter(["sentiment", "topic"], [1.0, 1.0], "new", combination_type="ta")
+    expected = models.layers(plain, "new")
+    for name, layer in models.layers(offloaded, "new").items():
+        with align_module_device(layer.lora_B["new"]), align_module_device(layer.lora_A["new"]):
+            assert torch.equal(layer.lora_B["new"].weight, expected[name].lora_B["new"].weight)
+            assert torch.equal(layer.lora_A["new"].weight, expected[name].lora_A["new"].weight)
 
 
 def test_refusals() -> None:

@@ -182,15 +182,6 @@ def test_target_parameters() -> None:
     still_refused(model, UnsupportedAdapterError, *words, adapters=["sentiment"], weights=[1.0])
 
 
-def test_offloaded_factors() -> None:
-    """Meta tensors hold no numbers."""
-    model = two()
-    layer = models.layers(model, "topic")["encoder.layer.1.attention.self.query"]
-    layer.lora_A["topic"].to("meta")
-    words = ("encoder.layer.1.attention.self.query", "offloaded (meta tensors)", "expected them in memory", "from disk")
-    still_refused(model, UnsupportedAdapterError, *words)
-
-
 @pytest.mark.parametrize(("value", "words"), [(math.nan, ("NaN or Inf", "finite")), (0.0, ("all zero", "allow_zero"))])
 def test_bad_numbers(value: float, words: tuple[str, ...]) -> None:
     """NaN or zeros in a factor: adapter, module and factor are named."""

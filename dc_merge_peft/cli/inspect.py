@@ -1,0 +1,140 @@
+"""``dc-merge inspect``: adapters before merging, and what a merge keeps of each."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.cli.inspect_tables import print_findings, print_inspection, print_merge
+from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.show import console, reports_errors
+from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
+from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.plots import FORMATS, dirsim_figure, inspection_figures, require_matplotlib, save_figures
+from dc_merge_peft.runconfig import RunConfig
+
+_MERGE, _OUT = "What a merge keeps", "Output"
+
+
+@reports_errors
+def inspect(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
+    ] = None,
+    merged: Annotated[
+        str | None,
+        typer.Option(help="A merged adapter, to see what it keeps of each of these.", rich_help_panel=_MERGE),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", "-m", help="Merge them with this method, write nothing, and see.", rich_help_panel=_MERGE
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-O", help="Any option of the method, as in -O rho=3.", rich_help_panel=_MERGE),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One number an adapter, as in 1,0.5,1.", rich_help_panel=_MERGE)
+    ] = None,
+    svd_rank: Annotated[
+        int | None, typer.Option(help="Rank of the merged adapter at most.", rich_help_panel=_MERGE)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of a merge; with --merged only its adapters are used, if none are given here.",
+            rich_help_panel=_MERGE,
+        ),
+    ] = None,
+    allow_different_bases: Annotated[
+        bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=_MERGE)
+    ] = False,
+    allow_zero: Annotated[
+        bool, typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=_MERGE)
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=_OUT)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for figures; needs the extra `plots`.", rich_help_panel=_OUT)
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help="Of the figures: png, svg or both.", rich_help_panel=_OUT)
+    ] = "both",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every number of every module as JSON.", rich_help_panel=_OUT)
+    ] = False,
+) -> None:
+    """Look at adapters before merging them, and at what a merge keeps of each.
+
+    Without any option: spectra, similarities, and the trouble to expect. With --merged, --method or --config also what the
+    merge keeps, layer by layer. An adapter that can't be merged is shown with the reason.
+
+    Example: dc-merge inspect org/lora-a ./lora-b --method dc --plot figures
+    """
+    kinds = _formats(formats)
+    if plot is not None:
+        require_matplotlib()
+    on_the_fly = any(value is not None for value in (method, option, weights, svd_rank))
+    if merged is not None and on_the_fly:
+        raise OptionError(
+            "found --merged and options of a merge: expected one of them, a merge that exists or a new one"
+        )
+    run = run_settings(
+        config,
+        adapters=tuple(adapters) if adapters else None,
+        weights=numbers(weights) if weights is not None else None,
+        method=method,
+        options=dict(assignments(option or [], {})),
+        svd_rank=svd_rank,
+        device=device,
+    )
+    if not run.adapters:
+        raise OptionError("found no adapters to inspect: expected directories or Hub ids; see dc-merge inspect --help")
+    target: str | MergedAdapter | None = merged
+    if merged is None and (on_the_fly or config is not None):
+        target = _merge(run, allow_different_bases=allow_different_bases, allow_zero=allow_zero)
+    before = inspect_adapters(run.adapters, device=run.device)
+    after = None if target is None else inspect_merge(target, run.adapters, device=run.device)
+    files = _plot(before, after, plot, kinds) if plot is not None else []
+    if as_json:
+        plain = {**before.to_dict(), "merge": after.to_dict() if after else None, "figures": list(map(str, files))}
+        typer.echo(json.dumps(plain, allow_nan=False))
+        return
+    out = console()
+    print_inspection(out, before)
+    if after is not None:
+        print_merge(out, after)
+    print_findings(out, [*before.findings, *(after.findings if after else ())])
+    if files:
+        out.print(f"\nfigures: {', '.join(map(str, files))}", markup=False)
+
+
+def _formats(name: str) -> tuple[str, ...]:
+    if name not in (*FORMATS, "both"):
+        raise OptionError(unknown_name("format", name, (*FORMATS, "both")))
+    return FORMATS if name == "both" else (name,)
+
+
+def _merge(run: RunConfig, **allowed: Any) -> MergedAdapter:
+    """The merge in memory; what it would warn of, the findings say."""
+    merger = DCMergeAdapter(method_named(run.method, run.options).config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        return merger.merge(run.adapters, run.weights, svd_rank=run.svd_rank, device=run.device, **allowed)
+
+
+def _plot(before: Inspection, after: MergeInspection | None, folder: Path, kinds: tuple[str, ...]) -> list[Path]:
+    figures = inspection_figures(before)
+    if after is not None:
+        figures["dirsim"] = dirsim_figure(after)
+    return save_figures(figures, folder, kinds)

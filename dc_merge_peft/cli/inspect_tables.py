@@ -1,0 +1,137 @@
+"""Tables of inspections for people; every number of every module is in the JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from dc_merge_peft.cli.show import one_line, table
+from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, Kept, MergeInspection
+from dc_merge_peft.inspection.grouping import places
+
+# More rows than this push what matters off the screen.
+PAIRS_SHOWN = 15
+# Cells with two numbers need some 10 characters an adapter.
+TWO_NUMBERS = 8
+
+_COLOURS = {"refused": "red", "warning": "yellow", "note": "dim"}
+
+
+def print_inspection(out: Console, inspection: Inspection) -> None:
+    """Adapters and pairs."""
+    columns = ("adapter", "rank", "scaling", "dtype", "modules", "norm", "S first / middle / last", "effective rank")
+    out.print(table("Adapters", columns, map(_adapter_row, inspection.adapters), right=columns[1:]))
+    made_for: dict[str, list[str]] = {}
+    for adapter in inspection.adapters:
+        made_for.setdefault(_made_for(adapter), []).append(adapter.name)
+    for what, names in made_for.items():
+        out.print(one_line(f"  {what}: {', '.join(names)}"), style="dim", markup=False)
+    pairs = [pair for pair in inspection.pairs if pair.overall is not None]
+    if not pairs:
+        return
+    pairs.sort(key=lambda pair: -abs(pair.overall.cos_sim) if pair.overall else 0.0)
+    names = inspection.names
+    rows = [
+        (
+            f"{names[pair.first]}, {names[pair.second]}",
+            len(pair.modules),
+            *(f"{round(value, 3) + 0.0:.3f}" for value in (numbers.cos_sim, numbers.dir_sim)),
+            f"{numbers.left_overlap:.1%}",
+            f"{numbers.right_overlap:.1%}",
+            f"{numbers.sign_conflict:.1%}",
+        )
+        for pair in pairs[:PAIRS_SHOWN]
+        if (numbers := pair.overall)
+    ]
+    columns = ("pair", "modules", "CosSim", "DirSim", "overlap out", "overlap in", "sign conflict")
+    out.print()
+    out.print(table("Pairs, most alike first", columns, rows, right=columns[1:]))
+    if len(pairs) > PAIRS_SHOWN:
+        out.print(f"and {len(pairs) - PAIRS_SHOWN} more pairs: --json has them all", style="dim")
+
+
+def print_merge(out: Console, merge: MergeInspection) -> None:
+    """What is kept: over all, by kind of module, by layer."""
+    rows = [
+        (
+            name,
+            f"{kept.projected_dir_sim:.3f}",
+            f"{kept.projected_cos_sim:.3f}",
+            f"{kept.retained_energy:.1%}",
+            f"{kept.strength:.2f}",
+        )
+        for name, kept in merge.overall.items()
+    ]
+    columns = ("adapter", "projected DirSim", "projected CosSim", "retained energy", "strength")
+    out.print()
+    out.print(table(f"What {merge.merged} keeps of each adapter", columns, rows, right=columns[1:]))
+    where = places(merge.modules)
+    both = len(merge.adapters) <= TWO_NUMBERS
+    cells = "projected DirSim and retained energy" if both else "projected DirSim"
+    for word, grouped in (
+        ("kind", {module: place.kind for module, place in where.items()}),
+        ("layer", {module: place.layer or "(outside layers)" for module, place in where.items()}),
+    ):
+        if len(set(grouped.values())) > 1:
+            columns = (word, *merge.adapters)
+            out.print()
+            out.print(table(f"By {word}: {cells}", columns, _grouped(merge, grouped, both), right=columns[1:]))
+
+
+def print_findings(out: Console, findings: Sequence[Finding]) -> None:
+    """One paragraph each, or that there are none."""
+    out.print()
+    if not findings:
+        out.print("no trouble found")
+    for finding in findings:
+        out.print(
+            Text(f"{finding.level}: ", style=_COLOURS[finding.level]) + Text(one_line(finding.text), style="default")
+        )
+
+
+def _adapter_row(adapter: AdapterReport) -> tuple[Any, ...]:
+    landmarks, effective = adapter.landmarks, adapter.effective_rank
+    return (
+        adapter.name,
+        _range(adapter.ranks),
+        _range([f"{scaling:.3g}" for scaling in adapter.scalings]),
+        adapter.dtype or "?",
+        len(adapter.modules) or "?",
+        f"{adapter.norm:.3g}" if adapter.measured else "?",
+        " / ".join(f"{value:.2g}" for value in landmarks) if landmarks else "?",
+        f"{effective:.1f}" if effective is not None else "?",
+    )
+
+
+def _made_for(adapter: AdapterReport) -> str:
+    """What the config says that adapters of one training setup share."""
+    targets = adapter.target_modules
+    where = targets if isinstance(targets, str) else ", ".join(targets or ("unknown modules",))
+    kind = adapter.peft_type or "no peft_type"
+    return f"{kind} on {where} of {adapter.info.base_model or 'an unnamed base model'}"
+
+
+def _range(values: Sequence[Any]) -> str:
+    """``8``, or ``4-16`` of several ascending ones."""
+    return "-".join(dict.fromkeys((str(values[0]), str(values[-1])))) if values else "?"
+
+
+def _grouped(merge: MergeInspection, groups: dict[str, str], both: bool) -> Iterator[tuple[str, ...]]:
+    """One row a group, means over its modules."""
+    for group in dict.fromkeys(groups.values()):
+        modules = [module for module, own in groups.items() if own == group]
+        cells = []
+        for name in merge.adapters:
+            kept = [merge.modules[module][name] for module in modules if name in merge.modules[module]]
+            cells.append(_cell(kept, both) if kept else "")
+        yield group, *cells
+
+
+def _cell(kept: Iterable[Kept], both: bool) -> str:
+    rows = list(kept)
+    similarity = f"{statistics.fmean(row.projected_dir_sim for row in rows):.2f}"
+    return f"{similarity} {statistics.fmean(row.retained_energy for row in rows):4.0%}" if both else similarity

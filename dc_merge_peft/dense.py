@@ -1,0 +1,95 @@
+"""A delta that has no low-rank factors: what element-wise methods make, and what full fine-tuning leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.linalg import SVD, svd_of_matrix
+from dc_merge_peft.lowrank import LowRank, concatenate
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """``dW`` itself, with the interface of :class:`LowRank`.
+
+    Examples:
+        >>> import torch
+        >>> delta = Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
+        >>> delta.shape, delta.rank, delta.norm()
+        ((2, 3), 2, 5.0)
+    """
+
+    W: Tensor  # (m, n)
+
+    def __post_init__(self) -> None:
+        if self.W.ndim != 2:
+            raise ValueError(f"Dense needs a matrix (m, n), found a tensor of shape {tuple(self.W.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the delta."""
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """min(m, n): an upper bound of the true rank."""
+        return min(self.shape)
+
+    @cached_property
+    def svd(self) -> SVD:
+        """Thin SVD, null components dropped; computed once."""
+        return svd_of_matrix(self.W)
+
+    def dense(self) -> Tensor:
+        """The (m, n) delta itself."""
+        return self.W
+
+    def scaled(self, factor: float) -> Dense:
+        """``factor * dW``."""
+        return Dense(self.W * factor)
+
+    def to(self, *args, **kwargs) -> Dense:
+        """The matrix through ``torch.Tensor.to``."""
+        return Dense(self.W.to(*args, **kwargs))
+
+    def project(self, U: Tensor, V: Tensor) -> Tensor:
+        """``U^T dW V``, the block of dW in these directions, in the dtype of U."""
+        return U.mT @ self.W.to(U.dtype) @ V
+
+    def inner(self, other: Delta) -> float:
+        """Frobenius inner product ``<dW, dW'>``, in float64."""
+        W = self.W.to(torch.float64)
+        if isinstance(other, Dense):
+            return float((W * other.W.to(torch.float64)).sum())
+        return float(((W @ other.A.to(torch.float64).mT) * other.B.to(torch.float64)).sum())
+
+    def norm(self) -> float:
+        """Frobenius norm, in float64."""
+        return float(torch.linalg.norm(self.W.to(torch.float64)))
+
+
+Delta: TypeAlias = LowRank | Dense
+
+
+def inner(one: Delta, other: Delta) -> float:
+    """Frobenius inner product of any two deltas, in float64."""
+    if isinstance(one, LowRank):
+        return one.inner(other) if isinstance(other, LowRank) else other.inner(one)
+    return one.inner(other)
+
+
+def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """``sum_i w_i dW_i``: factors side by side where all deltas have factors, so that nothing is multiplied out."""
+    lowranks = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(lowranks) == len(deltas):
+        return concatenate([LowRank(task.B * weight, task.A) for task, weight in zip(lowranks, weights, strict=True)])
+    merged = torch.zeros_like(deltas[0].dense())
+    for delta, weight in zip(deltas, weights, strict=True):
+        merged.add_(delta.dense(), alpha=weight)
+    return Dense(merged)

@@ -1,0 +1,9 @@
+"""Looking at adapters before merging them, and at what a merge keeps of each."""
+
+from __future__ import annotations
+
+from dc_merge_peft.inspection.adapters import inspect_adapters
+from dc_merge_peft.inspection.data import Finding, Inspection, MergeInspection
+from dc_merge_peft.inspection.merged import inspect_merge
+
+__all__ = ["Finding", "Inspection", "MergeInspection", "inspect_adapters", "inspect_merge"]

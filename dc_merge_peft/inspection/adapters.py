@@ -1,0 +1,204 @@
+"""Before merging: each adapter's spectra, how every pair lies to each other, and the cover space of them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dc_merge_peft import metrics
+from dc_merge_peft.adapter import progress_bar
+from dc_merge_peft.engine import checked_device, checked_factors, compute_device
+from dc_merge_peft.errors import MergeError
+from dc_merge_peft.inspection.data import (
+    AdapterReport,
+    CoverReport,
+    Inspection,
+    ModuleSpectrum,
+    PairNumbers,
+    PairReport,
+)
+from dc_merge_peft.inspection.findings import findings_before
+from dc_merge_peft.inspection.reading import Opened, open_leniently
+from dc_merge_peft.lowrank import LowRank, SharedSpace
+from dc_merge_peft.metrics.energy import effective_rank_of
+from dc_merge_peft.sources import Source
+
+
+@torch.no_grad()
+def inspect_adapters(
+    sources: Sequence[str | Path | Source],
+    *,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Inspection:
+    """Look at adapters before merging them: what they are, how they lie to each other, and what may go wrong.
+
+    Nothing m x n is formed. An adapter that can't be merged is no error: its config is shown, with the reason. Neither are
+    adapters that don't belong together; the findings say so.
+
+    Args:
+        sources: Directories, Hub ids or open sources, as for :meth:`DCMergeAdapter.merge`; the same one twice is fine.
+        device: Where to compute; by default where the factors are.
+        progress: Show a progress bar; by default on a terminal only.
+
+    Raises:
+        OptionError: no adapters, or an unknown device.
+        SourceError: an adapter without a readable ``adapter_config.json``.
+    """
+    where = checked_device(device)
+    opened = open_leniently(sources)
+    try:
+        return _inspect(opened, where, progress)
+    finally:
+        for adapter in opened:
+            if adapter.source is not None and adapter.source not in sources:
+                adapter.source.close()
+
+
+def _inspect(opened: Sequence[Opened], device: torch.device | None, progress: bool | None) -> Inspection:
+    modules = dict.fromkeys(name for adapter in opened if adapter.source for name in adapter.source.modules)
+    spectra: list[dict[str, ModuleSpectrum]] = [{} for _ in opened]
+    pairs: dict[tuple[int, int], dict[str, PairNumbers]] = {
+        pair: {} for pair in itertools.combinations(range(len(opened)), 2)
+    }
+    cover: dict[str, CoverReport] = {}
+    for name in progress_bar(progress)(modules, "inspecting"):
+        deltas: dict[int, LowRank] = {}
+        for index, adapter in enumerate(opened):
+            if adapter.source is not None and name in adapter.source.modules:
+                delta, problem = _read(adapter.source, name)
+                spectra[index][name] = _described(adapter.source, name, problem)
+                if delta is not None:
+                    deltas[index] = delta
+        for group in _by_shape(deltas):
+            cores = _shared_cores(group, device)
+            for index, core in cores.items():
+                spectra[index][name] = _measured(spectra[index][name], core)
+            for i, j in itertools.combinations(cores, 2):
+                pairs[i, j][name] = _pair_numbers(cores[i], cores[j])
+            if len(cores) > 1 and name not in cover:
+                cover[name] = _cover_report(cores)
+    adapters = tuple(_report(adapter, found) for adapter, found in zip(opened, spectra, strict=True))
+    reports = tuple(
+        PairReport(first=i, second=j, overall=_overall(adapters[i], adapters[j], numbers), modules=numbers)
+        for (i, j), numbers in pairs.items()
+    )
+    return Inspection(
+        adapters=adapters, pairs=reports, cover=cover, findings=tuple(findings_before(opened, adapters, reports))
+    )
+
+
+def _read(source: Source, module: str) -> tuple[LowRank | None, str | None]:
+    """Factors that can be measured, or the reason why not."""
+    try:
+        return checked_factors(source, module, False), None
+    except MergeError as error:
+        return None, str(error)
+
+
+def _by_shape(deltas: Mapping[int, LowRank]) -> Iterable[dict[int, LowRank]]:
+    """Deltas that can be compared: all of them, unless the adapters belong to different models."""
+    groups: dict[tuple[int, int], dict[int, LowRank]] = {}
+    for index, delta in deltas.items():
+        groups.setdefault(delta.shape, {})[index] = delta
+    return groups.values()
+
+
+def _shared_cores(deltas: Mapping[int, LowRank], device: torch.device | None) -> dict[int, LowRank]:
+    """k x k cores in the space that the deltas share: every measure is the same on them."""
+    where = compute_device(device or next(iter(deltas.values())).B.device)
+    space = SharedSpace.of([delta.to(where) for delta in deltas.values()])
+    return dict(zip(deltas, space.cores, strict=True))
+
+
+def _described(source: Source, module: str, problem: str | None) -> ModuleSpectrum:
+    spec = source.modules[module]
+    return ModuleSpectrum(
+        shape=spec.shape,
+        layer_type=str(spec.layout),
+        rank=spec.rank,
+        scaling=source.scaling(module),
+        S=(),
+        effective_rank=0.0,
+        problem=problem,
+    )
+
+
+def _measured(described: ModuleSpectrum, core: LowRank) -> ModuleSpectrum:
+    S = metrics.spectrum(core)
+    return dataclasses.replace(described, S=tuple(S.tolist()), effective_rank=effective_rank_of(S))
+
+
+def _pair_numbers(first: LowRank, second: LowRank) -> PairNumbers:
+    overlap = metrics.subspace_overlap(first, second)
+    return PairNumbers(
+        cos_sim=metrics.cos_sim(first, second),
+        dir_sim=metrics.dir_sim(first, second),
+        left_overlap=overlap.left,
+        right_overlap=overlap.right,
+        sign_conflict=metrics.sign_conflict(first, second),
+    )
+
+
+def _cover_report(cores: Mapping[int, LowRank]) -> CoverReport:
+    units = [core.scaled(1 / norm) if (norm := core.norm()) > 0 else core for core in cores.values()]
+    kept = metrics.cover_block_energy(units).diagonal(dim1=1, dim2=2).sum(dim=1)
+    return CoverReport(
+        adapters=tuple(cores),
+        blocks=tuple(map(tuple, metrics.cover_block_map(units).mean(dim=0).tolist())),
+        mask_keeps=tuple(kept.tolist()),
+    )
+
+
+def _overall(first: AdapterReport, second: AdapterReport, numbers: Mapping[str, PairNumbers]) -> PairNumbers | None:
+    """CosSim of all shared modules laid end to end; of the other measures the mean."""
+    if not numbers:
+        return None
+    norms = {name: (first.modules[name].norm, second.modules[name].norm) for name in numbers}
+    inner = sum(numbers[name].cos_sim * s * t for name, (s, t) in norms.items())
+    whole = (sum(s * s for s, _ in norms.values()) * sum(t * t for _, t in norms.values())) ** 0.5
+    means = {
+        field: statistics.fmean(getattr(row, field) for row in numbers.values())
+        for field in ("dir_sim", "left_overlap", "right_overlap", "sign_conflict")
+    }
+    return PairNumbers(cos_sim=inner / whole if whole > 0 else 0.0, **means)
+
+
+def _report(adapter: Opened, modules: Mapping[str, ModuleSpectrum]) -> AdapterReport:
+    config = adapter.config
+    dtypes = [spec.dtype for spec in adapter.source.modules.values()] if adapter.source else []
+    kind = config.get("peft_type")
+    return AdapterReport(
+        info=adapter.info,
+        peft_type=_text(getattr(kind, "value", kind)),
+        config_ranks=_config_ranks(config),
+        rslora=config.get("use_rslora") is True,
+        patterns=tuple(name for name in ("rank_pattern", "alpha_pattern") if config.get(name)),
+        target_modules=_targets(config.get("target_modules")),
+        dtype=str(reduce(torch.promote_types, dtypes)).removeprefix("torch.") if dtypes else None,
+        modules=modules,
+        problem=adapter.problem,
+    )
+
+
+def _config_ranks(config: Mapping[str, Any]) -> tuple[int, ...]:
+    patterns = config.get("rank_pattern")
+    values = [config.get("r"), *(patterns.values() if isinstance(patterns, Mapping) else ())]
+    return tuple(sorted({value for value in values if isinstance(value, int) and not isinstance(value, bool)}))
+
+
+def _targets(value: Any) -> str | tuple[str, ...] | None:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(sorted(map(str, value)))
+    return _text(value)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,243 @@
+"""What an inspection finds, as plain values: of each adapter, of each pair, and in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dc_merge_peft.sources.base import AdapterInfo
+
+Level = Literal["refused", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know before or after merging, in plain words."""
+
+    level: Level  # "refused": merging these is an error; "warning": it may go wrong; "note": worth knowing
+    adapters: tuple[str, ...]  # whom it concerns
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleSpectrum:
+    """One target module of one adapter. ``S`` is empty where it can't be measured; ``problem`` says why."""
+
+    shape: tuple[int, int]  # (m, n)
+    layer_type: str
+    rank: int  # of the stored factors
+    scaling: float
+    S: tuple[float, ...]  # singular values of the delta, scaling included, descending, without rounding noise
+    effective_rank: float  # exp(entropy(S / sum S)); 0 without S
+    problem: str | None = None
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the delta."""
+        return math.hypot(*self.S)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "norm": self.norm}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """One adapter. ``problem`` is the reason where it can't be merged at all; what its config says is there all the same."""
+
+    info: AdapterInfo
+    peft_type: str | None
+    config_ranks: tuple[int, ...]  # that the config names: r and its patterns
+    rslora: bool
+    patterns: tuple[str, ...]  # "rank_pattern", "alpha_pattern", where set
+    target_modules: str | tuple[str, ...] | None
+    dtype: str | None  # the widest stored
+    modules: Mapping[str, ModuleSpectrum]
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def measured(self) -> list[ModuleSpectrum]:
+        """Modules that have singular values."""
+        return [module for module in self.modules.values() if module.S]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Distinct ranks of its modules, or else of its config, ascending."""
+        return tuple(sorted({module.rank for module in self.modules.values()})) or self.config_ranks
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """Distinct scalings of its modules, ascending."""
+        return tuple(sorted({module.scaling for module in self.modules.values()}))
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all its deltas together."""
+        return math.hypot(*(module.norm for module in self.modules.values()))
+
+    @property
+    def effective_rank(self) -> float | None:
+        """Median over modules."""
+        return median(module.effective_rank for module in self.measured)
+
+    @property
+    def landmarks(self) -> tuple[float, float, float] | None:
+        """First, middle and last singular value, each the median over modules."""
+        if not self.measured:
+            return None
+        places: tuple[Callable[[int], int], ...] = (lambda r: 0, lambda r: (r - 1) // 2, lambda r: r - 1)
+        first, middle, last = (
+            statistics.median(module.S[place(len(module.S))] for module in self.measured) for place in places
+        )
+        return first, middle, last
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "location": self.info.location,
+            "revision": self.info.revision,
+            "base_model": self.info.base_model,
+            "peft_type": self.peft_type,
+            "problem": self.problem,
+            "ranks": list(self.ranks),
+            "scalings": list(self.scalings),
+            "rslora": self.rslora,
+            "patterns": list(self.patterns),
+            "target_modules": plain(self.target_modules),
+            "dtype": self.dtype,
+            "norm": self.norm,
+            "effective_rank": self.effective_rank,
+            "modules": {name: plain(module.to_dict()) for name, module in self.modules.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairNumbers:
+    """How two adapters lie to each other in one module, or on average: see :mod:`dc_merge_peft.metrics`."""
+
+    cos_sim: float
+    dir_sim: float
+    left_overlap: float
+    right_overlap: float
+    sign_conflict: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairReport:
+    """Two adapters over the modules they share."""
+
+    first: int  # indices into Inspection.adapters
+    second: int
+    overall: PairNumbers | None  # CosSim of all shared modules as one vector, the others averaged; None without any
+    modules: Mapping[str, PairNumbers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverReport:
+    """One module in the cover space of the adapters that have it, each scaled to norm 1."""
+
+    adapters: tuple[int, ...]
+    blocks: tuple[
+        tuple[float, ...], ...
+    ]  # (T, T): mean magnitude of a block's entries, averaged over adapters (Fig. 14)
+    mask_keeps: tuple[float, ...]  # (T,): share of each adapter's energy in the blocks that the mask keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What can be known of adapters before they are merged."""
+
+    adapters: tuple[AdapterReport, ...]
+    pairs: tuple[PairReport, ...]
+    cover: Mapping[str, CoverReport]
+    findings: tuple[Finding, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @property
+    def modules(self) -> dict[str, list[int]]:
+        """Every module with the adapters that have it."""
+        found: dict[str, list[int]] = {}
+        for index, adapter in enumerate(self.adapters):
+            for name in adapter.modules:
+                found.setdefault(name, []).append(index)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; docs/inspect.md has the shape."""
+        names = self.names
+        return {
+            "adapters": [adapter.to_dict() for adapter in self.adapters],
+            "pairs": [
+                {
+                    "adapters": [names[pair.first], names[pair.second]],
+                    "overall": asdict(pair.overall) if pair.overall else None,
+                    "modules": {name: asdict(numbers) for name, numbers in pair.modules.items()},
+                }
+                for pair in self.pairs
+            ],
+            "cover": {
+                module: {
+                    "adapters": [names[index] for index in report.adapters],
+                    "blocks": plain(report.blocks),
+                    "mask_keeps": plain(report.mask_keeps),
+                }
+                for module, report in self.cover.items()
+            },
+            "findings": [plain(asdict(finding)) for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a merged delta keeps of one adapter, in one module or over all: see :mod:`dc_merge_peft.metrics`."""
+
+    projected_dir_sim: float
+    projected_cos_sim: float
+    retained_energy: float
+    strength: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeInspection:
+    """What a merge keeps of each adapter."""
+
+    merged: str  # a name for people
+    adapters: tuple[str, ...]
+    # DirSim and CosSim averaged over the adapter's modules, the other two over its energy
+    overall: Mapping[str, Kept]
+    modules: Mapping[str, Mapping[str, Kept]]  # module: adapter: numbers
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; docs/inspect.md has the shape."""
+        return {
+            "merged": self.merged,
+            "adapters": {name: asdict(kept) for name, kept in self.overall.items()},
+            "modules": {
+                module: {name: asdict(kept) for name, kept in row.items()} for module, row in self.modules.items()
+            },
+            "findings": [plain(asdict(finding)) for finding in self.findings],
+        }
+
+
+def median(values: Iterable[float]) -> float | None:
+    """The median, or None of nothing."""
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what JSON would make of them."""
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,152 @@
+"""After merging: what the merged delta keeps of each adapter, module by module and over all (Eq. 6, Figures 3c and 15)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dc_merge_peft import metrics
+from dc_merge_peft.adapter import open_sources, progress_bar
+from dc_merge_peft.dense import Delta
+from dc_merge_peft.engine import checked_device, checked_factors, compute_device
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
+from dc_merge_peft.inspection.data import Kept, MergeInspection
+from dc_merge_peft.inspection.findings import findings_after
+from dc_merge_peft.lowrank import LowRank, SharedSpace
+from dc_merge_peft.plan import uniquely_named
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources import CheckpointSource, Source
+from dc_merge_peft.sources.base import IN_MEMORY
+
+NOTHING = Kept(projected_dir_sim=0.0, projected_cos_sim=0.0, retained_energy=0.0, strength=0.0)
+
+
+@torch.no_grad()
+def inspect_merge(
+    merged: MergeResult | str | Path | Source,
+    sources: Sequence[str | Path | Source] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> MergeInspection:
+    """Look at what a merge keeps of each adapter, from factors.
+
+    Args:
+        merged: What :meth:`DCMergeAdapter.merge` gave, or a merged adapter's directory or Hub id.
+        sources: The adapters it was made from; for a merge in memory by default those it was made from, read again.
+        device: Where to compute; by default where the factors are.
+        progress: Show a progress bar; by default on a terminal only.
+
+    Raises:
+        OptionError: no adapters given and none known, or an unknown device.
+        SourceError, UnsupportedAdapterError: an adapter, or the merged one, can't be read.
+        IncompatibleAdaptersError: a module of the merge has another shape than an adapter's.
+    """
+    where = checked_device(device)
+    given = _sources_of(merged) if sources is None else sources
+    if not given:
+        raise OptionError("found no adapters to compare the merge with: expected at least one")
+    opened = open_sources(given)
+    target = merged if isinstance(merged, (MergeResult, Source)) else CheckpointSource(merged)
+    try:
+        return _inspect(target, opened, where, progress)
+    finally:
+        for source in (*opened, target):
+            if isinstance(source, Source) and source is not merged and source not in given:
+                source.close()
+
+
+def _sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
+    """The adapters that a merge in memory was made from, as they can be opened again."""
+    if not isinstance(merged, MergeResult):
+        raise OptionError("found no adapters to compare the merge with: expected those it was made from")
+    if any(info.location == IN_MEMORY for info in merged.adapters):
+        raise OptionError(
+            "the merge was made from adapters of a model in memory: expected them as sources, to compare it with"
+        )
+    return [info.location + (f"@{info.revision}" if info.revision else "") for info in merged.adapters]
+
+
+def _inspect(
+    merged: MergeResult | Source, sources: Sequence[Source], device: torch.device | None, progress: bool | None
+) -> MergeInspection:
+    names = [info.name for info in uniquely_named([source.info for source in sources])]
+    modules: dict[str, dict[str, Kept]] = {}
+    norms: dict[str, dict[str, float]] = {name: {} for name in names}
+    missing: dict[str, list[str]] = {name: [] for name in names}
+    everything = dict.fromkeys(module for source in sources for module in source.modules)
+    for module in progress_bar(progress)(everything, "inspecting the merge"):
+        tasks = {
+            name: checked_factors(source, module, True)
+            for name, source in zip(names, sources, strict=True)
+            if module in source.modules
+        }
+        norms_here = {name: task.norm() for name, task in tasks.items()}
+        for name, norm in norms_here.items():
+            norms[name][module] = norm
+        if module in merged.modules:
+            modules[module] = _kept(module, tasks, _delta_of(merged, module), device)
+        else:
+            modules[module] = dict.fromkeys(tasks, NOTHING)
+            for name in tasks:
+                missing[name].append(module)
+    overall = {name: _overall(name, norms[name], modules) for name in names}
+    return MergeInspection(
+        merged=f"{merged.method} (alpha {merged.alpha:.3g})" if isinstance(merged, MergeResult) else merged.info.name,
+        adapters=tuple(names),
+        overall=overall,
+        modules=modules,
+        findings=tuple(findings_after(overall, missing)),
+    )
+
+
+def _delta_of(merged: MergeResult | Source, module: str) -> Delta:
+    if isinstance(merged, MergeResult):
+        return merged.modules[module].delta.scaled(merged.alpha)
+    return checked_factors(merged, module, True)
+
+
+def _kept(module: str, tasks: Mapping[str, LowRank], merged: Delta, device: torch.device | None) -> dict[str, Kept]:
+    """The measures of one module, on cores where the merged delta has factors."""
+    for name, task in tasks.items():
+        if task.shape != merged.shape:
+            raise IncompatibleAdaptersError(
+                f"adapter '{name}' has shape {task.shape} in '{module}', the merge has {merged.shape}: they belong to different "
+                "base models; compare a merge with the adapters it was made from"
+            )
+    where = compute_device(device or next(iter(tasks.values())).B.device)
+    deltas: Sequence[Delta] = [delta.to(where) for delta in (*tasks.values(), merged)]
+    lowranks = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(lowranks) == len(deltas):
+        deltas = SharedSpace.of(lowranks).cores
+    return {
+        name: Kept(
+            projected_dir_sim=metrics.projected_dir_sim(task, deltas[-1]),
+            projected_cos_sim=metrics.projected_cos_sim(task, deltas[-1]),
+            retained_energy=metrics.retained_energy(task, deltas[-1]),
+            strength=metrics.strength(task, deltas[-1]),
+        )
+        for name, task in zip(tasks, deltas, strict=False)
+    }
+
+
+def _overall(name: str, norms: Mapping[str, float], modules: Mapping[str, Mapping[str, Kept]]) -> Kept:
+    """Means over an adapter's modules, those of energy and strength weighted by its energy there; all-zero modules, which
+    have nothing to keep, left out."""
+    rows = {module: modules[module][name] for module, norm in norms.items() if norm > 0}
+    if not rows:
+        return NOTHING
+    energy = sum(norms[module] ** 2 for module in rows)
+
+    def weighted(field: str) -> float:
+        return sum(norms[module] ** 2 * getattr(kept, field) for module, kept in rows.items()) / energy
+
+    return Kept(
+        projected_dir_sim=statistics.fmean(kept.projected_dir_sim for kept in rows.values()),
+        projected_cos_sim=statistics.fmean(kept.projected_cos_sim for kept in rows.values()),
+        retained_energy=weighted("retained_energy"),
+        strength=weighted("strength"),
+    )

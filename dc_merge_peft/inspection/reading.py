@@ -1,0 +1,68 @@
+"""Opening adapters to look at them: one that can't be merged is no error here, as long as it has a config to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dc_merge_peft.adapter import short_names
+from dc_merge_peft.errors import MergeError, OptionError
+from dc_merge_peft.plan import uniquely_named
+from dc_merge_peft.sources import AdapterInfo, CheckpointSource, Source
+from dc_merge_peft.sources.hub import CONFIG_FILE, locate
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """One adapter as far as it can be read: with its factors, or with the reason why not."""
+
+    info: AdapterInfo
+    config: Mapping[str, Any]
+    source: Source | None
+    problem: str | None = None
+
+
+def open_leniently(sources: Sequence[str | Path | Source]) -> list[Opened]:
+    """Open adapters under unique names.
+
+    Raises:
+        OptionError: no list, or an empty one.
+        SourceError: an adapter without a readable config, of which nothing is known.
+    """
+    if isinstance(sources, (str, Path)):
+        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
+    if not sources:
+        raise OptionError("found no adapters to inspect: expected at least one")
+    names = short_names([str(source) for source in sources if not isinstance(source, Source)])
+    opened = [
+        Opened(source.info, source.config, source) if isinstance(source, Source) else _open(source, names[str(source)])
+        for source in sources
+    ]
+    infos = uniquely_named([adapter.info for adapter in opened])
+    return [dataclasses.replace(adapter, info=info) for adapter, info in zip(opened, infos, strict=True)]
+
+
+def _open(path: str | Path, name: str) -> Opened:
+    try:
+        source = CheckpointSource(path, name=name)
+    except MergeError as error:
+        config = _raw_config(path)
+        if config is None:
+            raise
+        base = config.get("base_model_name_or_path")
+        info = AdapterInfo(name, str(path), base_model=base if isinstance(base, str) and base else None)
+        return Opened(info, config, None, str(error))
+    return Opened(source.info, source.config, source)
+
+
+def _raw_config(path: str | Path) -> dict[str, Any] | None:
+    """An adapter's config as it is, or None where there is none that can be read."""
+    try:
+        config = json.loads((locate(path).directory / CONFIG_FILE).read_text(encoding="utf-8-sig"))
+    except (MergeError, OSError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None

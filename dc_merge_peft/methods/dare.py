@@ -1,0 +1,80 @@
+"""DARE: drop entries at random and scale up the rest, then add up or elect signs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.methods.elementwise import Reduce, total
+from dc_merge_peft.methods.options import option
+from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
+from dc_merge_peft.methods.ties import REDUCE_HELP, sign_consensus
+
+DROP_HELP = "probability of an entry to be dropped; the others are divided by 1 - drop"
+SEED_HELP = "of the random numbers: the same seed gives the same result on every machine"
+REFERENCE = "Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models, ICML 2024"
+
+
+def drop_entries(view: View, task: int, drop: float, seed: int) -> Tensor:
+    """Task i's matrix with entries dropped, its expectation unchanged.
+
+    Each module of each adapter has a generator of its own, so that the result depends on nothing but the seed, the
+    module's name and the adapter's place: not on the order of modules, threads or devices.
+    """
+    X = view.matrix(task)
+    if drop == 0:
+        return X
+    label = f"{seed}/{view.module.name}/{view.module.adapters[task]}"
+    digest = hashlib.blake2b(label.encode(errors="surrogatepass"), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    kept = torch.rand(X.shape, generator=generator) >= drop
+    return X.where(kept.to(X.device), 0) / (1 - drop)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DareTAConfig(SpaceConfig):
+    """Options of DARE with task arithmetic."""
+
+    drop: float = option(0.5, DROP_HELP, minimum=0, maximum=0.99)
+    seed: int = option(0, SEED_HELP)
+
+
+class DareTA(SwitchedMethod):
+    """DARE (Yu et al., ICML 2024) with task arithmetic: each entry of each task is dropped with probability ``drop``, the
+    others divided by ``1 - drop``, and the tasks added up."""
+
+    name = "dare_ta"
+    title = "DARE with task arithmetic: random dropping, then the sum"
+    reference = REFERENCE
+    Config = DareTAConfig
+    config: DareTAConfig
+
+    def survey(self, views: Views) -> Aggregate:
+        drop, seed = self.config.drop, self.config.seed
+        return lambda view: total(drop_entries(view, task, drop, seed) for task in range(len(view.module.tasks)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DareTIESConfig(DareTAConfig):
+    """Options of DARE with TIES."""
+
+    reduce: Reduce = option("mean", REDUCE_HELP)
+
+
+class DareTIES(SwitchedMethod):
+    """DARE (Yu et al., ICML 2024) with TIES: random dropping in the place of trimming, then the elected signs."""
+
+    name = "dare_ties"
+    title = "DARE with TIES: random dropping, then the entries that agree in sign"
+    reference = REFERENCE
+    Config = DareTIESConfig
+    config: DareTIESConfig
+
+    def survey(self, views: Views) -> Aggregate:
+        options = self.config
+        return sign_consensus(
+            views, lambda view, task: drop_entries(view, task, options.drop, options.seed), options.reduce
+        )

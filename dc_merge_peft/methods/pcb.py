@@ -1,0 +1,100 @@
+"""PCB-Merging: parameters compete within their task and balance between tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.methods.elementwise import total
+from dc_merge_peft.methods.options import option
+from dc_merge_peft.methods.selection import order_statistics
+from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PCBConfig(SpaceConfig):
+    """Options of PCB-Merging."""
+
+    ratio: float = option(0.1, "share of the entries of each task that take part", minimum=0, maximum=1)
+    clamp: float = option(
+        1e-4, "quantile from either end at which magnitudes are clamped first", minimum=0, maximum=0.49
+    )
+
+
+class Range(NamedTuple):
+    """A lower and an upper value of one task's entries in the whole model."""
+
+    low: float
+    high: float
+
+    def share(self, X: Tensor) -> Tensor:
+        """Where the entries of X, clamped, lie between low (0) and high (1)."""
+        return (X.clamp(self.low, self.high) - self.low) / ((self.high - self.low) or 1.0)
+
+
+class PCBMerging(SwitchedMethod):
+    """Parameter competition balancing (Du et al., NeurIPS 2024), as the official code does it on the flattened model.
+
+    For each task, with magnitudes clamped at their quantiles ``clamp`` and ``1 - clamp``:
+
+    1. intra-balancing ``exp(T * minmax(|d_i|)^2)`` times inter-balancing ``tanh(d_i * sum_j d_j)`` (Eq. 2-4);
+    2. the products are lifted to the threshold of their top ``ratio``, and scaled to 0 .. 1: everything else weighs nothing;
+    3. the mean of the clamped task vectors under these weights.
+
+    Not homogeneous: tanh compares with 1.
+    """
+
+    name = "pcb"
+    title = "PCB-Merging: entries weighed by competition within and between tasks"
+    reference = "Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024"
+    homogeneous = False
+    Config = PCBConfig
+    config: PCBConfig
+
+    def survey(self, views: Views) -> Aggregate:
+        clamp, ratio = self.config.clamp, self.config.ratio
+
+        def magnitudes() -> Iterator[tuple[int, Tensor]]:
+            for view in views():
+                for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
+                    yield adapter, X.abs()
+
+        def clamped(entries: int) -> tuple[int, int]:
+            return int(entries * clamp), max(int(entries * (1 - clamp) - 1), 0)
+
+        limits = {task: Range(*values) for task, values in order_statistics(magnitudes, clamped).items()}
+
+        def products() -> Iterator[tuple[int, Tensor]]:
+            for view in views():
+                yield from zip(view.module.adapters, balanced(view, limits), strict=True)
+
+        def top(entries: int) -> tuple[int, int]:
+            return min(int(entries * (1 - ratio)), entries - 1), entries - 1
+
+        tops = {task: Range(*values) for task, values in order_statistics(products, top).items()}
+
+        def aggregate(view: View) -> Tensor:
+            merged = weight = torch.zeros(())
+            for adapter, X, product in zip(view.module.adapters, view.matrices(), balanced(view, limits), strict=True):
+                scale = tops[adapter].share(product)
+                merged = merged.to(X) + scale * X.sign() * X.abs().clamp(*limits[adapter])
+                weight = weight.to(X) + scale
+            return merged / weight.clamp(min=1e-12)
+
+        return aggregate
+
+
+def balanced(view: View, limits: dict[int, Range]) -> Iterator[Tensor]:
+    """Each task's intra-balancing times its inter-balancing, entry by entry, in float32.
+
+    exp and tanh are computed in float64: their last bit depends on where a thread's share of the entries begins.
+    """
+    merged = total(view.matrices())
+    count = len(view.module.tasks)
+    for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
+        intra = (count * limits[adapter].share(X.abs().to(torch.float64)).square()).exp()
+        yield (intra * (X * merged).to(torch.float64).tanh()).to(torch.float32)

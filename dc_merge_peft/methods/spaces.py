@@ -1,0 +1,167 @@
+"""The spaces in which task vectors are merged entry by entry: of the parameters, and the shared cover space (Section 3).
+
+Energy smoothing and cover space are the paper's two switches (Table 6): they belong to the space, so that every element-wise
+aggregation can have them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.linalg import SVD
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
+from dc_merge_peft.methods.cover import cover_basis, ranks_that_fit, structural_mask
+from dc_merge_peft.methods.options import option
+from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoverConfig(MethodConfig):
+    """Options of energy smoothing and of the cover space."""
+
+    smoothing: Smoothing = option(
+        "none", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
+    )
+    rho: float = option(5.0, "largest ratio of the first to the last singular value after linear smoothing", minimum=1)
+    tau: float = option(
+        0.0,
+        "share of the original singular values mixed back in: 0 smooths fully, 1 not at all (Eq. 41)",
+        minimum=0,
+        maximum=1,
+    )
+    rank: int | None = option(
+        None, "singular components used of each task (the paper's r); none: all of them", minimum=1
+    )
+    basis: Literal["whitening"] = option(
+        "whitening", "how the cover basis is found: whitening of the stacked bases (Eq. 25)"
+    )
+    mask: bool = option(True, "in cover space, keep each task's own block of the merged core only (Eq. 11)")
+    mask_size: int | None = option(
+        None, "squares of this size along the diagonal instead of the tasks' blocks (Figure 5)", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpaceConfig(CoverConfig):
+    """Options of an element-wise method: the paper's two switches."""
+
+    cover: bool = option(False, "merge in the shared cover space (Section 3) instead of entry by entry of dW")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """One module's weighted task vectors as matrices of one shape, and the way back to the module."""
+
+    module: ModuleTasks
+    matrix: Callable[[int], Tensor]  # of task i
+    back: Callable[[Tensor], Delta]
+    ranks: Sequence[int] = ()  # in cover space, each task's directions: their sum is k
+
+    def matrices(self) -> Iterator[Tensor]:
+        """One after the other: in parameter space each is m x n, and two at a time are enough."""
+        return map(self.matrix, range(len(self.module.tasks)))
+
+
+Views: TypeAlias = Callable[[], Iterator[View]]
+Aggregate: TypeAlias = Callable[[View], Tensor]
+
+
+class ElementwiseMethod(ModelWideMethod):
+    """A method that is a rule on entries, in any space."""
+
+    @abstractmethod
+    def view(self, module: ModuleTasks) -> View:
+        """The module's task vectors in the method's space."""
+
+    @abstractmethod
+    def survey(self, views: Views) -> Aggregate:
+        """The rule; one that needs numbers of the whole model first goes through ``views()``."""
+
+    def prepare(self, sweep: Sweep) -> ModuleMerge:
+        aggregate = self.survey(lambda: map(self.view, sweep()))
+
+        def merge(module: ModuleTasks) -> Delta:
+            view = self.view(module)
+            return view.back(aggregate(view))
+
+        return merge
+
+
+class SwitchedMethod(ElementwiseMethod):
+    """A rule on entries with the paper's two switches: energy smoothing, and cover space or parameter space."""
+
+    @property
+    def space(self) -> SpaceConfig:
+        """The options of the space; a subclass adds those of its rule."""
+        assert isinstance(self.config, SpaceConfig)
+        return self.config
+
+    @property
+    def equivariant(self) -> bool:
+        return self.space.cover
+
+    def view(self, module: ModuleTasks) -> View:
+        return (cover_view if self.space.cover else parameter_view)(module, self.space)
+
+    def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
+        return crowding(shape, ranks, self.space) if self.space.cover else ()
+
+
+def smoothed(svd: SVD, config: CoverConfig) -> SVD:
+    """Algorithm 1, line 6: energy smoothing of one task vector."""
+    return svd._replace(S=smooth_energy(svd.S, config.smoothing, rho=config.rho, tau=config.tau))
+
+
+def smoothed_tasks(tasks: Sequence[Delta], config: CoverConfig) -> Sequence[Delta]:
+    """The task vectors cut to ``rank`` and energy smoothed; as they are where nothing is to be done."""
+    if config.smoothing == "none" and config.rank is None:
+        return tasks
+    return [LowRank.from_svd(smoothed(task.svd.truncate(config.rank), config)) for task in tasks]
+
+
+def parameter_view(module: ModuleTasks, config: CoverConfig) -> View:
+    """The entries of dW: float32 (m, n) matrices, made when they are looked at. The product runs in float64, which
+    neither autocast nor TF32 settings reach."""
+    tasks = smoothed_tasks(module.tasks, config)
+
+    def matrix(index: int) -> Tensor:
+        return (tasks[index].dense() * module.weights[index]).to(torch.float32)
+
+    return View(module, matrix, Dense)
+
+
+def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
+    """The cover space: k x k matrices ``M_i = U~^T dW_i V~`` (Eq. 10) through their factors, and ``U~ (M * mask) V~^T``
+    (Eq. 11) as the way back."""
+    # Line 5: rank-r SVD of each task vector; an orthonormal basis has room for min(m, n) directions.
+    svds = [task.svd.truncate(config.rank) for task in module.tasks]
+    ranks = ranks_that_fit([len(svd.S) for svd in svds], min(module.tasks[0].shape))
+    # Line 6: smoothing; then the weights, which multiply the smoothed task vectors.
+    svds = [smoothed(svd.truncate(rank), config) for svd, rank in zip(svds, ranks, strict=True)]
+    S = [weight * svd.S for svd, weight in zip(svds, module.weights, strict=True)]
+    # Lines 9-10: the cover basis.
+    U_cover = cover_basis([svd.U for svd in svds])  # (m, k)
+    V_cover = cover_basis([svd.Vh.mT for svd in svds])  # (n, k)
+    # Line 12, Eq. 10: each smoothed task vector in cover space, k x k.
+    M = [(U_cover.mT @ svd.U * S_i) @ (svd.Vh @ V_cover) for svd, S_i in zip(svds, S, strict=True)]
+    mask = structural_mask(ranks, mask=config.mask, mask_size=config.mask_size, device=U_cover.device)
+    # Lines 15-16, Eq. 11: mask, and back to parameter space.
+    return View(module, M.__getitem__, lambda merged: LowRank(U_cover @ (merged * mask), V_cover.mT), ranks)
+
+
+def crowding(shape: tuple[int, int], ranks: Sequence[int], config: CoverConfig) -> Iterator[str]:
+    """The remark of modules that have no room for the directions of all tasks."""
+    used = [min(rank, config.rank or rank, *shape) for rank in ranks]
+    if sum(used) > min(shape):
+        yield (
+            "the ranks of the adapters add up to more than min(m, n), so that no orthonormal cover basis holds them "
+            "all: every adapter's rank is shrunk in proportion, its weakest directions first"
+        )

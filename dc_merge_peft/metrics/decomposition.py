@@ -1,0 +1,27 @@
+"""Deltas in the precision that measures need, whatever they are stored in."""
+
+from __future__ import annotations
+
+import torch
+
+from dc_merge_peft.dense import Delta
+from dc_merge_peft.linalg import SVD
+from dc_merge_peft.lowrank import LowRank
+
+
+def triplets(delta: Delta) -> SVD:
+    """The thin SVD in float64. Factors of half precision are decomposed in float32: torch has no QR for them."""
+    found = _dtypes(delta)
+    if len(found) > 1 or not found <= {torch.float32, torch.float64}:
+        delta = delta.to(torch.float64 if torch.float64 in found else torch.float32)
+    U, S, Vh = delta.svd  # cached where nothing was converted
+    return SVD(U.to(torch.float64), S.to(torch.float64), Vh.to(torch.float64))
+
+
+def in_float64(delta: Delta) -> Delta:
+    """The delta in float64; itself, with an SVD that it may have, where it is."""
+    return delta if _dtypes(delta) == {torch.float64} else delta.to(torch.float64)
+
+
+def _dtypes(delta: Delta) -> set[torch.dtype]:
+    return {delta.B.dtype, delta.A.dtype} if isinstance(delta, LowRank) else {delta.W.dtype}

@@ -1,0 +1,67 @@
+"""Figures of what inspections found. Needs the extra ``plots``.
+
+Figures are plain :class:`matplotlib.figure.Figure` objects: no pyplot, no global state, no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.inspection.data import Inspection
+from dc_merge_peft.plots.figures import cover_figure, dirsim_figure, overlap_figure, spectrum_figure
+from dc_merge_peft.plots.style import require_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+
+__all__ = [
+    "FORMATS",
+    "cover_figure",
+    "dirsim_figure",
+    "inspection_figures",
+    "overlap_figure",
+    "require_matplotlib",
+    "save_figures",
+    "spectrum_figure",
+]
+
+
+def inspection_figures(inspection: Inspection) -> dict[str, Figure]:
+    """Every figure that the adapters give: ``spectrum``, and from two comparable adapters on ``overlap`` and ``cover``."""
+    figures = {}
+    if any(adapter.measured for adapter in inspection.adapters):
+        figures["spectrum"] = spectrum_figure(inspection)
+    if any(pair.overall for pair in inspection.pairs):
+        figures["overlap"] = overlap_figure(inspection)
+    if inspection.cover:
+        figures["cover"] = cover_figure(inspection)
+    return figures
+
+
+def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:
+    """Write each figure as ``NAME.png`` and ``NAME.svg``; earlier figures of these names are replaced.
+
+    Raises:
+        OutputError: the folder can't be made or written to.
+    """
+    import matplotlib
+
+    target = Path(folder).expanduser()
+    written = []
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Names instead of random ids, and no date: the same numbers give the same bytes.
+        with matplotlib.rc_context({"svg.hashsalt": "dc-merge"}):
+            for name, figure in figures.items():
+                for suffix in formats:
+                    path = target / f"{name}.{suffix}"
+                    figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+                    written.append(path)
+    except OSError as error:
+        raise OutputError(f"figures can't be written to '{folder}' ({first_line(error)}): expected a folder") from error
+    return written

@@ -1,0 +1,135 @@
+"""``dc-merge inspect`` through its runner: tables, JSON, figures, merges on the fly and from disk, and refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
+from dc_merge_peft.cli import app
+from dc_merge_peft.demo.tasks import assets
+from tests.support.models import write_checkpoint
+from tests.support.workspace import make_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with ``math-lora`` and ``code-lora``."""
+    monkeypatch.chdir(make_workspace(tmp_path, base=False))
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    """The program with these arguments; exceptions other than exits are raised."""
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def shown(*arguments: str) -> str:
+    """What it prints where it succeeds."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def failed(result: Result, *words: str) -> None:
+    """Exit code 2 and one line on standard error that has all the words."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert not [word for word in words if word not in result.stderr], result.stderr
+
+
+def test_tables_before_merging(workspace: Path) -> None:
+    """Adapters, their pair, and what to know, without a word on merges; nothing is written."""
+    before = sorted(workspace.rglob("*"))
+    output = shown("inspect", "math-lora", "code-lora")
+    numbers = inspect_adapters(["math-lora", "code-lora"], progress=False)
+    for adapter in numbers.adapters:
+        assert f"{adapter.norm:.3g}" in output
+    assert numbers.pairs[0].overall is not None and f"{numbers.pairs[0].overall.sign_conflict:.1%}" in output
+    assert "math-lora, code-lora" in output and "LORA on query, value" in output
+    assert "note: 'code-lora' uses rsLoRA" in output and "keeps of each" not in output
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_json_before_merging_is_pythons(workspace: Path) -> None:
+    """The same numbers as in Python, whole, and no merge."""
+    plain = json.loads(shown("inspect", "math-lora", "code-lora", "--json"))
+    assert plain.pop("merge") is None and plain.pop("figures") == []
+    assert plain == inspect_adapters(["math-lora", "code-lora"], progress=False).to_dict()
+
+
+def test_on_the_fly_as_from_disk(workspace: Path) -> None:
+    """A merge of these options on the fly keeps what the written one keeps, to the rounding of what was written; its
+    configuration does as well."""
+    flags = ["-m", "dc", "-O", "smoothing=average", "--weights", "1,0.5", "--svd-rank", "6"]
+    assert run("merge", "math-lora", "code-lora", "-o", "out", *flags).exit_code == 0
+    fly = json.loads(shown("inspect", "math-lora", "code-lora", *flags, "--json"))["merge"]
+    disk = json.loads(shown("inspect", "math-lora", "code-lora", "--merged", "out", "--json"))["merge"]
+    record = json.loads(shown("inspect", "--config", "out/dc_merge.yaml", "--json"))["merge"]
+    both = json.loads(shown("inspect", "--config", "out/dc_merge.yaml", "--merged", "out", "--json"))["merge"]
+    assert record == fly and both == disk
+    assert (fly["merged"].startswith("dc (alpha "), disk["merged"]) == (True, "out")
+    for module, row in fly["modules"].items():
+        for name, kept in row.items():
+            assert disk["modules"][module][name] == pytest.approx(kept, abs=1e-4)
+    merger = DCMergeAdapter(smoothing="average")
+    merged = merger.merge(["math-lora", "code-lora"], [1.0, 0.5], svd_rank=6, progress=False)
+    assert fly == inspect_merge(merged, progress=False).to_dict()
+
+
+def test_tables_after_merging(workspace: Path) -> None:
+    """What is kept over all, by kind of module and by layer."""
+    output = shown("inspect", "math-lora", "code-lora", "--method", "ta")
+    assert "What ta (alpha 1) keeps of each adapter" in output and "100.0%" in output
+    assert "By kind" in output and "query" in output and "By layer" in output
+
+
+def test_figures(workspace: Path) -> None:
+    """Each figure in each format, named in the output; the DirSim of layers where there is a merge."""
+    output = shown("inspect", "math-lora", "code-lora", "-m", "dc", "--plot", "figures")
+    written = {path.name for path in Path("figures").iterdir()}
+    names = ("spectrum", "overlap", "cover", "dirsim")
+    assert written == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert "figures/dirsim.png" in output.replace("\n", "")
+    plain = json.loads(shown("inspect", "math-lora", "--plot", "one", "--format", "png", "--json"))
+    assert plain["figures"] == ["one/spectrum.png"] and len(list(Path("one").iterdir())) == 1
+
+
+def test_an_adapter_that_cannot_be_merged(workspace: Path) -> None:
+    """Its config and the reason are shown, and the others beside it; names can't smuggle in control characters."""
+    write_checkpoint(
+        workspace / "dora", use_dora=True, target_modules=["q\x1b[31m"], base_model_name_or_path="org/base"
+    )
+    output = shown("inspect", "math-lora", "dora")
+    assert "refused: 'dora' can't be merged" in output and "DoRA" in output and "org/base" in output
+    assert "\x1b" not in output
+    failed(run("inspect", "math-lora", "dora", "-m", "ta"), "DoRA")
+
+
+def test_many_real_adapters() -> None:
+    """All of the demo's: the pairs are cut, the layers are not, and eight adapters fit in a line."""
+    paths = [str(path.parent) for path in sorted(assets().glob("*/adapter_config.json"))]
+    output = shown("inspect", *paths, "-m", "dc")
+    assert "and 13 more pairs" in output and "no trouble found" in output
+    assert max(map(len, output.splitlines())) <= 120
+    layers = output.partition("By layer")[2].splitlines()[2:8]
+    assert [line.split()[0] for line in layers] == list("012345") and all(line.count("%") == 8 for line in layers)
+
+
+def test_refusals(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line each."""
+    failed(run("inspect"), "no adapters to inspect")
+    failed(run("inspect", "math-lora", "nowhere"), "nowhere", "expected an existing directory")
+    failed(run("inspect", "math-lora", "--format", "pdf"), "unknown format 'pdf'", "png, svg, both")
+    failed(run("inspect", "math-lora", "--merged", "out", "-m", "dc"), "--merged and options of a merge")
+    failed(run("inspect", "math-lora", "--merged", "out"), "no adapter directory 'out'")
+    failed(run("inspect", "math-lora", "-m", "magic"), "unknown method 'magic'")
+    failed(run("inspect", "math-lora", "-O", "rho"), "expected option=value")
+    failed(run("inspect", "math-lora", "--device", "moon"), "device 'moon'")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    failed(run("inspect", "math-lora", "--plot", "figures"), "matplotlib", "dc-merge-peft[plots]")
