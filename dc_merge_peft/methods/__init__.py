@@ -11,10 +11,14 @@ from dc_merge_peft.methods.base import Method, MethodConfig
 from dc_merge_peft.methods.consensus import ConsensusTA
 from dc_merge_peft.methods.dare import DareTA, DareTIES
 from dc_merge_peft.methods.dc import DCMerge, DCMergeConfig
+from dc_merge_peft.methods.iso import IsoC, IsoCTS
 from dc_merge_peft.methods.knots import KnotsDareTIES, KnotsTIES
 from dc_merge_peft.methods.pcb import PCBMerging
 from dc_merge_peft.methods.pruning import MagnitudePrune
+from dc_merge_peft.methods.robust import RobustMerge
 from dc_merge_peft.methods.ties import TIES
+from dc_merge_peft.methods.tsvm import TSVM
+from dc_merge_peft.methods.wudi import WUDI, WUDIClosed
 
 METHODS: dict[str, type[Method]] = {
     "dc": DCMerge,
@@ -28,6 +32,12 @@ METHODS: dict[str, type[Method]] = {
     "pcb": PCBMerging,
     "knots_ties": KnotsTIES,
     "knots_dare_ties": KnotsDareTIES,
+    "tsvm": TSVM,
+    "iso_c": IsoC,
+    "iso_cts": IsoCTS,
+    "wudi": WUDI,
+    "wudi_closed": WUDIClosed,
+    "robust": RobustMerge,
 }
 
 

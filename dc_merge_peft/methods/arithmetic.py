@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from dc_merge_peft.dense import Delta, weighted_sum
 from dc_merge_peft.methods.base import Method, ModuleTasks
+from dc_merge_peft.methods.cover import crowding
 from dc_merge_peft.methods.elementwise import total
-from dc_merge_peft.methods.spaces import SpaceConfig, cover_view, crowding, smoothed_tasks
+from dc_merge_peft.methods.spaces import SpaceConfig, cover_view, smoothed_tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class TaskArithmetic(Method):
         return view.back(total(view.matrices()))
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
-        return crowding(shape, ranks, self.config) if self.config.cover else ()
+        return crowding(shape, ranks, self.config.rank) if self.config.cover else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,3 +61,15 @@ class WeightAveraging(TaskArithmetic):
 
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         return super().merge(tasks, [weight / len(tasks) for weight in weights])
+
+
+def average_vectors(
+    vectors: Sequence[Tensor],  # of one shape each, one a task
+    weights: Sequence[float],
+) -> Tensor:
+    """``1/T sum_i w_i d_i``: what every method does with parameters that are no matrices, such as biases and norms of full
+    fine-tuning, which have no singular directions. ``alpha`` multiplies the result like any other. In the vectors' dtype."""
+    merged = torch.zeros_like(vectors[0])
+    for vector, weight in zip(vectors, weights, strict=True):
+        merged.add_(vector, alpha=weight)
+    return merged / len(vectors)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from dc_merge_peft.linalg import polar_factor
+from dc_merge_peft.dense import Delta
+from dc_merge_peft.linalg import SVD, polar_factor
 
 
 def cover_basis(
@@ -15,6 +16,23 @@ def cover_basis(
 ) -> Tensor:  # (m, k), k = sum r_i <= m; orthonormal columns, or a partial isometry where the bases overlap
     """Whiten the concatenated per-task bases (Eq. 9 and 25): the closest orthonormal basis to all of them."""
     return polar_factor(torch.cat(list(bases), dim=1))
+
+
+def leading_svds(tasks: Sequence[Delta], rank: int | None) -> list[SVD]:
+    """The thin SVD of each task (Algorithm 1, line 5), cut to ``rank`` components and to what :func:`ranks_that_fit`."""
+    svds = [task.svd.truncate(rank) for task in tasks]
+    ranks = ranks_that_fit([len(svd.S) for svd in svds], min(tasks[0].shape))
+    return [svd.truncate(fitting) for svd, fitting in zip(svds, ranks, strict=True)]
+
+
+def crowding(shape: tuple[int, int], ranks: Sequence[int], rank: int | None) -> Iterable[str]:
+    """The remark of modules that have no room for the directions of all tasks, ``rank`` of each."""
+    used = [min(own, rank or own, *shape) for own in ranks]
+    if sum(used) > min(shape):
+        yield (
+            "the ranks of the adapters add up to more than min(m, n), so that no orthonormal cover basis holds them "
+            "all: every adapter's rank is shrunk in proportion, its weakest directions first"
+        )
 
 
 def ranks_that_fit(ranks: Sequence[int], limit: int) -> list[int]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods.base import ALPHA_HELP, ModuleTasks
+from dc_merge_peft.methods.cover import crowding
 from dc_merge_peft.methods.elementwise import ties, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing
-from dc_merge_peft.methods.spaces import Aggregate, CoverConfig, ElementwiseMethod, View, Views, cover_view, crowding
+from dc_merge_peft.methods.spaces import Aggregate, CoverConfig, ElementwiseMethod, View, Views, cover_view
 
 # The density of the paper's experiments: its "top-k 0.1" is 0.1 percent of the k x k entries.
 PAPER_DENSITY = 1e-3
@@ -68,7 +69,7 @@ class DCMerge(ElementwiseMethod):
         return aggregate
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
-        return crowding(shape, ranks, self.config)
+        return crowding(shape, ranks, self.config.rank)
 
 
 def entries_kept(density: float | Literal["auto"], k: int, rank: int) -> int:

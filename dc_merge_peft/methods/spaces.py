@@ -18,7 +18,8 @@ from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
-from dc_merge_peft.methods.cover import cover_basis, ranks_that_fit, structural_mask
+from dc_merge_peft.methods.basis import optimized_basis
+from dc_merge_peft.methods.cover import cover_basis, crowding, leading_svds, structural_mask
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
 
@@ -40,8 +41,16 @@ class CoverConfig(MethodConfig):
     rank: int | None = option(
         None, "singular components used of each task (the paper's r); none: all of them", minimum=1
     )
-    basis: Literal["whitening"] = option(
-        "whitening", "how the cover basis is found: whitening of the stacked bases (Eq. 25)"
+    basis: Literal["whitening", "optimized"] = option(
+        "whitening",
+        "how the cover basis is found: 'whitening' of the stacked bases (Eq. 25), or 'optimized', ascent on Eq. 8 "
+        "(Algorithm 2)",
+    )
+    basis_steps: int = option(
+        500, "the most steps of basis=optimized; it ends earlier where it has converged", minimum=0
+    )
+    basis_lr: float = option(
+        0.5, "length of the first step of basis=optimized; later ones find their own", minimum=1e-6, maximum=1e6
     )
     mask: bool = option(True, "in cover space, keep each task's own block of the merged core only (Eq. 11)")
     mask_size: int | None = option(
@@ -112,7 +121,7 @@ class SwitchedMethod(ElementwiseMethod):
         return (cover_view if self.space.cover else parameter_view)(module, self.space)
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
-        return crowding(shape, ranks, self.space) if self.space.cover else ()
+        return crowding(shape, ranks, self.space.rank) if self.space.cover else ()
 
 
 def smoothed(svd: SVD, config: CoverConfig) -> SVD:
@@ -142,26 +151,18 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
     """The cover space: k x k matrices ``M_i = U~^T dW_i V~`` (Eq. 10) through their factors, and ``U~ (M * mask) V~^T``
     (Eq. 11) as the way back."""
     # Line 5: rank-r SVD of each task vector; an orthonormal basis has room for min(m, n) directions.
-    svds = [task.svd.truncate(config.rank) for task in module.tasks]
-    ranks = ranks_that_fit([len(svd.S) for svd in svds], min(module.tasks[0].shape))
+    original = leading_svds(module.tasks, config.rank)
     # Line 6: smoothing; then the weights, which multiply the smoothed task vectors.
-    svds = [smoothed(svd.truncate(rank), config) for svd, rank in zip(svds, ranks, strict=True)]
+    svds = [smoothed(svd, config) for svd in original]
     S = [weight * svd.S for svd, weight in zip(svds, module.weights, strict=True)]
-    # Lines 9-10: the cover basis.
-    U_cover = cover_basis([svd.U for svd in svds])  # (m, k)
-    V_cover = cover_basis([svd.Vh.mT for svd in svds])  # (n, k)
+    # Lines 9-10: the cover basis, (m, k) and (n, k); by Algorithm 2 from the task vectors as they are.
+    if config.basis == "whitening":
+        U_cover, V_cover = cover_basis([svd.U for svd in svds]), cover_basis([svd.Vh.mT for svd in svds])
+    else:
+        U_cover, V_cover, _ = optimized_basis(original, steps=config.basis_steps, lr=config.basis_lr)
     # Line 12, Eq. 10: each smoothed task vector in cover space, k x k.
     M = [(U_cover.mT @ svd.U * S_i) @ (svd.Vh @ V_cover) for svd, S_i in zip(svds, S, strict=True)]
+    ranks = [len(svd.S) for svd in svds]
     mask = structural_mask(ranks, mask=config.mask, mask_size=config.mask_size, device=U_cover.device)
     # Lines 15-16, Eq. 11: mask, and back to parameter space.
     return View(module, M.__getitem__, lambda merged: LowRank(U_cover @ (merged * mask), V_cover.mT), ranks)
-
-
-def crowding(shape: tuple[int, int], ranks: Sequence[int], config: CoverConfig) -> Iterator[str]:
-    """The remark of modules that have no room for the directions of all tasks."""
-    used = [min(rank, config.rank or rank, *shape) for rank in ranks]
-    if sum(used) > min(shape):
-        yield (
-            "the ranks of the adapters add up to more than min(m, n), so that no orthonormal cover basis holds them "
-            "all: every adapter's rank is shrunk in proportion, its weakest directions first"
-        )

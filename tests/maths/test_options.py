@@ -67,7 +67,7 @@ def test_numbers_take_the_type_of_the_option() -> None:
         ({"mask": 1}, "option 'mask' is 1: expected true or false"),
         ({"smoothing": "linaer"}, "option 'smoothing' is 'linaer': expected 'linear', 'average' or 'none'"),
         ({"smoothing": None}, "option 'smoothing' is None: expected 'linear', 'average' or 'none'"),
-        ({"basis": "optimised"}, "option 'basis' is 'optimised': expected 'whitening'"),
+        ({"basis": "optimised"}, "option 'basis' is 'optimised': expected 'whitening' or 'optimized'"),
     ],
 )
 def test_wrong_types(options: dict[str, Any], text: str) -> None:
@@ -119,7 +119,7 @@ def test_unknown_options() -> None:
     text = refusal(densty=0.1)
     assert text.startswith("unknown option of method 'dc' 'densty': did you mean 'density'? valid names are: alpha, ")
     assert all(field.name in text for field in dataclasses.fields(DCMergeConfig))
-    valid = "alpha, smoothing, rho, tau, rank, basis, mask, mask_size, cover"
+    valid = "alpha, smoothing, rho, tau, rank, basis, basis_steps, basis_lr, mask, mask_size, cover"
     assert refusal("ta", seed=5) == f"unknown option of method 'ta' 'seed': valid names are: {valid}"
     with pytest.raises(TypeError):
         DCMergeConfig(densty=0.1)  # type: ignore[call-arg]
@@ -177,11 +177,13 @@ def test_defaults() -> None:
         "aggregation": "ties",
         "density": "auto",
         "basis": "whitening",
+        "basis_steps": 500,
+        "basis_lr": 0.5,
         "mask": True,
         "mask_size": None,
     }
     plain = {"alpha": 1.0, "smoothing": "none", "rho": 5.0, "tau": 0.0, "rank": None, "basis": "whitening"}
-    plain |= {"mask": True, "mask_size": None, "cover": False}
+    plain |= {"basis_steps": 500, "basis_lr": 0.5, "mask": True, "mask_size": None, "cover": False}
     assert method_named("ta").config.to_dict() == method_named("average").config.to_dict() == plain
 
 

@@ -67,7 +67,7 @@ def test_from_disk(tmp_path: Path, file: str, key: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_expectations_differ(file: str) -> None:
-    """The comparison can fail: the four expectations are not one another."""
+    """The comparison can fail: the expectations of no two keys are one another."""
     for module in golden_file(file).modules:
         each = [golden_file(file).expected(key)[module] for key in KEYS]
         pairs = [(one, two) for index, one in enumerate(each) for two in each[:index]]

@@ -38,6 +38,14 @@ LAWS: dict[str, Laws] = {
     # Merged entry by entry on the right: of rank k at most, but the row space is not that of the tasks.
     "knots_ties": Laws({"density": 1.0}),
     "knots_dare_ties": Laws({"drop": 0.0}, any_order=False),
+    "tsvm": Laws({}),
+    # One singular value for all directions.
+    "iso_c": Laws(None),
+    "iso_cts": Laws(None),
+    # Without a step it is the sum.
+    "wudi": Laws({"steps": 0}, in_span=False),
+    "wudi_closed": Laws({}),
+    "robust": Laws({"keep": 1.0, "fuse_weight": 1.0}, any_factors=False, any_ranks=False),
 }
 
 
