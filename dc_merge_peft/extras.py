@@ -22,11 +22,11 @@ import torch
 from dc_merge_peft.errors import (
     IncompatibleAdaptersError,
     OptionError,
-    UnsupportedAdapterError,
     preview,
     unknown_name,
 )
 from dc_merge_peft.sources.base import AdapterInfo, ExtraSpec, Source
+from dc_merge_peft.sources.refusals import extras_without_policy
 
 POLICIES = ("average", "first", "drop")
 
@@ -90,10 +90,7 @@ def plan_extras(
     if policy is None:
         for source, info in zip(sources, infos, strict=True):
             if source.extras_reason is not None:
-                raise UnsupportedAdapterError(
-                    f"adapter '{info.name}' {source.extras_reason}; or say what becomes of them: 'average', 'first', 'drop' or "
-                    "the name of one adapter (extras=..., --extras)"
-                )
+                raise extras_without_policy(info.name, source.extras_reason)
         return ExtrasPlan()
     groups = _groups(sources)
     if keeper is not None and groups and not sources[keeper].extras:

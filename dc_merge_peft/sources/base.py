@@ -152,6 +152,10 @@ class Source(ABC):
             SourceError: the factors can't be read.
         """
 
+    def lora(self, module: str) -> LowRank:
+        """``scaling * B @ A`` alone, which of a DoRA adapter is a part of the delta; see :class:`DoraSource`."""
+        return self.factors(module)
+
     def extra(self, name: str) -> Tensor:
         """One tensor of :attr:`extras`."""
         raise NotImplementedError(f"'{self.info.name}' holds nothing outside B and A")

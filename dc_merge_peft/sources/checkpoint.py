@@ -22,7 +22,7 @@ from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
-from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
+from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
 
@@ -57,6 +57,11 @@ class CheckpointSource(Source):
         return lora_scaling(self.config, module, self.modules[module].rank)
 
     def factors(self, module: str) -> LowRank:
+        if self.is_dora:
+            raise dora_without_base(self.name)
+        return self.lora(module)
+
+    def lora(self, module: str) -> LowRank:
         keys, layout = self._keys[module], self.modules[module].layout
         return layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), self.scaling(module))
 

@@ -106,7 +106,7 @@ class DoraSource(Source):
         return self._adapter.scaling(module)
 
     def factors(self, module: str) -> LowRank:
-        lora, magnitude = self._adapter.factors(module), self._adapter.magnitude(module)
+        lora, magnitude = self._adapter.lora(module), self._adapter.magnitude(module)
         self._refuse_zero(module, {"lora_A": lora.A, "lora_B": lora.B, "lora_magnitude_vector": magnitude})
         device = self.reading.device or lora.B.device
         device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPU has no float64

@@ -19,7 +19,7 @@ from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Sourc
 from dc_merge_peft.sources.dora import matrix_of
 from dc_merge_peft.sources.extras import extras_reason
 from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
-from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
+from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 
 # Layer classes whose stored factors are not one B and one A for one weight.
 _UNSUPPORTED_LAYERS = {
@@ -98,6 +98,11 @@ class LiveSource(Source):
         return float(self._layers[module].scaling[self._adapter])
 
     def factors(self, module: str) -> LowRank:
+        if self.is_dora:
+            raise dora_without_base(self._adapter)
+        return self.lora(module)
+
+    def lora(self, module: str) -> LowRank:
         names = self.modules[module].layout.factor_names
         A, B = (
             self._numbers(holder, key, f"{name} of '{module}' in adapter '{self._adapter}'")

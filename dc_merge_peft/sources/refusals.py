@@ -70,6 +70,14 @@ def dora_without_base(adapter: str) -> UnsupportedAdapterError:
     )
 
 
+def extras_without_policy(adapter: str, reason: str) -> UnsupportedAdapterError:
+    """The refusal of an adapter that holds more than B and A where nobody has said what becomes of that."""
+    return UnsupportedAdapterError(
+        f"adapter '{adapter}' {reason}; or say what becomes of them: 'average', 'first', 'drop' or the name of one adapter "
+        "(extras=..., --extras)"
+    )
+
+
 def _plain(value: Any) -> str | None:
     """An enum's value, or the string itself."""
     return getattr(value, "value", value)
