@@ -214,12 +214,21 @@ def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
             )
         if factor.dtype == torch.float64 and bool(factor.abs().amax() > torch.finfo(torch.float32).max):
             raise SourceError(f"{where} holds numbers beyond float32: expected trained weights; the factor is damaged")
-        if not allow_zero and not bool(factor.any()):
+        if not allow_zero and not bool(factor.any()) and _all_zero(source, module, name):
             raise SourceError(
                 f"{where} is all zero: expected a trained factor, this is how an untrained or badly loaded adapter looks; "
                 "check the adapter, or allow it (allow_zero=True, --allow-zero)"
             )
     return delta
+
+
+def _all_zero(source: Source, module: str, name: str) -> bool:
+    """Whether a factor is zero in all experts that share its stored pair: an expert that training never reached is, and is
+    no sign of a failed load. A module that shares its pair with none is asked about itself."""
+    layout = source.modules[module].layout
+    shared = (source.factors(other) for other in layout.modules(layout.layer(module)) if layout.kind == "expert")
+    index = layout.factor_names.index(name)
+    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared)
 
 
 def _alpha(method: Method, fit: AlphaFit) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dc_merge_peft.errors import UnsupportedAdapterError
-from dc_merge_peft.layout import Layout
+from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
+from dc_merge_peft.layout import Layout, holder_and_depth
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -20,6 +23,10 @@ def layer_layout(name: str, layer: nn.Module) -> Layout:
     """
     if isinstance(layer, nn.Embedding):
         return Layout("embedding")
+    if isinstance(layer, nn.MultiheadAttention):
+        return Layout("in_proj")
+    if isinstance(layer, NonDynamicallyQuantizableLinear):  # what torch uses there and nowhere else
+        return Layout("out_proj")
     if not isinstance(layer, _CONVOLUTIONS):
         return Layout("linear")
     if layer.groups != 1 or any(step != 1 for step in layer.dilation) or layer.padding_mode != "zeros":
@@ -35,6 +42,8 @@ def delta_shape(layer: nn.Module) -> tuple[int, int] | None:
     """(m, n) of a delta for a layer; None where a (quantised) layer does not say."""
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
+    if isinstance(layer, nn.MultiheadAttention):
+        return 3 * layer.embed_dim, layer.embed_dim
     if isinstance(layer, _CONVOLUTIONS):
         return layer.out_channels, layer.weight[0].numel()
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
@@ -43,3 +52,52 @@ def delta_shape(layer: nn.Module) -> tuple[int, int] | None:
     if type(layer).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):  # transformers: weight (in, out)
         return weight.shape[1], weight.shape[0]
     return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the delta of a merged module belongs in a base model."""
+
+    parameter: str  # its name in the layer
+    layout: Layout
+    shape: tuple[int, int] | None  # (m, n) of a delta; None where a (quantised) layer does not say
+    transposed: bool  # the parameter is (in, out)
+
+
+def place_of(module: str, layer: nn.Module, expected: Layout, shape: tuple[int, int]) -> Place:
+    """What a base model has where a merged module belongs.
+
+    Args:
+        module: Its name in the merge.
+        layer: The layer of the base model at ``expected.base_path(module)``.
+        expected: Its layout in the merge.
+        shape: (m, n) of its merged delta.
+
+    Raises:
+        OutputError: the layer lacks the parameter that the experts belong to.
+        UnsupportedAdapterError: a convolution of a kind that is refused.
+    """
+    if expected.kind == "expert":
+        return _expert_place(module, layer, expected, shape)
+    parameter = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    transposed = type(layer).__name__ == "Conv1D"  # of transformers: (in, out)
+    return Place(parameter, layer_layout(module, layer), delta_shape(layer), transposed)
+
+
+def _expert_place(module: str, layer: nn.Module, expected: Layout, shape: tuple[int, int]) -> Place:
+    """PEFT wraps the targeted parameters of a module in the module's own order, the last one outermost."""
+    _, depth = holder_and_depth(expected.layer(module))
+    targeted = [name for name, _ in layer.named_parameters(recurse=False) if name in expected.parameters]
+    if depth >= len(targeted):
+        raise OutputError(
+            f"'{expected.base_path(module)}' has {len(targeted)} of the parameters {preview(expected.parameters)} in the model, and "
+            f"the merged adapter factors for at least {depth + 1}: expected the base model of the adapters"
+        )
+    name = targeted[-1 - depth]
+    sizes = tuple(layer.get_parameter(name).shape)
+    experts, (rows, columns) = (sizes[0], sizes[1:]) if len(sizes) == 3 else (1, sizes)
+    # Which of the two is the input is the class's own choice; before PEFT knew ``is_transposed`` it always took the first.
+    stored_as_in_out = len(sizes) == 3 and bool(getattr(layer, "is_transposed", False))
+    transposed = len(sizes) == 3 and shape == (columns, rows) and (stored_as_in_out or rows != columns)
+    found = (columns, rows) if transposed or stored_as_in_out else (rows, columns)
+    return Place(name, replace(expected, experts=experts), found, transposed)

@@ -19,6 +19,7 @@ from dc_merge_peft.extras import ExtrasPlan, plan_extras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 
 # Output dtypes by the name a user may give.
@@ -98,7 +99,7 @@ def plan_merge(
     if not allow_different_bases:
         _refuse_different_bases(infos)
     modules = _plan_modules(sources)
-    planned = plan_extras(sources, infos, [module.name for module in modules], extras)
+    planned = plan_extras(sources, infos, [module.layout.base_path(module.name) for module in modules], extras)
     return MergePlan(
         modules=modules,
         adapters=infos,
@@ -171,6 +172,12 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         specs = [sources[index].modules[name] for index in tasks]
         for index, spec in zip(tasks, specs, strict=True):
             found, expected = sources[index].info.name, sources[tasks[0]].info.name
+            if spec.layout.parameters != specs[0].layout.parameters:
+                raise IncompatibleAdaptersError(
+                    f"adapter '{found}' targets the parameters {preview(spec.layout.parameters)} in '{spec.layout.base_path(name)}', "
+                    f"'{expected}' targets {preview(specs[0].layout.parameters)}: PEFT tells them apart by their nesting alone; expected "
+                    "adapters with the same target_parameters"
+                )
             if spec.layout != specs[0].layout:
                 raise IncompatibleAdaptersError(
                     f"'{name}' is of type {spec.layout} in adapter '{found}', {specs[0].layout} in '{expected}': they were "
@@ -184,7 +191,19 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         ranks = tuple(spec.rank for spec in specs)
         modules.append(PlannedModule(name, specs[0].shape, specs[0].layout, tasks, ranks))
     _refuse_strangers(sources, modules)
+    _refuse_renamed_experts(modules)
     return tuple(modules)
+
+
+def _refuse_renamed_experts(modules: Sequence[PlannedModule]) -> None:
+    """The same experts under two kinds of names, which would meet when transformers renames the old ones on loading."""
+    old = [module.name for module in modules if SEPARATE_EXPERT.search(module.name)]
+    new = [module.name for module in modules if module.layout.kind == "expert"]
+    if old and new:
+        raise IncompatibleAdaptersError(
+            f"some adapters have experts as modules, such as {preview(old, 1)}, others as parameters, such as {preview(new, 1)}: "
+            "expected adapters of one version of transformers; load the older ones with PEFT and save them again"
+        )
 
 
 def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:
@@ -219,7 +238,7 @@ def _incomplete(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iter
     """Adapters whose config names target modules that their weights lack. Lists written for several architectures look
     the same, so it is no error."""
     for source, info in zip(sources, infos, strict=True):
-        missing = info.targets.unmatched(source.modules)
+        missing = info.targets.unmatched(source.modules) + unmatched_parameters(info.target_parameters, source.modules)
         if missing:
             yield (
                 f"adapter '{info.name}' targets {preview(missing)} in its config but has no factors for it: nothing of it is "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,6 +53,14 @@ def relative_tail(S: Tensor, rank: int) -> float:
     return float(S[rank:].norm()) / whole if whole > 0 else 0.0
 
 
+def common_truncation_error(modules: Iterable[MergedModule]) -> float:
+    """Relative Frobenius error of truncation over several modules together."""
+    spectra = [(module.S, module.rank) for module in modules if module.S is not None]
+    lost = sum(float(S[rank:].square().sum()) for S, rank in spectra)
+    whole = sum(float(S.square().sum()) for S, _ in spectra)
+    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class DoraRecord:
     """How the dense deltas of DoRA adapters were read."""
@@ -92,7 +100,8 @@ class MergeResult:
     def delta(self, module: str) -> Tensor:
         """The merged delta of a module as a dense float32 (m, n) tensor: m outputs, n inputs, ``alpha`` applied.
 
-        A ``Conv2d`` counts n = in * kh * kw, an ``Embedding`` m = dim and n = tokens.
+        A ``Conv2d`` counts n = in * kh * kw, an ``Embedding`` m = dim and n = tokens. Each expert of a parameter is a module
+        of its own, ``path[number]``; the input projection of a ``MultiheadAttention`` goes by the attention's path.
 
         Raises:
             OptionError: no such module was merged.
@@ -117,10 +126,7 @@ class MergeResult:
     @property
     def truncation_error(self) -> float:
         """Relative Frobenius error of truncation to ``svd_rank`` over all modules together."""
-        spectra = [(module.S, module.rank) for module in self.modules.values() if module.S is not None]
-        lost = sum(float(S[rank:].square().sum()) for S, rank in spectra)
-        whole = sum(float(S.square().sum()) for S, _ in spectra)
-        return (lost / whole) ** 0.5 if whole > 0 else 0.0
+        return common_truncation_error(self.modules.values())
 
     @property
     def max_rank(self) -> int:

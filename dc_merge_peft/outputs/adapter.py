@@ -74,10 +74,10 @@ def push_adapter(
 def _write_files(result: MergeResult, folder: Path) -> None:
     """The four files of an adapter."""
     tensors = {}
-    for module, A, B in stored_factors(result):
-        ending = "" if result.modules[module].layout.kind == "embedding" else ".weight"
-        for name, factor in zip(result.modules[module].layout.factor_names, (A, B), strict=True):
-            tensors[f"base_model.model.{module}.{name}{ending}"] = factor.cpu()
+    for layer, layout, A, B in stored_factors(result):
+        ending = "" if layout.kind == "embedding" else ".weight"
+        for name, factor in zip(layout.factor_names, (A, B), strict=True):
+            tensors[f"base_model.model.{layer}.{name}{ending}"] = factor.cpu()
     tensors |= {f"base_model.model.{key}": value.cpu() for key, value in extra_tensors(result).items()}
     record = run_record(result)
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from dc_merge_peft.methods import METHODS
 from dc_merge_peft.outputs.public import is_hub_id
-from dc_merge_peft.result import MergeResult
+from dc_merge_peft.result import MergeResult, common_truncation_error
 from dc_merge_peft.sources.base import AdapterInfo
 
 _USE_ADAPTER = """from peft import PeftModel
@@ -102,8 +102,27 @@ def _card(result: MergeResult, record: Mapping[str, Any], *, library: str, relat
         remarks="".join(f"\n> {_escaped(remark)}\n" for remark in result.remarks),
         usage=usage,
         configuration=configuration.replace("```", "'''"),
-        rows="\n".join(_row(row) for row in result.report()),
+        rows="\n".join(_row(row) for row in _by_layer(result)),
     )
+
+
+def _by_layer(result: MergeResult) -> Iterator[Mapping[str, Any]]:
+    """The rows of the report, with the experts of one parameter in one: a model has thousands."""
+    layers: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result.report():
+        layers.setdefault(result.modules[row["module"]].layout.layer(row["module"]), []).append(row)
+    for layer, rows in layers.items():
+        if len(rows) == 1:
+            yield rows[0]
+            continue
+        modules = [result.modules[row["module"]] for row in rows]
+        yield {
+            **rows[0],
+            "module": f"{layer}[0..{len(rows) - 1}]",
+            "rank": max(module.rank for module in modules),
+            "full_rank": max(module.full_rank for module in modules),
+            "truncation_error": common_truncation_error(modules),
+        }
 
 
 def _row(row: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.errors import OutputError
-from dc_merge_peft.extra_values import MergedExtra
+from dc_merge_peft.layout import LEVEL
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.extras import LORA_BIAS_NAME
 
@@ -35,7 +35,7 @@ def extra_fields(result: MergeResult) -> dict[str, Any]:
         fields["trainable_token_indices"] = {extra.spec.module: list(extra.spec.tokens) for extra in tokens.values()}
     biases = [extra for name, extra in extras.of_kind("base").items() if name.endswith(".bias")]
     if biases:
-        fields["bias"] = "lora_only" if all(extra.spec.module in result.modules for extra in biases) else "all"
+        fields["bias"] = "lora_only" if all(extra.spec.module in _wrapped_layers(result) for extra in biases) else "all"
     if extras.of_kind("lora_bias"):
         _refuse_layers_without_lora_bias(result)
         fields["lora_bias"] = True
@@ -56,7 +56,7 @@ def extra_tensors(result: MergeResult) -> dict[str, Tensor]:
         if extra.spec.kind == "tokens":
             tensors[f"{extra.spec.module}.token_adapter.trainable_tokens_delta"] = extra.value
         elif extra.spec.kind == "base":
-            tensors[_base_key(name, extra, result)] = extra.value
+            tensors[_base_key(name, result)] = extra.value
         elif extra.spec.kind == "module":
             tensors[name] = extra.value
     for module, bias in lora_biases(result).items():
@@ -87,13 +87,24 @@ def lora_biases(result: MergeResult) -> Mapping[str, Tensor]:
     return biases
 
 
-def _base_key(name: str, extra: MergedExtra, result: MergeResult) -> str:
+def _base_key(name: str, result: MergeResult) -> str:
     """Where a value of the base model lies once PEFT has put its layers around it."""
     owner, _, leaf = name.rpartition(".")
-    if owner in result.modules:
-        return f"{owner}.base_layer.{leaf}"
-    with_tokens = {other.spec.module for other in result.extras.of_kind("tokens").values()}
+    wrapped = _wrapped_layers(result)
+    around = max((path for path in wrapped if owner == path or owner.startswith(path + ".")), key=len, default=None)
+    if around is not None:
+        return f"{wrapped[around]}{LEVEL}{owner[len(around) :]}.{leaf}"
+    with_tokens = {extra.spec.module for extra in result.extras.of_kind("tokens").values()}
     return f"{owner}.token_adapter.base_layer.{leaf}" if owner in with_tokens else name
+
+
+def _wrapped_layers(result: MergeResult) -> dict[str, str]:
+    """For the path of every layer of the base model that PEFT wraps that of the innermost PEFT layer around it."""
+    found: dict[str, str] = {}
+    for name, module in result.modules.items():
+        path, layer = module.layout.base_path(name), module.layout.layer(name)
+        found[path] = max(layer, found.get(path, ""), key=len)
+    return found
 
 
 def _refuse_layers_without_lora_bias(result: MergeResult) -> None:

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
-from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.directory import whole_directory
@@ -52,19 +52,18 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
     writes = list(extra_writes(model, result, _sharing(model)))
     for write in writes:  # before the deltas: a value of the base model may be what a delta is added to
         write()
-    for name, module in targets:
-        parameter: nn.Parameter = module.weight  # type: ignore[assignment]
-        place = offloading.find(module, "weight") if parameter.is_meta else None
-        weight = place.read(parameter, f"the weight of '{name}'") if place else parameter
-        delta = result.delta(name).to(weight.device)
-        transposed = type(module).__name__ == "Conv1D"  # of transformers: (in, out)
-        delta = result.modules[name].layout.to_weight(delta, weight, transposed=transposed)
+    for name, module, place in targets:
+        parameter = module.get_parameter(place.parameter)
+        stored = offloading.find(module, place.parameter) if parameter.is_meta else None
+        # What is offloaded is changed in a copy: its numbers may be those of a file.
+        whole = stored.read(parameter, f"the weight of '{name}'").clone() if stored else parameter
+        expert = place.layout.kind == "expert" and whole.dim() == 3
+        weight = whole[place.layout.number(name)] if expert else whole
+        delta = place.layout.to_weight(result.delta(name).to(weight.device), weight, transposed=place.transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        fused = (weight.to(wide) + delta).to(weight.dtype)
-        if place:
-            place.write(fused)
-        else:
-            parameter.copy_(fused)
+        weight.copy_((weight.to(wide) + delta).to(weight.dtype))
+        if stored:
+            stored.write(whole)
 
 
 def save_fused(
@@ -95,28 +94,35 @@ def save_fused(
     return Path(out).expanduser()
 
 
-def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> Iterator[tuple[str, nn.Module]]:
-    """The layer of every merged module, checked."""
+def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> Iterator[tuple[str, nn.Module, Place]]:
+    """The layer of every merged module and the place of its delta there, checked."""
     shared = _sharing(model)
     for name, merged in result.modules.items():
-        path = path_in_model(model, name)
+        base_path = merged.layout.base_path(name)
+        path = path_in_model(model, base_path)
         if path is None:
             raise OutputError(
-                f"the base model, a {type(model).__name__}, has no module {preview([name])}: expected the base model of the "
+                f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
             )
         module = model.get_submodule(path)
-        weight = getattr(module, "weight", None)
-        found, shape = layer_layout(name, module), delta_shape(module)
-        if found != merged.layout or shape != merged.delta.shape or weight is None:
+        place = place_of(name, module, merged.layout, merged.delta.shape)
+        weight = getattr(module, place.parameter, None)
+        if place.layout != merged.layout or place.shape != merged.delta.shape or weight is None:
             raise OutputError(
-                f"'{name}' is of type {found} and shape {shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
+                f"'{name}' is of type {place.layout} and shape {place.shape} in the base model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
-        reason = unreadable(weight, offloading.find(module, "weight"), path)
+        reason = unreadable(weight, offloading.find(module, place.parameter), path)
         if reason is not None:
             raise UnsupportedAdapterError(
                 f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
+            )
+        if place.layout.kind == "out_proj":
+            raise UnsupportedAdapterError(
+                f"'{name}' is the output projection of a MultiheadAttention, to which PEFT's forward pass adds the delta twice, so "
+                "that base + delta is not the model that was trained: expected other layers; load the merged adapter with "
+                "PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
             )
         if not weight.is_floating_point():
             raise UnsupportedAdapterError(
@@ -127,7 +133,7 @@ def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> I
                 f"'{name}' shares its weight with {preview(others)}: fusing "
                 "would change both, the adapter changes one; untie them first, or keep the merged adapter"
             )
-        yield name, module
+        yield name, module, place
 
 
 def _sharing(model: nn.Module) -> dict[str, list[str]]:

@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from dc_merge_peft.errors import OptionError, OutputError, preview
-from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
+from dc_merge_peft.layers import place_of
 from dc_merge_peft.offload import Offloaded, Offloading
 from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
@@ -76,7 +76,8 @@ def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter
     config = _config_for(result, tuner.model)
     with _unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
-        tuner.inject_adapter(tuner.model, adapter_name)
+        with _readable_refusals(config):
+            tuner.inject_adapter(tuner.model, adapter_name)
         write_factors(result, tuner.model, adapter_name)
         write_extras(result, tuner.model, adapter_name)
 
@@ -101,23 +102,24 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
     offloading = Offloading(model)
     modules = {_plain_path(name): module for name, module in model.named_modules()}
     wrapped = {_plain_path(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    missing = [name for name in result.modules if name not in modules]
+    paths = {name: merged.layout.base_path(name) for name, merged in result.modules.items()}
+    missing = dict.fromkeys(path for path in paths.values() if path not in modules)
     if missing:
         raise OutputError(
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
             "from the one they were trained with"
         )
     for name, merged in result.modules.items():
-        module = modules[name]
+        module = modules[paths[name]]
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        found, shape = layer_layout(name, base), delta_shape(base)
-        if found != merged.layout or (shape is not None and shape != merged.delta.shape):
+        place = place_of(name, base, merged.layout, merged.delta.shape)
+        if place.layout != merged.layout or (place.shape is not None and place.shape != merged.delta.shape):
             raise OutputError(
-                f"'{name}' is of type {found} and shape {shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
+                f"'{name}' is of type {place.layout} and shape {place.shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
-        place = offloading.find(base, "weight") if name not in wrapped else None
-        if place and place.key != "weight":
+        hook = offloading.find(base, place.parameter) if paths[name] not in wrapped else None
+        if hook and hook.key != place.parameter:
             raise OutputError(
                 f"'{name}' is offloaded as a part of its block (preload_module_classes), where PEFT can't put a layer around it: "
                 "expected a model offloaded layer by layer; offload it after the adapter is in"
@@ -133,15 +135,22 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
         OutputError: PEFT wrapped other modules than the merged ones.
     """
     layers = lora_layers(model, adapter_name)
-    if set(layers) != set(result.modules):
-        difference = sorted(set(layers) ^ set(result.modules))
+    expected = {merged.layout.layer(name) for name, merged in result.modules.items()}
+    if set(layers) != expected:
+        difference = sorted(set(layers) ^ expected)
         raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
     offloading = Offloading(model)
     hooked: list[tuple[Offloaded, nn.Parameter]] = []
-    for name, *factors in stored_factors(result):
-        layer = layers[name]
+    for path, _, *factors in stored_factors(result):
+        layer = layers[path]
         for (holder, key), factor in zip(factor_holders(layer, adapter_name), factors, strict=True):
-            device = _device_of(layer, getattr(holder, key), offloading) or factor.device
+            fresh: nn.Parameter = getattr(holder, key)
+            if fresh.shape != factor.shape:
+                raise OutputError(
+                    f"'{path}' takes factors of shape {tuple(fresh.shape)} in the model, the merged adapter has "
+                    f"{tuple(factor.shape)}: expected adapters of this base model, made by a PEFT that lays them out as this one"
+                )
+            device = _device_of(layer, fresh, offloading) or factor.device
             parameter = nn.Parameter(factor.to(device), requires_grad=False)
             setattr(holder, key, parameter)
             if place := offloading.find(holder, key):  # its hook drops and brings every tensor below it
@@ -182,18 +191,33 @@ def _plain_path(name: str) -> str:
 
 
 @contextmanager
+def _readable_refusals(config: LoraConfig) -> Iterator[None]:
+    """PEFT's own rules for LoRA on parameters, which differ between its versions, as an error of this library."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not config.target_parameters:
+            raise
+        raise OutputError(
+            f"PEFT can't add an adapter with target_parameters {sorted(config.target_parameters)} to this model ({first_line(error)}): "
+            "expected one that all its adapters allow; save the merged adapter and load it into a fresh base model"
+        ) from error
+
+
+@contextmanager
 def _own_layers_on_failure(model: nn.Module) -> Iterator[None]:
     """On an error a base model gets the layers back that PEFT has put its own around, and their ``requires_grad``."""
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: PEFT's layer around an attention makes new parameters of its weights.
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     had_config = hasattr(model, "peft_config")
     try:
         yield
     except BaseException:
         for parent, name, child in children:
             parent._modules[name] = child
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
         if not had_config and hasattr(model, "peft_config"):
             del model.peft_config
         raise
@@ -203,7 +227,7 @@ def _own_layers_on_failure(model: nn.Module) -> Iterator[None]:
 def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iterator[None]:
     """Active adapters and ``requires_grad`` stay as they are; on an error the new adapter disappears again, and every wrapper
     that PEFT has put around a module for it."""
-    trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+    trainable = [(name, parameter, parameter.requires_grad) for name, parameter in tuner.named_parameters()]
     children = [(parent, name, child) for parent in tuner.modules() for name, child in parent.named_children()]
     active = list(tuner.active_adapters)
     holders = {module: module._active_adapter for module in tuner.modules() if isinstance(module, _HOLDERS)}
@@ -225,8 +249,11 @@ def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iter
                 module._active_adapter = holders[module]  # type: ignore[index, assignment]
             elif isinstance(module, (AuxiliaryTrainingWrapper, TrainableTokensLayer)):
                 _deactivate(module)
-        for parameter, requires_grad in trainable:
+        # By object, since a wrapper changes paths, and by path, since PEFT's layer around an attention makes new parameters.
+        now = dict(tuner.named_parameters())
+        for name, parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+            now.get(name, parameter).requires_grad_(requires_grad)
 
 
 def _deactivate(wrapper: AuxiliaryTrainingWrapper | TrainableTokensLayer) -> None:

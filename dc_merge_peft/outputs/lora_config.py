@@ -12,18 +12,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dc_merge_peft.errors import OutputError, preview
+from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.sources.base import AdapterInfo, Targets
+from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
 
 # Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
 # worth its complication.
 LARGEST_PADDING = 1.25
-
-# One expert of a mixture as a module of its own, as transformers had them before version 5.
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Ranks:
     pattern: dict[str, int]  # regex of a module path -> rank, where it differs from r
 
     def of(self, module: str) -> int:
-        """The stored rank of a module."""
+        """The stored rank of a module, by the path that PEFT matches patterns with."""
         return self.pattern.get(re.escape(module), self.r)
 
 
@@ -42,17 +41,33 @@ def stored_ranks(result: MergeResult) -> Ranks:
     """One rank for all modules, zero-padded, or a ``rank_pattern`` where that would waste space.
 
     A pattern is a whole escaped path. PEFT also applies it to paths that end in it, so it is used only where no merged
-    path is the end of another one.
+    path is the end of another one. For LoRA on parameters there is no pattern, since a checkpoint does not say which
+    parameter is which: ``r`` is theirs.
     """
-    ranks = {name: max(module.rank, 1) for name, module in result.modules.items()}
-    sizes = {name: sum(module.delta.shape) for name, module in result.modules.items()}
+    ranks: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    stacks: set[str] = set()
+    for name, module in result.modules.items():
+        path = pattern_path(name, module.layout)
+        ranks[path] = max(module.rank, 1, ranks.get(path, 1))
+        sizes[path] = sizes.get(path, 0) + sum(module.delta.shape)
+        if module.layout.kind == "expert":
+            stacks.add(path)
+    r = max((ranks[path] for path in stacks), default=result.max_rank)
+    pattern = {path: rank for path, rank in ranks.items() if path not in stacks and rank != r}
     padded = result.max_rank * sum(sizes.values())
-    exact = sum(ranks[name] * sizes[name] for name in ranks)
+    exact = sum((r if path in stacks else ranks[path]) * sizes[path] for path in ranks)
     ambiguous = any(other.endswith("." + name) for name in ranks for other in ranks)
-    ambiguous = ambiguous or any(map(EXPERT.search, ranks))  # PEFT renames these on loading, but no patterns
+    ambiguous = ambiguous or any(map(SEPARATE_EXPERT.search, ranks))  # PEFT renames these on loading, but no patterns
     if padded <= LARGEST_PADDING * exact or ambiguous:
         return Ranks(result.max_rank, {})
-    return Ranks(result.max_rank, {re.escape(name): rank for name, rank in ranks.items() if rank != result.max_rank})
+    return Ranks(r, {re.escape(path): rank for path, rank in pattern.items()})
+
+
+def pattern_path(module: str, layout: Layout) -> str:
+    """The path that PEFT matches rank patterns with: both projections of an attention share the attention's, all experts
+    of a parameter that of its stored pair, which no pattern can name."""
+    return layout.layer(module).removesuffix(STORED_OUT_PROJ) if layout.kind in ("expert", "out_proj") else module
 
 
 def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str, Any]:
@@ -63,11 +78,18 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
     targeting needs a newer one.
     """
     ranks = stored_ranks(result)
-    merged = set(result.modules)
-    complete = [all(task in module.tasks for module in result.modules.values()) for task in range(len(result.adapters))]
-    specs = [(info.targets, whole) for info, whole in zip(result.adapters, complete, strict=True)]
-    targets = choose_targets(merged, specs, resolve)
-    experts = [name for name in merged if EXPERT.search(name)]
+    # What PEFT wraps by its name: not the parameters, and not the projection that an attention brings along.
+    wrapped = {
+        name: module for name, module in result.modules.items() if module.layout.kind not in ("expert", "out_proj")
+    }
+    merged = set(wrapped)
+    specs = [
+        (info.targets, all(task in module.tasks for module in wrapped.values()))
+        for task, info in enumerate(result.adapters)
+        if any(task in module.tasks for module in wrapped.values())
+    ]
+    targets = choose_targets(merged, specs, resolve) if merged else Targets()
+    experts = [name for name in merged if SEPARATE_EXPERT.search(name)]
     if resolve is None and experts and targets == full_paths(merged):
         raise OutputError(
             f"the merged modules {preview(experts)} are experts that transformers renames on loading, which PEFT can follow "
@@ -93,33 +115,57 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
         "rank_pattern": ranks.pattern,
         "alpha_pattern": dict(ranks.pattern),
     }
-    return {**fields, **extra_fields(result), **targets.to_config()}
+    # An empty list, not none at all: for many architectures PEFT has default targets.
+    return {
+        **fields,
+        **extra_fields(result),
+        "target_modules": [],
+        **targets.to_config(),
+        **_parameter_fields(result),
+    }
 
 
-def stored_factors(result: MergeResult) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """``(module, A, B)`` as PEFT stores them, in the result's dtype, ``alpha`` applied, zero-padded to the stored rank.
+def _parameter_fields(result: MergeResult) -> dict[str, Any]:
+    """``target_parameters``: the names of all adapters, which together wrap what each of them wraps."""
+    holders = {
+        module.layout.base_path(name) for name, module in result.modules.items() if module.layout.kind == "expert"
+    }
+    names = {name for info in result.adapters for name in info.target_parameters}
+    used = sorted(name for name in names if any(parameters_at(holder, [name]) for holder in holders))
+    return {"target_parameters": used} if used else {}
+
+
+def stored_factors(result: MergeResult) -> Iterator[tuple[str, Layout, Tensor, Tensor]]:
+    """``(layer, layout, A, B)`` as PEFT stores them under the path of its layer, in the result's dtype, ``alpha`` applied,
+    zero-padded to the stored rank.
 
     Raises:
         OutputError: a factor does not fit into the dtype.
     """
     ranks = stored_ranks(result)
-    for name, module in result.modules.items():
-        missing = ranks.of(name) - module.rank
-        delta = result.lowrank(name)
-        padded = LowRank(pad(delta.B, (0, missing)), pad(delta.A, (0, 0, 0, missing)))
-        A, B = (factor.to(result.dtype).contiguous() for factor in module.layout.to_stored(padded))
-        if module.rank and result.alpha and not bool(A.any() and B.any()):
+    layers = {module.layout.layer(name): module.layout for name, module in result.modules.items()}
+    for layer, layout in layers.items():
+        names = layout.modules(layer)
+        rank = ranks.of(pattern_path(names[0], layout))
+        A, B = layout.to_stored([_padded(result.lowrank(name), rank) for name in names])
+        A, B = A.to(result.dtype).contiguous(), B.to(result.dtype).contiguous()
+        if result.alpha and any(result.modules[name].rank for name in names) and not bool(A.any() and B.any()):
             raise OutputError(
-                f"the merged factors of '{name}' are all zero in {result.dtype}, at alpha {result.alpha:.3g}: expected an adapter "
+                f"the merged factors of '{layer}' are all zero in {result.dtype}, at alpha {result.alpha:.3g}: expected an adapter "
                 "that does something; use a larger alpha or weights, or a wider dtype"
             )
         if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
             remedy = "write float32 or bfloat16" if result.dtype == torch.float16 else "use smaller weights or alpha"
             raise OutputError(
-                f"the merged factors of '{name}' do not fit into {result.dtype}: expected numbers below "
+                f"the merged factors of '{layer}' do not fit into {result.dtype}: expected numbers below "
                 f"{torch.finfo(result.dtype).max:.3g}; {remedy}"
             )
-        yield name, A, B
+        yield layer, layout, A, B
+
+
+def _padded(delta: LowRank, rank: int) -> LowRank:
+    missing = rank - delta.rank
+    return LowRank(pad(delta.B, (0, missing)), pad(delta.A, (0, 0, 0, missing)))
 
 
 def _agreed(adapters: tuple[AdapterInfo, ...], field: str) -> Any:

@@ -49,10 +49,10 @@ class ExtraSpec:
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
-    return any(_ends_in(module, name) for name in names or ())
+    return any(ends_in(module, name) for name in names or ())
 
 
-def _ends_in(module: str, name: str) -> bool:
+def ends_in(module: str, name: str) -> bool:
     """PEFT's rule for lists: a name is the whole path or its trailing parts."""
     return module == name or module.endswith(f".{name}")
 
@@ -98,7 +98,7 @@ class Targets:
     def unmatched(self, modules: Collection[str]) -> list[str]:
         """Names in a list of target modules that none of these modules matches, by PEFT's rule for lists."""
         names = self.target_modules if isinstance(self.target_modules, frozenset) else ()
-        return sorted(name for name in names if not any(_ends_in(module, name) for module in modules))
+        return sorted(name for name in names if not any(ends_in(module, name) for module in modules))
 
     def to_config(self) -> dict[str, Any]:
         """The fields that are set, as plain JSON values."""
@@ -128,6 +128,7 @@ class AdapterInfo:
     auto_mapping: Mapping[str, Any] | None = None
     fan_in_fan_out: bool = False
     targets: Targets = field(default_factory=Targets)
+    target_parameters: frozenset[str] = frozenset()  # names of parameters that have LoRA of their own: MoE experts
 
 
 class Source(ABC):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.errors import SourceError
-from dc_merge_peft.layout import Layout
+from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.dora import magnitude_keys
+from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
 from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
@@ -43,18 +44,31 @@ class CheckpointSource(Source):
         self.name = name or files.directory.name if files.revision is None else name or files.location
         self.config = _read_config(files, self.name)
         self._tensors = open_weights(files.directory, self.name)
-        self._keys = factor_keys(self._tensors.shapes, self.name)
-        self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
-        self.is_dora = bool(self.config.get("use_dora"))
+        self._keys = factor_keys(self._tensors.shapes, self.name)  # by path of the PEFT layer
+        rows = {
+            layer: self._tensors.shapes[keys.A][0] for layer, keys in self._keys.items() if self._tensors.shapes[keys.A]
+        }
+        self._stacks = expert_stacks(rows, self.config, self.name)
+        self._last_read: tuple[str, Tensor, Tensor] | None = None
+        specs = {layer: self._spec(layer, keys, self._stacks.get(layer)) for layer, keys in self._keys.items()}
+        self.modules = {module: spec for layer, spec in specs.items() for module in spec.layout.modules(layer)}
+        self._read_beside()
+        self.info = _describe(self.name, files, self.config)
+
+    def _read_beside(self) -> None:
+        """What the checkpoint holds beside the factors, by its keys."""
         others = other_keys(self._tensors.shapes)
+        self.is_dora = bool(self.config.get("use_dora"))
         self._magnitudes = magnitude_keys(others, self._keys, self.config, self.name)
         self._extras = stored_extras(others, self._tensors, self.config, self.modules, self.name)
         self.extras = {name: stored.spec for name, stored in self._extras.items()}
         self.extras_reason = extras_reason(self.config, self.extras)
-        self.info = _describe(self.name, files, self.config)
 
     def scaling(self, module: str) -> float:
-        return lora_scaling(self.config, module, self.modules[module].rank)
+        spec = self.modules[module]
+        layer = spec.layout.layer(module)
+        stack = self._stacks.get(layer)
+        return stack.scaling if stack else lora_scaling(self.config, _wrapped(layer), spec.rank)
 
     def factors(self, module: str) -> LowRank:
         if self.is_dora:
@@ -62,8 +76,9 @@ class CheckpointSource(Source):
         return self.lora(module)
 
     def lora(self, module: str) -> LowRank:
-        keys, layout = self._keys[module], self.modules[module].layout
-        return layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), self.scaling(module))
+        layout = self.modules[module].layout
+        own = layout.own(module, *self._read(layout.layer(module)))
+        return layout.to_lowrank(*own, self.scaling(module))
 
     def extra(self, name: str) -> Tensor:
         return self._extras[name].read(self._tensors)
@@ -78,13 +93,24 @@ class CheckpointSource(Source):
         return magnitude
 
     def close(self) -> None:
+        self._last_read = None
         self._tensors.close()
 
-    def _spec(self, module: str, keys: FactorKeys) -> ModuleSpec:
+    def _read(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The stored pair of a PEFT layer. The last one of experts is kept: they come one after the other, and share it."""
+        if self._last_read is not None and self._last_read[0] == layer:
+            return self._last_read[1:]
+        keys = self._keys[layer]
+        A, B = self._tensors.read(keys.A), self._tensors.read(keys.B)
+        self._last_read = (layer, A, B) if layer in self._stacks else None
+        return A, B
+
+    def _spec(self, layer: str, keys: FactorKeys, stack: Stack | None) -> ModuleSpec:
         """Shape, rank and layout from the headers, checked against each other and the config."""
         A: tuple[int, ...] = self._tensors.shapes[keys.A]
         B: tuple[int, ...] = self._tensors.shapes[keys.B]
-        where = f"adapter '{self.name}' has lora_A {A} and lora_B {B} in '{module}'"
+        module = _wrapped(layer)
+        where = f"adapter '{self.name}' has lora_A {A} and lora_B {B} in '{layer}'"
         if len(A) != len(B) or not 2 <= len(A) <= 5 or 0 in (*A, *B) or any(size != 1 for size in B[2:]):
             raise SourceError(
                 f"{where}: expected (r, n) and (m, r), or 4-d factors of a Conv2d; the checkpoint is damaged or was "
@@ -96,14 +122,34 @@ class CheckpointSource(Source):
                 f"{where}: expected one rank in both; a convolution with groups > 1 is not supported, anything else is "
                 "a damaged checkpoint"
             )
+        dtype = torch.promote_types(self._tensors.dtypes[keys.A], self._tensors.dtypes[keys.B])
+        if stack and (len(A) > 2 or keys.embedding):
+            raise SourceError(f"{where} for a parameter: expected two dimensions in both; the checkpoint is damaged")
+        if stack:
+            layout = Layout("expert", experts=stack.experts, parameters=stack.parameters)
+            return ModuleSpec((B[0], math.prod(A[1:])), stack.rank, layout, dtype)
+        if LEVEL[1:] in module.split(".") or (module != layer and module not in self._keys):
+            raise SourceError(
+                f"{where}, inside another LoRA layer that the checkpoint lacks: expected layers of the base model, attention "
+                "modules or target_parameters; the checkpoint is incomplete, save it again with PEFT's save_pretrained"
+            )
         if rank != expected_rank(self.config, module):
             raise SourceError(
                 f"{where}, but its {CONFIG_FILE} says rank {expected_rank(self.config, module)} for it: the scaling "
                 "would be wrong; expected config and weights of one training run"
             )
         kind = "embedding" if keys.embedding else "conv" if len(A) > 2 else "linear"
-        dtype = torch.promote_types(self._tensors.dtypes[keys.A], self._tensors.dtypes[keys.B])
+        if module != layer:
+            kind = "out_proj"
+        elif module + STORED_OUT_PROJ in self._keys:
+            kind = "in_proj"
         return ModuleSpec((B[0], math.prod(A[1:])), rank, Layout(kind, A[2:]), dtype)
+
+
+def _wrapped(layer: str) -> str:
+    """The path of the module that PEFT wrapped, which ranks and alphas go by: of an attention's output projection the
+    attention."""
+    return layer.removesuffix(STORED_OUT_PROJ)
 
 
 def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
@@ -140,11 +186,14 @@ def _is_file(path: Path, name: str) -> bool:
 def _check_targets(config: Mapping[str, Any], name: str) -> None:
     """The fields that say which modules an adapter wraps: text, numbers, or lists of them."""
     for field, kind in (
-        ("target_modules", str), ("exclude_modules", str), ("layers_pattern", str), ("layers_to_transform", int)
+        ("target_modules", str), ("exclude_modules", str), ("layers_pattern", str), ("layers_to_transform", int),
+        ("target_parameters", str),
     ):  # fmt: skip
         value = config.get(field)
-        items = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+        items = value if isinstance(value, list) or field == "target_parameters" else [value]
+        if value is not None and not (
+            isinstance(items, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in items)
+        ):
             words = "text or a list of text" if kind is str else "a whole number or a list of them"
             raise SourceError(f"adapter '{name}' has {field} {value!r} in its {CONFIG_FILE}: expected {words}")
 
@@ -191,4 +240,5 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         auto_mapping=config.get("auto_mapping") if isinstance(config.get("auto_mapping"), dict) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         targets=Targets.from_config(config),
+        target_parameters=target_parameters(config),
     )

@@ -7,24 +7,24 @@ from typing import Any
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, unknown_name
 from dc_merge_peft.layers import layer_layout
-from dc_merge_peft.layout import Layout
+from dc_merge_peft.layout import STORED_OUT_PROJ, Layout, holder_and_depth
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.dora import matrix_of
+from dc_merge_peft.sources.experts import parameters_at, target_parameters
 from dc_merge_peft.sources.extras import extras_reason
 from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 
 # Layer classes whose stored factors are not one B and one A for one weight.
 _UNSUPPORTED_LAYERS = {
-    "MultiheadAttention": "its projections share one weight",
-    "ParamWrapper": "LoRA on parameters keeps one factor pair per expert",
     "LoraParallelLinear": "its factors are sharded",
     "ArrowLoraLinearLayer": "it routes between adapters",
 }
@@ -34,19 +34,14 @@ _DORA_VARIANTS = tuple(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", 
 
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
-    """The LoRA layers that hold an adapter, by path. In a mixed model a layer may sit under those of other adapters; its
-    path is that of the outermost one, as the base model spells it."""
+    """The LoRA layers that hold an adapter, by path (that of :meth:`Layout.layer`). In a mixed model a layer may sit under
+    those of other adapters; its path is that of the outermost one, as the base model spells it. Only layers around
+    parameters are told apart by their level."""
     return {
-        _base_path(name): module
+        name if isinstance(module, ParamWrapper) else holder_and_depth(name)[0]: module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer) and _has(module, adapter)
     }
-
-
-def _base_path(name: str) -> str:
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
 
 
 class LiveSource(Source):
@@ -78,7 +73,9 @@ class LiveSource(Source):
             raise SourceError(
                 f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?"
             )
-        self.modules = {name: self._spec(name, layer) for name, layer in self._layers.items()}
+        self._parameters = target_parameters(config)
+        specs = {name: self._spec(name, layer) for name, layer in self._layers.items()}
+        self.modules = {module: spec for name, spec in specs.items() for module in spec.layout.modules(name)}
         self._extras = live_extras(model, adapter, self._layers)
         self.extras = {name: extra.spec for name, extra in self._extras.items()}
         self.extras_reason = extras_reason(config, self.extras)
@@ -92,10 +89,12 @@ class LiveSource(Source):
             auto_mapping=config.get("auto_mapping") or None,
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             targets=Targets.from_config(config),
+            target_parameters=self._parameters,
         )
 
     def scaling(self, module: str) -> float:
-        return float(self._layers[module].scaling[self._adapter])
+        layer = self._layers[self.modules[module].layout.layer(module)]
+        return float(layer.scaling[self._adapter])
 
     def factors(self, module: str) -> LowRank:
         if self.is_dora:
@@ -103,12 +102,13 @@ class LiveSource(Source):
         return self.lora(module)
 
     def lora(self, module: str) -> LowRank:
-        names = self.modules[module].layout.factor_names
+        layout = self.modules[module].layout
+        layer = self._layers[layout.layer(module)]
         A, B = (
             self._numbers(holder, key, f"{name} of '{module}' in adapter '{self._adapter}'")
-            for (holder, key), name in zip(factor_holders(self._layers[module], self._adapter), names, strict=True)
+            for (holder, key), name in zip(factor_holders(layer, self._adapter), layout.factor_names, strict=True)
         )
-        return self.modules[module].layout.to_lowrank(A, B, self.scaling(module))
+        return layout.to_lowrank(*layout.own(module, A, B), self.scaling(module))
 
     def _numbers(self, holder: nn.Module, key: str, name: str) -> Tensor:
         """A stored factor, from wherever it is kept."""
@@ -120,7 +120,7 @@ class LiveSource(Source):
         return self._extras[name].read()
 
     def magnitude(self, module: str) -> Tensor:
-        vectors = self._layers[module].lora_magnitude_vector
+        vectors = self._layers[self.modules[module].layout.layer(module)].lora_magnitude_vector
         if self._adapter not in vectors:
             raise SourceError(
                 f"adapter '{self._adapter}' is DoRA, but has no magnitude vector in '{module}': expected one in every layer; "
@@ -131,7 +131,7 @@ class LiveSource(Source):
 
     def base_weight(self, module: str) -> Tensor:
         """The (m, n) weight of the base layer under a module, from wherever it is kept."""
-        layer = self._layers[module].get_base_layer()
+        layer = self._layers[self.modules[module].layout.layer(module)].get_base_layer()
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor):
             weight = self._numbers(layer, "weight", f"the base weight of '{module}'")
@@ -141,11 +141,11 @@ class LiveSource(Source):
         kind = type(layer).__name__
         if kind in _UNSUPPORTED_LAYERS:
             raise UnsupportedAdapterError(
-                f"'{name}' is a {kind} layer of PEFT: {_UNSUPPORTED_LAYERS[kind]}; expected Linear, Conv1D, Embedding or "
-                "Conv2d: train the adapter without that module"
+                f"'{name}' is a {kind} layer of PEFT: {_UNSUPPORTED_LAYERS[kind]}; expected Linear, Conv1D, Embedding, "
+                "Conv1d, Conv2d, Conv3d, MultiheadAttention or target_parameters: train the adapter without that module"
             )
         _refuse_merged_and_variants(name, layer, self._adapter)
-        layout = layer_layout(name, layer.get_base_layer())
+        layout = self._layout(name, layer)
         self._refuse_unreadable(name, layer, layout)
         A, B = (getattr(holder, key) for holder, key in factor_holders(layer, self._adapter))
         columns = A.flatten(1).shape[1]
@@ -154,7 +154,22 @@ class LiveSource(Source):
                 f"adapter '{self._adapter}' has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} in '{name}': expected "
                 "one rank in both; sharded or damaged factors can't be merged"
             )
-        return ModuleSpec((B.shape[0], columns), A.shape[0], layout, torch.promote_types(A.dtype, B.dtype))
+        rank = A.shape[0] // layout.experts
+        return ModuleSpec((B.shape[0], columns), rank, layout, torch.promote_types(A.dtype, B.dtype))
+
+    def _layout(self, name: str, layer: LoraLayer) -> Layout:
+        """The layout of a PEFT layer's factors."""
+        if isinstance(layer, ParamWrapper):
+            parameters = parameters_at(holder_and_depth(name)[0], self._parameters)
+            return Layout("expert", experts=layer.num_experts, parameters=parameters)
+        layout = layer_layout(name, layer.get_base_layer())
+        attention = self._layers.get(name.removesuffix(STORED_OUT_PROJ))
+        if layout.kind == "out_proj" and not isinstance(attention, MultiheadAttention):
+            raise UnsupportedAdapterError(
+                f"'{name}' is the output projection of an attention module, whose forward pass never calls it, so that LoRA there "
+                "does nothing; expected LoRA on the attention module itself: train the adapter with that in target_modules"
+            )
+        return layout
 
     def _refuse_unreadable(self, name: str, layer: LoraLayer, layout: Layout) -> None:
         for (holder, key), factor in zip(factor_holders(layer, self._adapter), layout.factor_names, strict=True):

@@ -15,7 +15,6 @@ _TO_PLAIN = "convert it to plain LoRA, or merge it into its base model and extra
 
 # field: (what it means, what to do); refused where the field is set to anything but its "off" value.
 _FEATURES: dict[str, tuple[str, str]] = {
-    "target_parameters": ("LoRA on parameters (MoE experts)", "only LoRA on modules is supported so far"),
     "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
     "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
     "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _TO_PLAIN),
@@ -76,6 +75,19 @@ def extras_without_policy(adapter: str, reason: str) -> UnsupportedAdapterError:
         f"adapter '{adapter}' {reason}; or say what becomes of them: 'average', 'first', 'drop' or the name of one adapter "
         "(extras=..., --extras)"
     )
+
+
+def refused_kinds() -> list[tuple[str, str, str]]:
+    """``(what is refused, what it means, what to do)`` for every rule above and those on other kinds of adapters."""
+    return [
+        ("peft_type other than LORA", "another kind of adapter", "convert it with peft.convert_to_lora where PEFT can"),
+        *((name, meaning, remedy) for name, (meaning, remedy) in _FEATURES.items()),
+        (
+            f"init_lora_weights of {', '.join(_CHANGES_BASE)}",
+            "factors are relative to a base model that this initialisation changed",
+            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it",
+        ),
+    ]
 
 
 def _plain(value: Any) -> str | None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning
-from tests.support.extras import IGNORE, beside
+from tests.support import models
+from tests.support.extras import IGNORE, beside, save_extras
 from tests.support.models import factors, write_checkpoint
 
 pytestmark = IGNORE
@@ -92,3 +94,36 @@ def test_missing_values_are_said(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "task", modules_to_save=["classifier"])
     with pytest.warns(MergeWarning, match="'task' lists trained modules.* but holds no values"):
         DCMergeAdapter(method="ta").merge([folder], extras="average")
+
+
+class Attention(nn.Module):
+    """An attention whose projections PEFT wraps one inside the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.fc = nn.Embedding(models.VOCAB, 8), nn.Linear(8, 8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        return self.fc(self.attn(x, x, x)[0])
+
+
+def attention() -> Attention:
+    """The same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Attention().eval()
+
+
+def test_biases_inside_nested_layers(tmp_path: Path) -> None:
+    """A bias lies under all of PEFT's layers around it, as it did in the adapter it comes from."""
+    fields = {"r": 2, "target_modules": ["attn", "fc"], "bias": "all"}
+    (folder,) = save_extras(attention, tmp_path, {"task": fields})
+    merged = DCMergeAdapter(method="ta").merge([folder], extras="average")
+    assert set(merged.extras.values) == {"attn.out_proj.bias", "fc.bias"}
+    out = merged.save_pretrained(tmp_path / "out")
+    assert beside(out).keys() == beside(folder).keys()
+    expected = models.output(PeftModel.from_pretrained(attention(), str(folder)).eval())
+    assert models.difference(models.output(PeftModel.from_pretrained(attention(), str(out)).eval()), expected) < 1e-6
+    assert models.difference(models.output(merged.add_to(attention()).eval()), expected) < 1e-6

@@ -68,10 +68,6 @@ LORA_FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"init_lora_weights": "olora"},
         ("init_lora_weights='olora'", "expected factors relative to the base", "path_initial_model"),
     ),
-    "target_parameters": (
-        {"target_modules": [], "target_parameters": ["pooler.dense.weight"]},
-        ("target_parameters=['pooler.dense.weight']", "expected plain LoRA", "LoRA on modules"),
-    ),
 }
 
 

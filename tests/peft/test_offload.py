@@ -20,6 +20,7 @@ from dc_merge_peft import DCMergeAdapter, OutputError, UnsupportedAdapterError
 from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.sources.live import LiveSource
 from tests.support import models
+from tests.support.laws import methods_that
 from tests.support.refused import listing, refused
 
 # Different targets and ranks: q_proj belongs to both, in layer 1 too, which is the offloaded one below.
@@ -27,6 +28,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "math": {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]},
     "code": {"r": 3, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
 }
+EVERY_RANK = set(methods_that("any_ranks")) - {"dc"}
 NAMES = list(ADAPTERS)
 WEIGHTS = [1.0, -0.5]
 
@@ -148,7 +150,7 @@ def test_add_weighted_adapter(tmp_path: Path, plain: Any, offload: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dc_merge_peft.errors.MergeWarning")
-@pytest.mark.parametrize("kind", [kind for kind in combination_types() if kind != "dc"])
+@pytest.mark.parametrize("kind", [kind for kind, name in combination_types().items() if name in EVERY_RANK])
 def test_every_method(tmp_path: Path, kind: str) -> None:
     """Those that read all modules more than once, too."""
     offloaded = mapped(trained(), tmp_path / "offload")

@@ -144,44 +144,6 @@ def test_merged_adapters() -> None:
     model.add_weighted_adapter(NAMES, [1.0, 1.0], "new", combination_type="dc")
 
 
-class Odd(nn.Module):
-    """One layer of a kind that is not supported, beside a linear one."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.odd, self.fc = layer, nn.Linear(4, 4)
-
-
-ODD: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
-    "attention": (
-        lambda: nn.MultiheadAttention(4, 2),
-        ("'odd' is a MultiheadAttention", "share one weight", "expected Linear", "without that module"),
-    ),
-    "groups": (lambda: nn.Conv2d(4, 4, 3, groups=2), ("groups=2", "expected groups=1", "without that module")),
-    "dilation": (lambda: nn.Conv2d(4, 4, 3, dilation=2), ("dilation=(2, 2)", "expected groups=1, dilation 1")),
-    "padding mode": (
-        lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-        ("padding_mode='reflect'", "zero padding", "without that module"),
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
-@pytest.mark.parametrize(("layer", "words"), ODD.values(), ids=ODD)
-def test_layers(layer: Callable[[], nn.Module], words: tuple[str, ...]) -> None:
-    """Layers whose factors do not say what PEFT computes are refused by their path."""
-    model = two(lambda: Odd(layer()), target_modules=["odd", "fc"])
-    still_refused(model, UnsupportedAdapterError, "'odd'", *words)
-
-
-def test_target_parameters() -> None:
-    """LoRA on parameters keeps other factors."""
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["fc.weight"])
-    model = get_peft_model(Odd(nn.Linear(4, 4)), config, adapter_name="sentiment")
-    words = ("'sentiment'", "target_parameters=['fc.weight']", "expected plain LoRA")
-    still_refused(model, UnsupportedAdapterError, *words, adapters=["sentiment"], weights=[1.0])
-
-
 @pytest.mark.parametrize(("value", "words"), [(math.nan, ("NaN or Inf", "finite")), (0.0, ("all zero", "allow_zero"))])
 def test_bad_numbers(value: float, words: tuple[str, ...]) -> None:
     """NaN or zeros in a factor: adapter, module and factor are named."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 from torch import nn
@@ -157,30 +158,71 @@ PEFT_CALLS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def by_peft(kind: str, options: dict[str, Any], *, positional: bool) -> dict[str, Any]:
-    """The adapter that PEFT's own combination type gives, under a fixed seed."""
+def by_peft(kind: str, options: dict[str, Any], *, positional: bool = False, seed: int = 3) -> dict[str, Any]:
+    """The adapter that PEFT's own combination type gives under a seed, and the state of the random numbers after it."""
     fields = {"r": 2, "target_modules": ["query"]}
     model = models.with_lora(models.bert(), {"sentiment": fields, "topic": fields})
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     if positional:
         model.add_weighted_adapter(NAMES, [1.0, 0.5], "merged", kind, **options)
     else:
         model.add_weighted_adapter(
             adapters=NAMES, weights=[1.0, 0.5], adapter_name="merged", combination_type=kind, **options
         )
-    return {name: value for name, value in model.state_dict().items() if "merged" in name}
+    found = {name: value for name, value in model.state_dict().items() if "merged" in name}
+    return {**found, "random numbers": torch.get_rng_state()}
 
 
-@pytest.mark.parametrize("positional", [True, False], ids=["positional", "keywords"])
+@pytest.mark.parametrize(("positional", "seed"), [(True, 3), (False, 4)], ids=["positional", "keywords"])
 @pytest.mark.parametrize(("kind", "options"), PEFT_CALLS)
-def test_peft_types_are_untouched(kind: str, options: dict[str, Any], positional: bool) -> None:
-    """PEFT's own combination types give the same bits with and without this library."""
-    with_us = by_peft(kind, options, positional=positional)
+def test_peft_types_are_untouched(kind: str, options: dict[str, Any], positional: bool, seed: int) -> None:
+    """PEFT's own combination types give the same bits with and without this library, and draw the same random numbers."""
+    with_us = by_peft(kind, options, positional=positional, seed=seed)
     unregister()
-    without = by_peft(kind, options, positional=positional)
-    assert with_us.keys() == without.keys() and len(with_us) == 4
+    without = by_peft(kind, options, positional=positional, seed=seed)
+    assert with_us.keys() == without.keys() and len(with_us) == 5
     assert all(torch.equal(value, without[name]) for name, value in with_us.items())
-    assert {kind for kind, _ in PEFT_CALLS} == PEFT_TYPES
+    if kind.startswith("dare"):
+        other = by_peft(kind, options, positional=positional, seed=seed + 2)
+        assert not any(torch.equal(value, other[name]) for name, value in with_us.items() if "lora_A" in name)
+
+
+@pytest.mark.parametrize(("kind", "options"), PEFT_CALLS)
+def test_peft_types_on_other_layers(kind: str, options: dict[str, Any]) -> None:
+    """The same for an embedding, and for a single adapter, which PEFT turns into ``linear``."""
+    found = []
+    for keep in (True, False):
+        if not keep:
+            unregister()
+        model = models.with_lora(
+            models.patches(), {name: {"r": 2, "target_modules": ["tokens", "blk.fc"]} for name in NAMES}
+        )
+        torch.manual_seed(5)
+        failure = ""
+        for adapters, name in ((NAMES, "merged"), (NAMES[:1], "single")):
+            try:
+                model.add_weighted_adapter(adapters, [1.0, 0.5][: len(adapters)], name, kind, **options)
+            except (ValueError, RuntimeError, TypeError, AttributeError) as error:  # of PEFT, the same both times
+                failure += str(error)
+        found.append((failure, model.state_dict()))
+    (with_us, state), (without, expected) = found
+    assert with_us == without and state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_all_types_of_peft_are_known() -> None:
+    """The types that PEFT's own documentation lists are the ones that stay PEFT's, and all of them are called above."""
+    listed = re.search(r"merging type can be one of \[(.*?)\]", str(LoraModel.add_weighted_adapter.__doc__), re.DOTALL)
+    assert listed and set(re.findall(r"`(\w+)`", listed[1])) <= PEFT_TYPES == {kind for kind, _ in PEFT_CALLS}
+
+
+def test_mixed_models_of_peft_refuse_peft_types() -> None:
+    """PEFT has no weighted adapters in mixed models: its own types get its own answer there."""
+    config = LoraConfig(r=2, target_modules=["query"])
+    model: Any = get_peft_model(models.bert(), config, adapter_name="sentiment", mixed=True)
+    for kind in sorted(PEFT_TYPES):
+        with pytest.raises(NotImplementedError, match="not supported for MixedModel"):
+            model.base_model.add_weighted_adapter(["sentiment"], [1.0], "new", combination_type=kind)
 
 
 def test_default_and_unknown_types_are_pefts(model: Any) -> None:

@@ -1,0 +1,120 @@
+"""LoRA on parameters (``target_parameters``): which parameter a stored pair belongs to, and how many experts share it.
+
+PEFT wraps the targeted parameters of one module one around the other, in the order in which the module holds them, and
+keeps no name: ``experts.lora_A`` belongs to the last one, ``experts.base_layer.lora_A`` to the one before it. From a
+checkpoint alone that order can't be seen. It matters only where ranks or alphas differ between the parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
+from dc_merge_peft.layout import LEVEL, holder_and_depth
+from dc_merge_peft.sources.base import ModuleSpec, Targets, ends_in
+from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
+
+# One expert as a module of its own, as transformers had them before version 5.
+SEPARATE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+# The order of these two is known: transformers registers them so, and PEFT's own conversion of checkpoints counts on it.
+_INNER, _OUTER = "gate_up_proj", "down_proj"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the pair of one PEFT layer holds: one LoRA for each expert of a parameter."""
+
+    parameters: tuple[str, ...]  # that may be meant, sorted
+    experts: int
+    rank: int  # of each expert
+    scaling: float
+
+
+def parameters_at(path: str, target_parameters: Collection[str]) -> tuple[str, ...]:
+    """Parameters of the module at ``path`` that a config targets, sorted; by PEFT's rule a target is the parameter's whole
+    path or its trailing parts."""
+    split = [target.rpartition(".") for target in target_parameters]
+    return tuple(sorted({name for head, _, name in split if not head or ends_in(path, head)}))
+
+
+def unmatched_parameters(targets: Collection[str], modules: Mapping[str, ModuleSpec]) -> list[str]:
+    """Targeted parameters that no module of an adapter can belong to."""
+    holders = {spec.layout.base_path(name) for name, spec in modules.items() if spec.layout.kind == "expert"}
+    return sorted(target for target in targets if not any(parameters_at(holder, [target]) for holder in holders))
+
+
+def target_parameters(config: Mapping[str, Any]) -> frozenset[str]:
+    """The names in a config's ``target_parameters``; none by default."""
+    return frozenset(config.get("target_parameters") or ())
+
+
+def expert_stacks(rows: Mapping[str, int], config: Mapping[str, Any], adapter: str) -> dict[str, Stack]:
+    """The stored pairs that belong to parameters.
+
+    Args:
+        rows: Rows of lora_A, which are experts * rank, by path of the PEFT layer.
+        config: The adapter's config.
+        adapter: How to call it in errors.
+
+    Raises:
+        SourceError: ranks that do not fit the stored factors.
+        UnsupportedAdapterError: several parameters of one module whose ranks or alphas differ, in an order that can't be told.
+    """
+    targets, modules = target_parameters(config), Targets.from_config(config)
+    by_holder: dict[str, list[str]] = {}  # layers, the outermost first
+    for layer in sorted(rows, key=len):
+        holder, _ = holder_and_depth(layer)
+        # A name without a dot fits any module. PEFT never wraps a module as such and for its parameters too.
+        if parameters_at(holder, targets) and not modules.matches(holder):
+            by_holder.setdefault(holder, []).append(layer)
+    found: dict[str, Stack] = {}
+    for holder, layers in by_holder.items():
+        if layers[-1] != holder + LEVEL * (len(layers) - 1):
+            raise SourceError(
+                f"adapter '{adapter}' has factors in {preview(layers)} but not in the layers between: expected every level of "
+                "PEFT's nesting; the checkpoint is incomplete, save or download it again"
+            )
+        stacks = _stacks(holder, [rows[layer] for layer in layers], config, adapter)
+        found |= dict(zip(layers, stacks, strict=True))
+    return found
+
+
+def _stacks(holder: str, rows: list[int], config: Mapping[str, Any], adapter: str) -> tuple[Stack, ...]:
+    """The stacks of one module, the outermost first: the one reading that every order which fits the shapes agrees on."""
+    names = parameters_at(holder, target_parameters(config))
+    readings = set(_readings(holder, names, rows, config))
+    # The parameters of one module have the same experts, unless biases are among them.
+    readings = {reading for reading in readings if len({stack.experts for stack in reading}) == 1} or readings
+    if not readings:
+        raise SourceError(
+            f"adapter '{adapter}' has factors of {preview(map(str, rows))} rows for the parameters {preview(names)} of '{holder}', "
+            "which its ranks do not divide: expected experts * rank; expected config and weights of one training run"
+        )
+    if len(readings) > 1:
+        raise UnsupportedAdapterError(
+            f"adapter '{adapter}' has other ranks or alphas for some of the parameters {preview(names)} of '{holder}', and its "
+            "checkpoint does not say which factors belong to which: expected one rank and alpha for them; load the adapter "
+            "into its base model and merge it there with add_weighted_adapter"
+        )
+    return readings.pop()
+
+
+def _readings(
+    holder: str, names: tuple[str, ...], rows: list[int], config: Mapping[str, Any]
+) -> Iterator[tuple[Stack, ...]]:
+    """For every order of the names that fits the shapes: what the stored pairs then are."""
+    for order in permutations(names, len(rows)):  # the outermost first
+        if _INNER in order and _OUTER in order and order.index(_INNER) < order.index(_OUTER):
+            continue
+        paths = [f"{holder}.{name}" for name in order]
+        ranks = [expected_rank(config, path) for path in paths]
+        if all(count % rank == 0 for count, rank in zip(rows, ranks, strict=True)):
+            yield tuple(
+                Stack(names, count // rank, rank, lora_scaling(config, path, rank))
+                for path, count, rank in zip(paths, rows, ranks, strict=True)
+            )

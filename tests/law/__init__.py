@@ -1,0 +1,1 @@
+"""The law: merging one adapter with weight 1 gives back its delta, for everything that is accepted."""
