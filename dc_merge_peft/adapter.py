@@ -15,9 +15,10 @@ from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources import CheckpointSource, Source
+from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
+from dc_merge_peft.sources.opening import open_sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,10 +44,18 @@ class MergedAdapter(MergeResult):
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload to the root of a Hub repository in one commit; returns its URL.
+        """Upload to the root of a Hub repository in one commit, without local paths; returns the commit's URL.
+
+        Args:
+            repo_id: ``owner/name``, or a name under the user's own account; created if need be.
+            private: Of a new repository; by default as the account has it. ``True`` refuses one that exists and is public.
+            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
+            commit_message: Title of the commit or pull request.
+            create_pr: Propose a pull request instead of committing to the main branch.
 
         Raises:
-            OutputError: the Hub refuses.
+            OutputError: the Hub refuses, fails or can't be reached. No file is published then; a repository that was
+                created for it stays, empty, which the error says.
         """
         return push_adapter(
             self, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
@@ -117,6 +126,7 @@ class DCMergeAdapter:
         extras: str | None = None,
         keep_dense: bool = False,
         progress: bool | None = None,
+        token: str | bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
 
@@ -131,7 +141,7 @@ class DCMergeAdapter:
             allow_zero: Merge adapters with an all-zero factor.
             base: The base model, which the deltas of DoRA adapters depend on: a directory, a Hub id or a model in memory. It
                 is loaded only if an adapter is DoRA.
-            dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than both sides
+            dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than the smaller side
                 of a weight; by default twice the adapter's rank.
             extras: What becomes of tensors that adapters hold outside B and A (fully trained modules and tokens, biases, base
                 weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
@@ -139,6 +149,7 @@ class DCMergeAdapter:
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
                 weights, as :meth:`fuse` does.
             progress: Show a progress bar; by default on a terminal only.
+            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
@@ -149,7 +160,7 @@ class DCMergeAdapter:
         """
         device = checked_device(device)
         reading = DoraReading(dora_rank, device, allow_zero)
-        opened = with_base(open_sources(sources), as_base(base), reading)
+        opened = with_base(open_sources(sources, token), BaseModel.of(base, token), reading)
         try:
             plan = self.plan(
                 opened,
@@ -184,10 +195,11 @@ class DCMergeAdapter:
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
         extras: str | None = None,
+        token: str | bool | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
-            with_base(open_sources(sources), as_base(base), DoraReading(dora_rank)),
+            with_base(open_sources(sources, token), BaseModel.of(base, token), DoraReading(dora_rank)),
             self.method,
             weights,
             svd_rank=svd_rank,
@@ -204,77 +216,63 @@ class DCMergeAdapter:
         weights: Sequence[float] | None = None,
         *,
         overwrite: bool = False,
+        push_to: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
         **merge_options: Any,
     ) -> nn.Module:
         """Merge adapters and add the result to the base model's own weights: a full model without PEFT.
 
         Args:
-            base: A model directory, a Hub id, or a model in memory (changed in place).
+            base: A model directory, a Hub id (``org/name``, ``org/name@revision``), or a model in memory (changed in
+                place).
             sources: As for :meth:`merge`.
             out: Where to save it; nowhere by default.
             weights: As for :meth:`merge`.
             overwrite: Replace ``out`` if it exists.
+            push_to: A Hub repository to upload the model to, in one commit; ``private``, ``commit_message`` and
+                ``create_pr`` are as for :meth:`MergedAdapter.push_to_hub`.
+            token: For the Hub, to read and to push; by default that of the environment or login.
+            trust_remote_code: Run the Python code that the base model brings along.
             **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
             The fused model.
 
         Raises:
-            OutputError: a module is missing from the base, has another shape or shares its weight with another one.
+            OutputError: a module is missing from the base, has another shape or shares its weight with another one, or
+                the model can't be saved or pushed.
+            SourceError: the base model can't be loaded.
         """
         from dc_merge_peft.outputs.directory import check_target
         from dc_merge_peft.outputs.fused import fuse_into, save_fused
+        from dc_merge_peft.outputs.publish import check_repository
+        from dc_merge_peft.outputs.push_fused import push_fused
 
+        if push_to is not None:
+            check_repository(push_to)
         if out is not None:
             check_target(out, overwrite=overwrite)
-        found = BaseModel(base)  # loaded once, for DoRA adapters and for the result
+        found = BaseModel(
+            base, token=token, trust_remote_code=trust_remote_code
+        )  # once, for DoRA adapters and the result
         whole = {"base": found, "keep_dense": merge_options.get("svd_rank") is None, **merge_options}
-        merged = self.merge(sources, weights, **whole)
+        merged = self.merge(sources, weights, token=token, **whole)
+        in_memory = not isinstance(base, (str, Path))
         model = found.model
         fuse_into(model, merged)
+        place, saved = None if in_memory else base, None
         if out is not None:
-            save_fused(model, merged, out, base=base if isinstance(base, (str, Path)) else None, overwrite=overwrite)
+            saved = save_fused(model, merged, out, base=place, overwrite=overwrite, token=token)
+        if push_to is not None:
+            push_fused(
+                model, merged, push_to, base=place, saved=saved,
+                private=private, token=token, commit_message=commit_message, create_pr=create_pr,
+            )  # fmt: skip
         return model
-
-
-def as_base(base: str | Path | nn.Module | BaseModel | None) -> BaseModel | None:
-    """A base model that is loaded when it is needed."""
-    return base if base is None or isinstance(base, BaseModel) else BaseModel(base)
-
-
-def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
-    """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
-    if isinstance(sources, (str, Path)):
-        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
-    sources = list(sources)  # it is gone through twice
-    names = short_names([str(source) for source in sources if not isinstance(source, Source)])
-    return [
-        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
-        for source in sources
-    ]
-
-
-def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each path or Hub id its shortest ending that no other one shares."""
-    parts = {path: _parts(path) for path in paths}
-    names = {}
-    for path, pieces in parts.items():
-        others = [tuple(other) for key, other in parts.items() if key != path]
-        for length in range(1, len(pieces) + 1):
-            ending = tuple(pieces[-length:])
-            names[path] = "/".join(ending)
-            if all(other[-length:] != ending for other in others):
-                break
-    return names
-
-
-def _parts(path: str) -> list[str]:
-    """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
-    try:
-        folder = Path(path).expanduser()
-        return list(folder.resolve().parts[1:]) if folder.is_dir() else path.split("/")
-    except (OSError, RuntimeError, ValueError):
-        return [path]
 
 
 def progress_bar(show: bool | None) -> Progress:

@@ -10,18 +10,55 @@
          ├─ UnsupportedAdapterError     (NotImplementedError)  an adapter whose delta is not ``scaling * B @ A``
          └─ OutputError                 (ValueError)           the result can't be written where it was asked for
 
-Each message is one sentence or two with what was found, what was expected, and what to do next. ``UserWarning``'s
-child :class:`MergeWarning` is for merges that are right but that the user should know something about.
+Each message is one sentence or two with what was found, what was expected, and what to do next. Names in it may come
+from files of strangers and from the Hub: it is one printable line without access tokens, whatever they hold.
+``UserWarning``'s child :class:`MergeWarning` is for merges that are right but that the user should know something about.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+HIDDEN = "<hidden>"
+
+# What gives access in a text: user and password of a URL, its query (signatures of storage addresses), tokens of the Hub.
+_SECRETS = (
+    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^/?#\s'\"]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\b[a-zA-Z][\w+.-]*://[^?\s'\"]+\?)[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(\bBearer )[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}|\bhf_(?:oauth|jwt)_[\w.-]{20,}"), HIDDEN),
+)
+
+
+def without_secrets(text: object, *known: str) -> str:
+    """The text with ``known`` secrets, and what looks like one, replaced."""
+    plain = str(text)
+    for secret in filter(None, known):
+        plain = plain.replace(secret, HIDDEN)
+    for pattern, replacement in _SECRETS:
+        plain = pattern.sub(replacement, plain)
+    return plain
+
+
+def printable(text: object) -> str:
+    """One line without control characters, which could move a terminal's cursor, or turn the direction of the text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def message(text: object, limit: int = 2000) -> str:
+    """The text of an error or note: one printable line without secrets. A longer one loses its middle, since its end says
+    what to do."""
+    plain = printable(without_secrets(text))
+    return plain if len(plain) <= limit else f"{plain[: limit // 2]} ... {plain[-limit // 2 :]}"
 
 
 class MergeError(Exception):
     """Base class of the errors of this library."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(message(text))
 
 
 class OptionError(MergeError, ValueError):
@@ -46,6 +83,9 @@ class OutputError(MergeError, ValueError):
 
 class MergeWarning(UserWarning):
     """The merge is right, but there is something to know about it."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(message(text))
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dc_merge_peft.cli.show import one_line, table
+from dc_merge_peft.cli.show import table
+from dc_merge_peft.errors import message
 from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, Kept, MergeInspection
 from dc_merge_peft.inspection.grouping import places
 
@@ -29,7 +30,7 @@ def print_inspection(out: Console, inspection: Inspection) -> None:
     for adapter in inspection.adapters:
         made_for.setdefault(_made_for(adapter), []).append(adapter.name)
     for what, names in made_for.items():
-        out.print(one_line(f"  {what}: {', '.join(names)}"), style="dim", markup=False)
+        out.print(message(f"  {what}: {', '.join(names)}"), style="dim", markup=False)
     pairs = [pair for pair in inspection.pairs if pair.overall is not None]
     if not pairs:
         return
@@ -89,7 +90,7 @@ def print_findings(out: Console, findings: Sequence[Finding]) -> None:
         out.print("no trouble found")
     for finding in findings:
         out.print(
-            Text(f"{finding.level}: ", style=_COLOURS[finding.level]) + Text(one_line(finding.text), style="default")
+            Text(f"{finding.level}: ", style=_COLOURS[finding.level]) + Text(message(finding.text), style="default")
         )
 
 

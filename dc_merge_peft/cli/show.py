@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dc_merge_peft.errors import MergeError
+from dc_merge_peft.errors import MergeError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,11 +24,12 @@ def console() -> Console:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Iterable[str] = ()) -> Table:
     """A table of plain text; the columns named in ``right`` are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    plain = escape(printable(title))
+    made = Table(title=plain, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", header_style="dim")
     for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
+        made.add_row(*(escape(printable(cell)) for cell in row))
     return made
 
 
@@ -40,16 +41,15 @@ def reports_errors(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except MergeError as error:
-            typer.secho(f"error: {one_line(error)}", err=True, fg=typer.colors.RED)
+            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
 
     return wrapped  # type: ignore[return-value]
 
 
-def one_line(text: object, limit: int = 1000) -> str:
-    """Text that may hold names from files and shells: no control characters, no endless lines."""
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).encode(errors="replace").decode())
-    return plain if len(plain) <= limit else plain[:limit] + " ..."
+def say(out: Console, text: object) -> None:
+    """A line for people as it is: nothing in it is markup or moves the cursor."""
+    out.print(printable(text), markup=False)
 
 
 def bytes_in_words(count: float) -> str:

@@ -30,6 +30,7 @@ class TaskArithmetic(Method):
     name = "ta"
     title = "task arithmetic: the weighted sum"
     reference = "Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023"
+    link = "https://arxiv.org/abs/2212.04089"
     Config = TaskArithmeticConfig
     config: SpaceConfig
 
@@ -57,6 +58,7 @@ class WeightAveraging(TaskArithmetic):
     name = "average"
     title = "weight averaging: the weighted mean"
     reference = "Wortsman et al., Model soups, ICML 2022"
+    link = "https://arxiv.org/abs/2203.05482"
     Config = WeightAveragingConfig
 
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:

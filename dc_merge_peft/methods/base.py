@@ -59,6 +59,7 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]  # a few words for listings
     reference: ClassVar[str]  # paper and, where there is one, equation
+    link: ClassVar[str] = ""  # to the paper or the authors' code
     Config: ClassVar[type[MethodConfig]]
     # Whether a common factor on all weights is a factor on the result. Where a method compares with fixed numbers it
     # is not; alpha multiplies the result all the same.

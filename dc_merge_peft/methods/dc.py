@@ -50,6 +50,7 @@ class DCMerge(ElementwiseMethod):
     name = "dc"
     title = "DC-Merge: energy smoothing and merging in a shared cover space"
     reference = "Zhang et al., DC-Merge: Improving Model Merging with Directional Consistency, CVPR 2026"
+    link = "https://github.com/Tobeginwith/DC-Merge"
     Config = DCMergeConfig
     config: DCMergeConfig
 

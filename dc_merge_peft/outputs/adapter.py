@@ -8,15 +8,17 @@ from pathlib import Path
 
 import yaml
 
-from dc_merge_peft.errors import OutputError, first_line
 from dc_merge_peft.outputs.card import adapter_card
+from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.extras import extra_tensors
 from dc_merge_peft.outputs.files import save_reproducibly
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
-from dc_merge_peft.outputs.public import public_copy
+from dc_merge_peft.outputs.public import is_hub_id, public_copy
+from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.sources.base import CardFacts
 
 
 def write_adapter(result: MergeResult, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -30,7 +32,7 @@ def write_adapter(result: MergeResult, directory: str | Path, *, overwrite: bool
             numbers.
     """
     with whole_directory(directory, overwrite=overwrite) as building:
-        _write_files(result, building)
+        _write_files(result, building, base=base_facts(result))
     return Path(directory).expanduser()
 
 
@@ -48,30 +50,22 @@ def push_adapter(
     Local paths of adapters are left out of what is published.
 
     Raises:
-        OutputError: the Hub refuses; nothing is half-published, since files land in one commit.
+        OutputError: see :func:`dc_merge_peft.outputs.publish.publish`.
     """
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi(token=token)
-    message = commit_message or f"Merge of {len(result.adapters)} adapters with {result.method}"
+    base = base_facts(result, token=token, ask_hub=True)
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(public_copy(result), Path(folder))
-        try:
-            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr or None
-            )
-        except (
-            Exception
-        ) as error:  # the client lets its HTTP library's errors through, whose names change with versions
-            raise OutputError(
-                f"can't push to '{repo_id}': {first_line(error)}; expected write access to it: check the name and "
-                "`hf auth login`"
-            ) from error
-    return commit.pr_url or commit.commit_url
+        _write_files(public_copy(result), Path(folder), base=base, place=repo_id if is_hub_id(repo_id) else None)
+        return publish(
+            {file.name: file for file in Path(folder).iterdir()},
+            repo_id,
+            commit_message=commit_message or f"Merge of {len(result.adapters)} adapters with {result.method}",
+            private=private,
+            token=token,
+            create_pr=create_pr,
+        )
 
 
-def _write_files(result: MergeResult, folder: Path) -> None:
+def _write_files(result: MergeResult, folder: Path, *, base: CardFacts, place: str | None = None) -> None:
     """The four files of an adapter."""
     tensors = {}
     for layer, layout, A, B in stored_factors(result):
@@ -87,4 +81,4 @@ def _write_files(result: MergeResult, folder: Path) -> None:
     config = json.dumps(lora_fields(result), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
     (folder / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "README.md").write_text(adapter_card(result, record), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(result, record, base, place), encoding="utf-8")

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from dc_merge_peft._version import __version__
 from dc_merge_peft.methods import METHODS
-from dc_merge_peft.outputs.public import is_hub_id
-from dc_merge_peft.result import MergeResult, common_truncation_error
-from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.outputs.card_facts import base_model_id, metadata, model_class
+from dc_merge_peft.outputs.markdown import code, fenced, text
+from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules, rows_by_layer
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.base import AdapterInfo, CardFacts
+from dc_merge_peft.sources.hub import HubId
+
+# Beyond this many modules the card has a row for all of one name and shape.
+MOST_ROWS = 60
+
+_HUB = "https://huggingface.co"
 
 _USE_ADAPTER = """from peft import PeftModel
-from transformers import AutoModel  # or the class of your task
+from transformers import {model_class}
 
-model = AutoModel.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "path/or/id/of/this/adapter")"""
+model = {model_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{place}")"""
 
-_USE_MODEL = """from transformers import AutoModel  # or the class of your task
+_USE_MODEL = """from transformers import {model_class}
 
-model = AutoModel.from_pretrained("path/or/id/of/this/model")"""
+model = {model_class}.from_pretrained("{place}")"""
 
 _CARD = """---
 {header}
@@ -30,7 +42,7 @@ _CARD = """---
 # Merge of {count} LoRA adapters
 
 {what}, merged with **{method}** ({title}; {reference}) by `dc_merge_peft`.
-
+{base}
 | adapter | weight |
 |---|---|
 {sources}
@@ -39,116 +51,125 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 {remarks}
 ## Use
 
-```python
 {usage}
-```
 
 ## Configuration
 
-`dc-merge merge --config dc_merge.yaml -o OUT` merges the adapters again.
+`dc-merge merge --config dc_merge.yaml -o OUT` merges the adapters again. Made with {versions}.
 
-```yaml
 {configuration}
-```
 
 ## Modules
 
-| module | shape | adapters | rank | truncation error |
-|---|---|---|---|---|
-{rows}
+{modules}
 """
 
 
-def adapter_card(result: MergeResult, record: Mapping[str, Any]) -> str:
-    """Markdown for a merged adapter, the Hub's metadata block on top. Names from adapters are escaped."""
-    usage = _USE_ADAPTER.format(base=_code(base_model_id(result) or "the base model"))
-    what = "One LoRA adapter in place of several"
-    return _card(result, record, library="peft", relation="adapter", what=what, usage=usage)
+def adapter_card(
+    result: MergeResult, record: Mapping[str, Any], base: CardFacts | None = None, place: str | None = None
+) -> str:
+    """Markdown for a merged adapter, the Hub's metadata block on top. Names from adapters are escaped.
+
+    Args:
+        result: What the card is about.
+        record: Its configuration, as it is written to ``dc_merge.yaml``.
+        base: What the base model's card says of its licence.
+        place: The Hub id under which it is published, for the example.
+    """
+    usage = _USE_ADAPTER.format(
+        model_class=model_class(result) or "AutoModel",
+        base=code(base_model_id(result) or "the base model"),
+        place=code(place or "path/or/id/of/this/adapter"),
+    )
+    header = metadata(result, base or CardFacts(), library="peft", relation="adapter")
+    return _card(result, record, header, what="One LoRA adapter in place of several", usage=usage)
 
 
-def fused_card(result: MergeResult, record: Mapping[str, Any]) -> str:
-    """Markdown for a base model with the merged delta inside."""
-    what = "The base model with several LoRA adapters inside"
-    return _card(result, record, library="transformers", relation="merge", what=what, usage=_USE_MODEL)
+def fused_card(
+    result: MergeResult, record: Mapping[str, Any], base: CardFacts | None = None, place: str | None = None
+) -> str:
+    """Markdown for a base model with the merged delta inside; arguments as for :func:`adapter_card`."""
+    usage = _USE_MODEL.format(
+        model_class=model_class(result) or "AutoModel", place=code(place or "path/or/id/of/this/model")
+    )
+    header = metadata(result, base or CardFacts(), library="transformers", relation="merge")
+    return _card(result, record, header, what="The base model with several LoRA adapters inside", usage=usage)
 
 
-def base_model_id(result: MergeResult) -> str | None:
-    """The base model's Hub id where all adapters agree on one; never a local path."""
-    names = {info.base_model for info in result.adapters}
-    name = next(iter(names)) if len(names) == 1 else None
-    return name if is_hub_id(name) else None
-
-
-def _card(result: MergeResult, record: Mapping[str, Any], *, library: str, relation: str, what: str, usage: str) -> str:
+def _card(result: MergeResult, record: Mapping[str, Any], header: Mapping[str, Any], *, what: str, usage: str) -> str:
     """The card's common frame, filled in."""
-    base = base_model_id(result)
-    header: dict[str, Any] = {"library_name": library, "tags": ["dc-merge", "lora", "merge", "peft"]}
-    if base:
-        header |= {"base_model": base, "base_model_relation": relation}
     method = METHODS.get(result.method)
-    configuration = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True).strip()
+    if model_class(result) is None:
+        usage += "  # or in the class of your task"
+    base = base_model_id(result)
     return _CARD.format(
-        header=yaml.safe_dump(header, sort_keys=True).strip(),
+        header=yaml.safe_dump(dict(header), sort_keys=True).strip(),
         count=len(result.adapters),
         what=what,
-        method=result.method,
+        method=text(result.method),
         title=method.title if method else "a custom method",
-        reference=method.reference if method else "no reference",
+        reference=_reference(method.reference, method.link) if method else "no reference",
+        base=f"\nBase model: [{text(base)}]({_HUB}/{base}).\n" if base else "",
         sources="\n".join(
             f"| {_source(info)} | {weight:g} |" for info, weight in zip(result.adapters, result.weights, strict=True)
         ),
         alpha=result.alpha,
         error=result.truncation_error,
-        remarks="".join(f"\n> {_escaped(remark)}\n" for remark in result.remarks),
-        usage=usage,
-        configuration=configuration.replace("```", "'''"),
-        rows="\n".join(_row(row) for row in _by_layer(result)),
+        remarks="".join(f"\n> {text(remark)}\n" for remark in result.remarks),
+        usage=fenced(usage, "python"),
+        configuration=fenced(_yaml(record), "yaml"),
+        modules=_modules(result),
+        versions=", ".join(_versions()),
     )
 
 
-def _by_layer(result: MergeResult) -> Iterator[Mapping[str, Any]]:
-    """The rows of the report, with the experts of one parameter in one: a model has thousands."""
-    layers: dict[str, list[Mapping[str, Any]]] = {}
-    for row in result.report():
-        layers.setdefault(result.modules[row["module"]].layout.layer(row["module"]), []).append(row)
-    for layer, rows in layers.items():
-        if len(rows) == 1:
-            yield rows[0]
-            continue
-        modules = [result.modules[row["module"]] for row in rows]
-        yield {
-            **rows[0],
-            "module": f"{layer}[0..{len(rows) - 1}]",
-            "rank": max(module.rank for module in modules),
-            "full_rank": max(module.full_rank for module in modules),
-            "truncation_error": common_truncation_error(modules),
-        }
-
-
-def _row(row: Mapping[str, Any]) -> str:
-    m, n = row["shape"]
-    cells = (
-        f"`{_code(row['module'])}`",
-        f"{m} x {n}",
-        len(row["adapters"]),
-        f"{row['rank']} of {row['full_rank']}",
-        f"{row['truncation_error']:.2%}",
-    )
-    return "| " + " | ".join(map(str, cells)) + " |"
+def _reference(reference: str, link: str) -> str:
+    return f"[{reference}]({link})" if link else reference
 
 
 def _source(info: AdapterInfo) -> str:
     """A link for a Hub adapter, the bare name for a local one."""
-    if info.revision is None:
-        return _escaped(info.name)
-    return f"[{_escaped(info.location)}](https://huggingface.co/{info.location}) at `{info.revision[:8]}`"
+    hub_id = HubId.parse(info.location) if info.revision is not None else None
+    if hub_id is None or info.revision is None:
+        return text(info.name)
+    path = hub_id.repo + (f"/tree/{info.revision}/{hub_id.subfolder}" if hub_id.subfolder else "")
+    return f"[{text(info.location)}]({_HUB}/{quote(path)}) at `{code(info.revision[:8])}`"
 
 
-def _escaped(text: str) -> str:
-    """Text that can't leave its table cell or line."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+def _yaml(record: Mapping[str, Any]) -> str:
+    """The record in a code block's lines; characters that would not show, or turn the text around, are spelled out."""
+    dumped = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True).strip()
+    if all(line.isprintable() for line in dumped.split("\n")):
+        return dumped
+    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False).strip()
 
 
-def _code(text: str) -> str:
-    """Text for a code span or block: one line, no backticks, no quotes, no cell borders."""
-    return re.sub(r"[`\"|\\]", "'", " ".join(str(text).split()))
+def _modules(result: MergeResult) -> str:
+    """A table with a row a module, or a row for all modules of one name and shape where they are many."""
+    by_layer = rows_by_layer(result)
+    if len(by_layer) <= MOST_ROWS:
+        return _table(("module", "shape", "adapters", "rank", "truncation error"), map(_row, by_layer))
+    rows = ([f"`{code(name)}`", *cells] for name, *cells in grouped_modules(result))
+    table = _table(GROUP_COLUMNS, rows)
+    return f"{len(result.modules)} modules; a row is all of one name and shape, with the largest truncation error.\n\n{table}"
+
+
+def _row(row: Mapping[str, Any]) -> list[object]:
+    m, n = row["shape"]
+    rank = f"{row['rank']} of {row['full_rank']}"
+    return [f"`{code(row['module'])}`", f"{m} x {n}", len(row["adapters"]), rank, f"{row['truncation_error']:.2%}"]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*head, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
+
+
+def _versions() -> list[str]:
+    """The programs that had a part in the numbers and the files, by name and version."""
+    found = {"dc_merge_peft": __version__}
+    for package in ("torch", "safetensors", "peft", "transformers", "huggingface_hub"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    found["Python"] = platform.python_version()
+    return [f"`{code(name)} {code(number)}`" for name, number in found.items()]

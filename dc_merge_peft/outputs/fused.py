@@ -15,11 +15,13 @@ from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.card import fused_card
+from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_writes
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base_model import injected_layer, path_in_model
+from dc_merge_peft.sources.hub import HubId, fetch_files
 
 # What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
 COMPANIONS = (
@@ -67,7 +69,13 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
 
 
 def save_fused(
-    model: nn.Module, result: MergeResult, out: str | Path, *, base: str | Path | None, overwrite: bool = False
+    model: nn.Module,
+    result: MergeResult,
+    out: str | Path,
+    *,
+    base: str | Path | None,
+    overwrite: bool = False,
+    token: str | bool | None = None,
 ) -> Path:
     """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
 
@@ -85,12 +93,12 @@ def save_fused(
         )
     with whole_directory(out, overwrite=overwrite) as building:
         model.save_pretrained(building)  # type: ignore[operator]
-        for file in _companions(base) if base is not None else ():
+        for file in _companions(base, token) if base is not None else ():
             if not (building / file.name).exists():
                 shutil.copyfile(file, building / file.name)
         record = run_record(result)
         (building / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        (building / "README.md").write_text(fused_card(result, record), encoding="utf-8")
+        (building / "README.md").write_text(fused_card(result, record, base_facts(result)), encoding="utf-8")
     return Path(out).expanduser()
 
 
@@ -162,13 +170,26 @@ def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
         yield names
 
 
-def _companions(base: str | Path) -> list[Path]:
-    """Tokenizer and processor files of a base model directory or Hub snapshot."""
+def _companions(base: str | Path, token: str | bool | None) -> list[Path]:
+    """Tokenizer and processor files of a base model directory or Hub snapshot.
+
+    Raises:
+        OutputError: one of them is a link to a file elsewhere, which would be copied and perhaps published.
+    """
     folder = Path(base)
     if not folder.is_dir():
-        import huggingface_hub
-
-        folder = Path(huggingface_hub.snapshot_download(str(base), allow_patterns=list(COMPANIONS)))
-    return sorted(
+        folder = fetch_files(HubId.parse(str(base)) or HubId(str(base)), COMPANIONS, token)
+    found = sorted(
         file for file in folder.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in COMPANIONS)
     )
+    root = folder.resolve()
+    # The Hub's cache keeps content beside its snapshots, and links to it.
+    inside = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for file in found:
+        real = file.resolve()
+        if not real.is_relative_to(root) and not real.is_relative_to(inside):
+            raise OutputError(
+                f"'{file.name}' of the base model is a link to a file outside of it: expected its own files, since they are "
+                "copied; put the file there if it belongs to the model"
+            )
+    return found

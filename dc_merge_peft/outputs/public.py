@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TypeVar
 
 from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.sources.hub import HubId
 
 R = TypeVar("R", bound=MergeResult)
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a base model's name is a Hub id: spelled like one, and no directory here."""
-    return bool(name and _HUB_ID.fullmatch(name)) and not Path(str(name)).exists()
+    return name is not None and HubId.parse(name) == HubId(name) and not Path(name).exists()
 
 
 def public_copy(result: R) -> R:
-    """The same merge with local adapters by the last part of their name, and without local base models."""
+    """The same merge with local adapters by the last part of their name, in notes too, and without local base models."""
     short = [dataclasses.replace(info, name=PurePath(info.name).name) for info in result.adapters]
     adapters = tuple(_without_paths(info) for info in uniquely_named(short))
+    names = {f"'{old.name}'": f"'{new.name}'" for old, new in zip(result.adapters, adapters, strict=True)}
     dora = result.dora
     if dora and not is_hub_id(dora.base):
         dora = dataclasses.replace(dora, base=None)
-    return dataclasses.replace(result, adapters=adapters, dora=dora)
+    remarks = tuple(_renamed(remark, names) for remark in result.remarks)
+    return dataclasses.replace(result, adapters=adapters, dora=dora, remarks=remarks)
+
+
+def _renamed(remark: str, names: Mapping[str, str]) -> str:
+    """All quoted names replaced at once, so that no new one is taken for an old one."""
+    return re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], remark) if names else remark
 
 
 def _without_paths(info: AdapterInfo) -> AdapterInfo:

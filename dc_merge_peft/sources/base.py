@@ -116,6 +116,16 @@ IN_MEMORY = "model"
 
 
 @dataclass(frozen=True)
+class CardFacts:
+    """What the model card of an adapter or a base model says about it, where it says so in the Hub's terms."""
+
+    license: str | None = None
+    license_name: str | None = None  # of a license "other"
+    license_link: str | None = None
+    pipeline_tag: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """Where an adapter comes from and what it was made for."""
 
@@ -129,6 +139,7 @@ class AdapterInfo:
     fan_in_fan_out: bool = False
     targets: Targets = field(default_factory=Targets)
     target_parameters: frozenset[str] = frozenset()  # names of parameters that have LoRA of their own: MoE experts
+    card: CardFacts = field(default_factory=CardFacts)
 
 
 class Source(ABC):

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dc_merge_peft.errors import SourceError
+from dc_merge_peft.errors import SourceError, without_secrets
 from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.cards import read_card
 from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
 from dc_merge_peft.sources.extras import extras_reason, stored_extras
@@ -26,21 +27,24 @@ from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
+LARGEST_CONFIG = 10_000_000  # bytes; one with a pattern for each of a thousand modules has some 100 kB
+
 
 class CheckpointSource(Source):
     """One adapter directory, local or from the Hub. Opening it reads the config and the headers, no tensors."""
 
-    def __init__(self, source: str | Path, *, name: str | None = None) -> None:
+    def __init__(self, source: str | Path, *, name: str | None = None, token: str | bool | None = None) -> None:
         """
         Args:
             source: A directory or a Hub id (``org/name``, ``org/name@revision``, ``org/name/subfolder``).
             name: How to call the adapter; by default the last part of its path.
+            token: For the Hub; by default that of the environment or login, none with ``False``. It is not kept.
 
         Raises:
             SourceError: missing, corrupt or incomplete files, or no LoRA.
             UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's.
         """
-        files = locate(source)
+        files = locate(source, token)
         self.name = name or files.directory.name if files.revision is None else name or files.location
         self.config = _read_config(files, self.name)
         self._tensors = open_weights(files.directory, self.name)
@@ -159,6 +163,11 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
         inside = sorted(child.parent.name for child in files.directory.glob(f"*/{CONFIG_FILE}"))
         hint = f"its subfolders hold adapters: {', '.join(inside)}" if inside else "is it a full model?"
         raise SourceError(f"'{files.location}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise SourceError(
+            f"adapter '{name}' has an {CONFIG_FILE} of {path.stat().st_size} bytes: expected some kilobytes; save or download "
+            "it again"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
@@ -234,11 +243,13 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         name=name,
         location=files.location,
         revision=files.revision,
-        base_model=_text(config.get("base_model_name_or_path")),
+        # A URL with a password loads nothing, but would be copied into every output.
+        base_model=without_secrets(base) if (base := _text(config.get("base_model_name_or_path"))) else None,
         base_revision=_text(config.get("revision")),
         task_type=_text(config.get("task_type")),
         auto_mapping=config.get("auto_mapping") if isinstance(config.get("auto_mapping"), dict) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         targets=Targets.from_config(config),
         target_parameters=target_parameters(config),
+        card=read_card(files.directory),
     )

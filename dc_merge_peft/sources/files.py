@@ -41,6 +41,9 @@ def open_weights(directory: Path, name: str) -> Tensors:
     )
 
 
+# Before this version a pickle could run code in spite of ``weights_only=True`` (CVE-2025-32434, CVE-2026-24747).
+SAFE_PICKLES = "2.10"
+
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -71,6 +74,12 @@ class PickleFile:
     """An old ``.bin``: a pickle, read with ``weights_only=True`` so that it can't run code, and mapped if it can be."""
 
     def __init__(self, path: Path, adapter: str) -> None:
+        if torch.__version__ < SAFE_PICKLES:
+            raise SourceError(
+                f"adapter '{adapter}' has an {path.name}, a pickle, which PyTorch {torch.__version__} can't read safely: expected "
+                f"PyTorch {SAFE_PICKLES} or newer, or safetensors; update it, or convert the file where you "
+                "trust it"
+            )
         try:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -106,7 +115,10 @@ def _is_plain(key: object, value: object) -> bool:
         return False
     if not isinstance(value, Tensor):
         return False
-    return value.layout == torch.strided and not value.is_meta and not value.is_nested
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        return False
+    # A view can repeat one number without end, and would fill the memory when it is computed with.
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _float_dtype(found: str | torch.dtype, key: str, adapter: str) -> torch.dtype:

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dc_merge_peft.errors import SourceError, first_line
+from dc_merge_peft.hub_errors import (
+    causes,
+    connection_broke,
+    harmless,
+    http_status,
+    in_words,
+    patiently,
+    retry_after,
+    secrets,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+CARD_FILE = "README.md"
 
-# "org/name", "org/name@revision", "org/name/sub/folder@revision"
+# "org/name", "org/name@revision", "org/name/sub/folder@revision". No part begins with a dot and none holds two, since
+# subfolders and revisions become parts of paths in the local cache.
+_PATH = r"\w[\w.+-]*(?:/\w[\w.+-]*)*"
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>\w[\w.-]*(?:/\w[\w.-]*)*))?(?:@(?P<revision>[\w./-]+))?"
+    rf"(?!.*\.\.)(?P<repo>[A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>{_PATH}))?(?:@(?P<revision>{_PATH}))?"
 )
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository of the Hub, and what of it."""
+
+    repo: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubId | None:
+        """``org/name[/sub/folder][@revision]``, or None where the text is spelled otherwise."""
+        match = _HUB_ID.fullmatch(text)
+        return cls(match["repo"], match["subfolder"], match["revision"]) if match else None
+
+    def __str__(self) -> str:
+        """For errors."""
+        return f"'{self.repo}'" + (f" at revision '{self.revision}'" if self.revision else "")
 
 
 @dataclass(frozen=True)
@@ -26,8 +59,12 @@ class AdapterFiles:
     revision: str | None = None  # commit hash of a Hub snapshot
 
 
-def locate(source: str | Path) -> AdapterFiles:
+def locate(source: str | Path, token: str | bool | None = None) -> AdapterFiles:
     """Find an adapter: an existing directory wins, then a Hub id is downloaded (or found in the local cache).
+
+    Args:
+        source: A directory or a Hub id.
+        token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
     Raises:
         SourceError: neither, or the Hub can't deliver it.
@@ -43,39 +80,81 @@ def locate(source: str | Path) -> AdapterFiles:
         return AdapterFiles(path, str(source))
     if is_file:
         raise SourceError(f"'{source}' is a file: expected an adapter directory; give the folder '{path.parent}'")
-    match = _HUB_ID.fullmatch(str(source)) if isinstance(source, str) else None
-    if match is None:
+    hub_id = HubId.parse(source) if isinstance(source, str) else None
+    if hub_id is None:
         raise SourceError(
             f"there is no adapter directory '{str(source)[:200]}': expected an existing directory or a Hub id such as "
             "'org/name', 'org/name@revision' or 'org/name/subfolder'"
         )
-    return _download(match["repo"], match["subfolder"], match["revision"])
+    return _download(hub_id, token)
 
 
-def _download(repo: str, subfolder: str | None, revision: str | None) -> AdapterFiles:
-    """A snapshot of one adapter's config and weights, nothing else of the repository."""
+def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
+    """A snapshot of one adapter's config, weights and card, nothing else of the repository."""
+    prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
+    patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE)]
+    snapshot = fetch_files(wanted, patterns, token, fallback=lambda: _from_cache(wanted, prefix))
+    return AdapterFiles(snapshot / prefix, f"{wanted.repo}/{prefix}".rstrip("/"), snapshot.name)
+
+
+def fetch_files(
+    wanted: HubId,
+    patterns: Sequence[str],
+    token: str | bool | None = None,
+    *,
+    fallback: Callable[[], Path | None] = lambda: None,
+) -> Path:
+    """A snapshot of those files of a repository that match, or ``fallback`` where the Hub can't be reached.
+
+    Raises:
+        SourceError: the Hub can't deliver it.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fetch() -> str:
+        return huggingface_hub.snapshot_download(
+            wanted.repo, revision=wanted.revision, allow_patterns=list(patterns), token=token
+        )
+
+    try:
+        return Path(patiently(fetch))
+    except Exception as error:
+        cached = fallback() if isinstance(error, errors.LocalEntryNotFoundError) else None
+        if cached is not None:
+            return cached
+        known = secrets(token)
+        raise SourceError(failure_in_words(error, wanted, known)) from harmless(error, known)
+
+
+def _from_cache(wanted: HubId, prefix: str) -> Path | None:
+    """The cached snapshot that holds config and weights, though not all that would have been asked for: other programs,
+    PEFT among them, download these two and no card."""
     import huggingface_hub
 
-    prefix = f"{subfolder}/" if subfolder else ""
-    wanted = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
-    try:
-        patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES)]
-        snapshot = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the client lets its HTTP library's errors through, whose names change with versions
-        raise SourceError(_reason(error, repo, wanted)) from error
-    location = repo + (f"/{subfolder}" if subfolder else "")
-    return AdapterFiles(snapshot / prefix if prefix else snapshot, location, snapshot.name)
+    revision = wanted.revision or "main"
+    cached = huggingface_hub.try_to_load_from_cache(wanted.repo, prefix + CONFIG_FILE, revision=revision)
+    if not isinstance(cached, str) or not any((Path(cached).parent / name).is_file() for name in WEIGHT_FILES):
+        return None
+    return Path(cached).parents[prefix.count("/")]
 
 
-def _reason(error: BaseException, repo: str, wanted: str) -> str:
+def failed_at_the_hub(error: BaseException) -> bool:
+    """Whether the Hub or the way to it is what failed."""
+    from huggingface_hub import errors
+
+    missing = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    return (
+        http_status(error) is not None or connection_broke(error) or any(isinstance(e, missing) for e in causes(error))
+    )
+
+
+def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]) -> str:
     """Why the Hub gave nothing, in a sentence. What the client says about its cache may hide the Hub's own answer, which
     is then its cause."""
     from huggingface_hub import errors
 
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    status = next((s for s in (getattr(getattr(e, "response", None), "status_code", None) for e in chain) if s), None)
+    chain, status, repo = causes(error), http_status(error), wanted.repo
     if any(isinstance(e, errors.GatedRepoError) for e in chain):
         return f"the Hub repository {wanted} is gated: ask for access on its page, then log in with `hf auth login`"
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
@@ -88,10 +167,13 @@ def _reason(error: BaseException, repo: str, wanted: str) -> str:
     if status in (401, 403):
         return f"the Hub refuses {wanted} (status {status}): log in with `hf auth login`, with a token that may read it"
     if status is not None:
-        return f"the Hub could not deliver {wanted} (status {status}): try again later"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        wait = retry_after(error)
+        when = f"in {wait:.0f} seconds" if wait else "later"
+        return f"the Hub could not deliver {wanted} (status {status}): try again {when}"
+    if any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):
         return (
             f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: check the "
             "path, or connect (and unset HF_HUB_OFFLINE) and try again later"
         )
-    return f"the Hub could not deliver {wanted}: {first_line(error)}; try again later"
+    remedy = "use another repository" if isinstance(error, ValueError) else "try again later"
+    return f"the Hub could not deliver {wanted}: {in_words(error, known)}; {remedy}"

@@ -16,7 +16,7 @@ from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.sources import CheckpointSource
 from dc_merge_peft.sources.files import PickleFile, SafetensorsFile
-from tests.support.models import factors, write_checkpoint
+from tests.support.models import factors, needs_safe_pickles, write_checkpoint
 
 A, B = factors(6, 5, 2)
 EMBEDDING_A, EMBEDDING_B = factors(6, 5, 2, seed=1)  # of 5 tokens and dimension 6
@@ -107,6 +107,7 @@ def as_bin(folder: Path, *, legacy: bool) -> Path:
     return folder
 
 
+@needs_safe_pickles
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy pickle"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_bin(tmp_path: Path, legacy: bool, dtype: torch.dtype) -> None:

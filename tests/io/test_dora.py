@@ -120,7 +120,9 @@ def test_fusing_needs_no_second_name(folders: list[Path], monkeypatch: pytest.Mo
     """``fuse`` has the base model at hand and loads it once; the result computes what PEFT does."""
     base = folders[0].parent / "base"
     original, loads = base_model.load_base, []
-    monkeypatch.setattr(base_model, "load_base", lambda path: loads.append(path) or original(path))
+    monkeypatch.setattr(
+        base_model, "load_base", lambda path, **options: loads.append(path) or original(path, **options)
+    )
     model = DCMergeAdapter(method="ta").fuse(base, folders[:1], folders[0].parent / "out", dora_rank=WHOLE)
     adapted = PeftModel.from_pretrained(models.bert(), str(folders[0])).eval()
     assert difference(models.output(model.eval()), models.output(adapted)) < 1e-5
@@ -129,7 +131,7 @@ def test_fusing_needs_no_second_name(folders: list[Path], monkeypatch: pytest.Mo
 
 def test_plain_adapters_do_not_load_the_base(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A base model that no adapter needs is not even looked at."""
-    monkeypatch.setattr(base_model, "load_base", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(base_model, "load_base", lambda *_, **__: pytest.fail("loaded"))
     merged = DCMergeAdapter(method="ta").merge(folders[2:], base="no/such-model")
     assert merged.dora is None and merged.remarks == ()
 

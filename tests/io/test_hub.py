@@ -70,10 +70,10 @@ def test_repositories(server: HubServer, tmp_path: Path) -> None:
 
 
 def test_only_the_adapter_is_downloaded(server: HubServer) -> None:
-    """Config and weights, once; no optimizer, tokenizer or other format."""
+    """Config, weights and card, once; no optimizer, tokenizer or other format."""
     merge(ONE, TWO)
     fetched = {record.path.rsplit("/", 1)[1] for record in server.made(None, "/resolve/")}
-    assert sorted(fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(fetched) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     count = len(server.made("GET", "/resolve/|/_cdn/"))
     merge(ONE, TWO)
     assert len(server.made("GET", "/resolve/|/_cdn/")) == count

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft import SourceError, UnsupportedAdapterError
-from tests.support.models import factors, write_checkpoint
+from tests.support.models import factors, needs_safe_pickles, write_checkpoint
 from tests.support.refused import merge_refused
 
 A, B = factors(6, 5, 2)
@@ -143,6 +143,7 @@ BINS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@needs_safe_pickles
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy pickle"])
 @pytest.mark.parametrize(("content", "words"), BINS.values(), ids=BINS)
 def test_bins(tmp_path: Path, content: Callable[[Path], object], words: tuple[str, ...], legacy: bool) -> None:
@@ -155,6 +156,7 @@ def test_bins(tmp_path: Path, content: Callable[[Path], object], words: tuple[st
     assert not mark.exists()
 
 
+@needs_safe_pickles
 @pytest.mark.parametrize("share", [0, 0.1, 0.9], ids=["empty", "a beginning", "most of it"])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy pickle"])
 def test_damaged_bins(tmp_path: Path, share: float, legacy: bool) -> None:

@@ -108,6 +108,9 @@ def point_client_at(
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", True)
     # `huggingface_hub.create_repo` and the like are methods of one HfApi made when the module was loaded.
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+    # This library's own waits, and the clock by which it judges the client's patience.
+    monkeypatch.setattr("dc_merge_peft.hub_errors.sleep", server.sleeps.append)
+    monkeypatch.setattr("dc_merge_peft.hub_errors.monotonic", lambda: sum(server.sleeps))
     close_client()  # one that is open already keeps its proxies and connections
     _only_loopback(monkeypatch)
 

@@ -46,12 +46,13 @@ class Routes(WriteRoutes):
     def __init__(self, store: Store, endpoint: str, cdn: str) -> None:
         """Build the table of requests, tried in order."""
         super().__init__(store, endpoint, cdn)
+        self.yaml_errors: list[str] = []  # what the check of a card's metadata finds
         repo, rest = r"(?P<repo>[^/]+/[^/]+)", r"(?:/(?P<rest>.*))?"
         self._table: list[tuple[str, re.Pattern[str], Callable[..., Response]]] = [
             (method, re.compile(pattern), handler)
             for method, pattern, handler in (
                 ("GET", r"/api/whoami-v2", self._whoami),
-                ("POST", r"/api/validate-yaml", lambda *_: as_json({"errors": [], "warnings": []})),
+                ("POST", r"/api/validate-yaml", self._validate_yaml),
                 ("POST", r"/api/repos/create", self.create),
                 ("DELETE", r"/api/repos/delete", self.delete),
                 ("GET|HEAD", rf"/{repo}/resolve/(?P<rev>[^/]+)/(?P<rest>.+)", self._resolve),
@@ -85,6 +86,11 @@ class Routes(WriteRoutes):
             raise HubError(404, "Sorry, we can't find the page you are looking for.")
         except HubError as error:
             return as_error(error)
+
+    def _validate_yaml(self, request: Request, user: User | None) -> Response:
+        """Whether the Hub takes a card's metadata; it answers 400 where not."""
+        errors = [{"message": message} for message in self.yaml_errors]
+        return as_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _whoami(self, request: Request, user: User | None) -> Response:
         if user is None:

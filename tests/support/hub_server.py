@@ -176,6 +176,11 @@ class HubServer:
                 )
             )
 
+    def recover(self) -> None:
+        """Let no further request fail."""
+        with self._lock:
+            self._failures.clear()
+
     def record(self, record: RequestRecord) -> Failure | None:
         """Note a request that arrived; the rule that it is to fail by, if any."""
         with self._lock:

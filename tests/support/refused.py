@@ -12,12 +12,19 @@ import pytest
 from dc_merge_peft import DCMergeAdapter
 
 
+class Refusal:
+    """A refusal's text, known after the block."""
+
+    text = ""
+
+
 @contextmanager
-def refused(kind: type[Exception], *words: str) -> Iterator[None]:
+def refused(kind: type[Exception], *words: str) -> Iterator[Refusal]:
     """The block raises exactly ``kind`` with a one-line text that holds all these words."""
+    refusal = Refusal()
     with pytest.raises(kind) as caught:
-        yield
-    text = str(caught.value)
+        yield refusal
+    text = refusal.text = str(caught.value)
     assert type(caught.value) is kind, text
     assert not [word for word in words if word not in text], text
     assert "\n" not in text

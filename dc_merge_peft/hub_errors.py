@@ -1,0 +1,117 @@
+"""Failures of the Hub and of its client: what they were, when to try again, and never a token.
+
+The client lets the errors of its HTTP library through, whose names change with its versions. So they are looked at by what
+they carry (a status, headers, a cause), not by their class.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+from dc_merge_peft.errors import HIDDEN, first_line, without_secrets
+
+T = TypeVar("T")
+
+# The client repeats most requests by itself, for some 23 s, but not all of them: it creates a repository, commits and
+# lists files once. Those are repeated here, unless the client has already spent its patience.
+TRIES = 3
+PATIENCE_S = 15.0
+LONGEST_WAIT_S = 60.0  # that the Hub may ask for
+LONGEST_TEXT = 300  # of what others say
+_PASSING = (408, 429, 500, 502, 503, 504)
+_NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
+# Names of errors in these libraries which say that there is no way to the Hub at all.
+_NO_CONNECTION = (
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectionError",
+    "ProxyError",
+    "UnsupportedProtocol",
+    "InvalidURL",
+)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, what caused it, what caused that: the client hides the Hub's answer behind what it says of its cache."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of the Hub's answer, if it answered."""
+    return getattr(_response(error), "status_code", None)
+
+
+def retry_after(error: BaseException) -> float | None:
+    """The seconds that the Hub asks to wait."""
+    headers = getattr(_response(error), "headers", None) or {}
+    text = str(headers.get("Retry-After", ""))
+    return float(text) if text.isdecimal() else None
+
+
+def connection_broke(error: BaseException) -> bool:
+    """Whether the network failed on the way, so that the Hub may or may not have done what it was asked."""
+    return any(
+        _of_network(e) and http_status(e) is None and type(e).__name__ not in _NO_CONNECTION for e in causes(error)
+    )
+
+
+def patiently(call: Callable[[], T], repeatable: Callable[[BaseException], bool] = lambda _: True) -> T:
+    """What ``call`` returns; it is called again, after a wait, where it failed in a way that passes.
+
+    Args:
+        call: Something that may be done twice.
+        repeatable: Says after which of these failures it may not.
+    """
+    start, wait = monotonic(), 1.0
+    for attempt in range(1, TRIES + 1):
+        try:
+            return call()
+        except Exception as error:
+            passing = http_status(error) in _PASSING or connection_broke(error)
+            pause = retry_after(error) or wait
+            over = attempt == TRIES or monotonic() - start > PATIENCE_S or pause > LONGEST_WAIT_S
+            if not passing or over or not repeatable(error):
+                raise
+            sleep(pause)
+            wait *= 2
+    raise AssertionError
+
+
+def secrets(token: str | bool | None) -> tuple[str, ...]:
+    """The tokens in use, to be kept out of texts: the one given, and that of the environment or login."""
+    import huggingface_hub
+
+    found = (token, huggingface_hub.get_token())
+    return tuple(secret for secret in found if isinstance(secret, str) and secret.strip())
+
+
+def in_words(error: BaseException, known: tuple[str, ...]) -> str:
+    """What went wrong: the Hub's own words where it answered, else the error's, without secrets."""
+    status = http_status(error)
+    said = next((e.server_message for e in causes(error) if getattr(e, "server_message", None)), None)  # type: ignore[attr-defined]
+    if status is not None:
+        text = f"the Hub answered {status}" + (f" ({' '.join(said.split())})" if said else "")
+    else:
+        text = " ".join(str(error).split()) if isinstance(error, ValueError) else first_line(error)
+    return without_secrets(text, *known)[:LONGEST_TEXT]
+
+
+def harmless(error: Exception, known: tuple[str, ...]) -> Exception | None:
+    """The error, to be named as the cause of another one; None where it or a cause of it repeats a secret."""
+    text = "".join(traceback.format_exception(error))
+    return error if without_secrets(text, *known).count(HIDDEN) == text.count(HIDDEN) else None
+
+
+def _response(error: BaseException) -> Any:
+    found = (getattr(e, "response", None) for e in causes(error))
+    return next((response for response in found if response is not None), None)
+
+
+def _of_network(error: BaseException) -> bool:
+    return any(base.__module__.startswith(_NETWORK_LIBRARIES) for base in type(error).__mro__)

@@ -1,0 +1,89 @@
+"""A fused model on the Hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+from dc_merge_peft.errors import OutputError
+from dc_merge_peft.outputs.card import fused_card
+from dc_merge_peft.outputs.card_facts import base_facts
+from dc_merge_peft.outputs.fused import save_fused
+from dc_merge_peft.outputs.public import is_hub_id, public_copy
+from dc_merge_peft.outputs.publish import publish
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.runconfig import FILE_NAME, run_record
+
+# Where transformers and tokenizers note which directory they were loaded from.
+_PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
+
+
+def push_fused(
+    model: nn.Module,
+    result: MergeResult,
+    repo_id: str,
+    *,
+    base: str | Path | None,
+    saved: Path | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a fused model to the root of a Hub repository in one commit; returns the commit's URL.
+
+    Local paths of adapters and base model are left out of what is published.
+
+    Args:
+        model: A transformers model that holds the merged delta.
+        result: What was merged.
+        repo_id: The repository, created if need be.
+        base: The base model, whose tokenizer and processor files come along.
+        saved: Where the model has been saved by :func:`save_fused` already; by default it is saved for the upload.
+        private: Of a new repository.
+        token: For the Hub; by default that of the environment or login.
+        commit_message: Title of the commit.
+        create_pr: Propose a pull request instead.
+
+    Raises:
+        OutputError: see :func:`dc_merge_peft.outputs.publish.publish`; it says where the saved model is.
+    """
+    facts = base_facts(result, token=token, ask_hub=True)
+    public = public_copy(result)
+    record = run_record(public)
+    card = fused_card(public, record, facts, repo_id if is_hub_id(repo_id) else None)
+    own: dict[str, Path | bytes] = {
+        "README.md": card.encode(),
+        FILE_NAME: yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        place = saved or save_fused(model, result, Path(folder) / "model", base=base, token=token)
+        files = {file.relative_to(place).as_posix(): _public(file) for file in place.rglob("*") if file.is_file()}
+        try:
+            return publish(
+                {**files, **own},
+                repo_id,
+                commit_message=commit_message
+                or f"Base model with {len(result.adapters)} adapters, merged with {result.method}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+            )
+        except OutputError as error:
+            raise OutputError(f"{error}; the fused model is in '{saved}'" if saved else str(error)) from error.__cause__
+
+
+def _public(file: Path) -> Path | bytes:
+    """The file, or its content without the local directory that it names."""
+    field = _PLACES.get(file.name)
+    if field is None:
+        return file
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or field not in values or is_hub_id(values[field]):
+        return file
+    del values[field]
+    return (json.dumps(values, indent=2) + "\n").encode()

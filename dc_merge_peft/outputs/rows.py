@@ -1,0 +1,49 @@
+"""The merged modules as rows of a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dc_merge_peft.result import MergeResult, common_truncation_error
+
+GROUP_COLUMNS = ("module", "count", "shape", "adapters", "rank", "truncation error")
+
+
+def grouped_modules(result: MergeResult) -> Iterator[tuple[object, ...]]:
+    """One row for all modules of one name and shape: a 7B model has 224 modules of 7 kinds."""
+    groups: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
+    for row in result.report():
+        path = result.modules[row["module"]].layout.base_path(row["module"])
+        groups.setdefault((path.rpartition(".")[2], tuple(row["shape"])), []).append(row)
+    for (name, (m, n)), rows in groups.items():
+        ranks = dict.fromkeys((min(row["rank"] for row in rows), max(row["rank"] for row in rows)))
+        full = max(row["full_rank"] for row in rows)
+        adapters = dict.fromkeys((min(len(row["adapters"]) for row in rows), max(len(row["adapters"]) for row in rows)))
+        yield (
+            name,
+            len(rows),
+            f"{m} x {n}",
+            "-".join(map(str, adapters)),
+            f"{'-'.join(map(str, ranks))} of {full}",
+            f"{max(row['truncation_error'] for row in rows):.2%}",
+        )
+
+
+def rows_by_layer(result: MergeResult) -> list[Mapping[str, Any]]:
+    """The rows of the report, with the experts of one parameter in one: a model has thousands."""
+    layers: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result.report():
+        layers.setdefault(result.modules[row["module"]].layout.layer(row["module"]), []).append(row)
+    return [rows[0] if len(rows) == 1 else _together(layer, rows, result) for layer, rows in layers.items()]
+
+
+def _together(layer: str, rows: Sequence[Mapping[str, Any]], result: MergeResult) -> Mapping[str, Any]:
+    modules = [result.modules[row["module"]] for row in rows]
+    return {
+        **rows[0],
+        "module": f"{layer}[0..{len(rows) - 1}]",
+        "rank": max(module.rank for module in modules),
+        "full_rank": max(module.full_rank for module in modules),
+        "truncation_error": common_truncation_error(modules),
+    }

@@ -1,0 +1,285 @@
+"""Pushing to a Hub that fails for a while, for ever, or half-way: retried, or refused in one line with nothing published."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError
+from dc_merge_peft.hub_errors import TRIES
+from tests.support import models
+from tests.support.hub_adapters import MERGED, ONE, PUBLISHED, TWO, adapter_hub, merge, statuses
+from tests.support.hub_server import HubServer, point_client_at
+from tests.support.refused import listing, refused
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub with two adapters."""
+    with adapter_hub(monkeypatch, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def merged(server: HubServer) -> MergedAdapter:
+    """What is pushed."""
+    return merge(ONE, TWO)
+
+
+STEPS = ["/repos/create", "/validate-yaml", "/preupload/", "/lfs/objects/batch", "^/_lfs/", "/lfs/verify", "/commit/"]
+PASSING: dict[str, tuple[dict[str, Any], int]] = {
+    "500 twice": ({"status": 500}, 2),
+    "503 twice": ({"status": 503}, 2),
+    "429 with Retry-After": ({"status": 429, "retry_after": 7}, 1),
+    "cut": ({"cut": True, "after_bytes": 30}, 1),
+    "reset": ({"cut": True, "after_bytes": 30, "reset": True}, 2),
+    "answer lost": ({"cut": "response"}, 1),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("failure", "times"), PASSING.values(), ids=PASSING)
+def test_what_passes_is_waited_for(
+    server: HubServer, merged: MergedAdapter, step: str, failure: dict[str, Any], times: int
+) -> None:
+    """At every step of a push a failure that passes is survived, with one commit in the end."""
+    server.fail(None, step, times=times, **failure)
+    url = merged.push_to_hub(MERGED)
+    assert set(server.files(MERGED)) == PUBLISHED
+    assert [commit.title for commit in server.commits(MERGED, "main")] == [
+        "initial commit",
+        "Merge of 2 adapters with ta",
+    ]
+    assert url == f"{server.endpoint}/{MERGED}/commit/{server.commits(MERGED, 'main')[-1].sha}"
+    assert len(server.sleeps) == times
+    if failure.get("retry_after"):
+        assert 7 <= server.sleeps[0] <= 8
+
+
+LASTING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "401": ({"status": 401}, ("the Hub answered 401", "expected write access", "`hf auth login`", "token=")),
+    "403": ({"status": 403, "message": "no rights here"}, ("403 (no rights here)", "expected write access", "create_pr")),
+    "404": ({"status": 404}, ("the Hub answered 404", "expected write access", "check the name")),
+    "413": ({"status": 413, "message": "quota"}, ("413 (quota)", "expected the Hub to take the files")),
+    "429": ({"status": 429}, ("the Hub answered 429", "slow down", "try again later")),
+    "429 for hours": ({"status": 429, "retry_after": 7200}, ("the Hub answered 429", "try again in 7200 seconds")),
+    "500": ({"status": 500}, ("the Hub answered 500", "expected the Hub to answer", "try again later")),
+    "cut": ({"cut": True, "after_bytes": 30}, ("expected the Hub to answer", "nothing was changed", "try again later")),
+}  # fmt: skip
+# The client's own retries honour a Retry-After of any length.
+LASTING_CASES = [(step, name) for step in STEPS for name in LASTING if name != "429 for hours" or step == "/commit/"]
+
+
+@pytest.mark.parametrize(("step", "name"), LASTING_CASES)
+def test_what_lasts_is_one_line(server: HubServer, merged: MergedAdapter, step: str, name: str) -> None:
+    """At every step a failure that lasts ends, after a bounded time, in one line; an existing repository is unchanged."""
+    failure, words = LASTING[name]
+    if step == "/repos/create":
+        server.fail(None, f"/api/models/{MERGED}$", 404, times=99)
+    else:
+        server.add_repo(MERGED, {"notes.txt": b"mine"})
+    server.fail(None, step, times=99, **failure)
+    with refused(OutputError, f"can't push to '{MERGED}': ", *words) as caught:
+        merged.push_to_hub(MERGED)
+    assert len(caught.text) < 500 and "stays empty" not in caught.text and sum(server.sleeps) < 60
+    if step == "/repos/create":
+        assert MERGED not in server.store.repos
+    else:
+        assert server.files(MERGED) == {"notes.txt": b"mine"} and len(server.commits(MERGED, "main")) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "tries"), [("/repos/create", TRIES), ("/commit/", TRIES), ("^/_lfs/", 6), ("/preupload/", 6)]
+)
+def test_retries_are_bounded(server: HubServer, merged: MergedAdapter, step: str, tries: int) -> None:
+    """What the client repeats by itself, for half a minute, is not repeated again; the rest three times."""
+    server.fail(None, step, 500, times=99)
+    with pytest.raises(OutputError):
+        merged.push_to_hub(MERGED)
+    assert statuses(server, "PUT" if "_lfs" in step else "POST", step) == [500] * tries
+
+
+@pytest.mark.parametrize("step", ["/preupload/", "^/_lfs/", "/commit/"])
+def test_a_new_repository_stays_empty(server: HubServer, merged: MergedAdapter, step: str) -> None:
+    """The error says that the repository is there, and pushing again fills it."""
+    server.fail(None, step, 500, times=99)
+    with refused(OutputError, "the new repository was created and stays empty", "push again to fill it, or delete it"):
+        merged.push_to_hub(MERGED)
+    assert server.files(MERGED) == {}
+    server.recover()
+    merged.push_to_hub(MERGED)
+    assert set(server.files(MERGED)) == PUBLISHED
+
+
+def test_uploaded_files_are_not_sent_again(server: HubServer, merged: MergedAdapter) -> None:
+    """A commit that is tried again does not upload the weights a second time."""
+    server.fail("POST", "/commit/", 500, times=2)
+    merged.push_to_hub(MERGED)
+    assert statuses(server, "PUT", "^/_lfs/") == [200] and statuses(server, "POST", "/commit/") == [500, 500, 200]
+
+
+@pytest.mark.parametrize(("status", "tries"), [(429, 3), (503, 3), (500, 1)])
+def test_pull_requests_are_not_doubled(server: HubServer, merged: MergedAdapter, status: int, tries: int) -> None:
+    """A pull request is proposed again only after answers that say that nothing was done."""
+    server.fail("POST", "/commit/", status, times=99)
+    with pytest.raises(OutputError):
+        merged.push_to_hub(ONE, create_pr=True)
+    assert len(statuses(server, "POST", "/commit/")) == tries and not server.pull_requests(ONE)
+
+
+def test_a_pull_request_whose_answer_is_lost(server: HubServer, merged: MergedAdapter) -> None:
+    """It may be there; only a person can tell."""
+    server.fail("POST", "/commit/", cut="response")
+    with refused(OutputError, "look whether the pull request is there before you try again"):
+        merged.push_to_hub(ONE, create_pr=True, commit_message="Proposal")
+    assert [pull.title for pull in server.pull_requests(ONE)] == ["Proposal"]
+
+
+def test_one_commit_with_xet(
+    server: HubServer, merged: MergedAdapter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the client could upload in batches of commits, as it does with ``hf_xet``, it is still one."""
+    pytest.importorskip("hf_xet")
+    point_client_at(monkeypatch, server, tmp_path / "xet", token=server.token, xet=True)
+    server.store.lfs_suffixes = ()
+    url = merged.push_to_hub(MERGED, create_pr=True)
+    assert url.endswith(f"{MERGED}/discussions/1") and len(server.made("POST", "/commit/")) == 1
+    assert not server.made("POST", "/discussions") and set(server.files(MERGED, "refs/pr/1")) == PUBLISHED
+
+
+def test_private_means_private(server: HubServer, merged: MergedAdapter) -> None:
+    """A repository that exists and is public is not taken for a private one; a private one is."""
+    server.add_repo(MERGED, {"notes.txt": b"mine"})
+    server.add_repo("org/secret", {}, private=True)
+    with refused(OutputError, f"can't push to '{MERGED}' privately", "is public", "expected a private repository"):
+        merged.push_to_hub(MERGED, private=True)
+    assert server.files(MERGED) == {"notes.txt": b"mine"}
+    merged.push_to_hub("org/secret", private=True)
+    assert set(server.files("org/secret")) == PUBLISHED
+
+
+def test_a_token_that_may_not_create(server: HubServer, merged: MergedAdapter) -> None:
+    """A fine-grained token for one repository can push to it, though it may create none."""
+    server.add_repo(MERGED, {})
+    server.fail("POST", "/repos/create", 403, times=99)
+    merged.push_to_hub(MERGED)
+    assert set(server.files(MERGED)) == PUBLISHED
+
+
+def test_a_name_without_an_owner(server: HubServer, merged: MergedAdapter) -> None:
+    """It belongs to the user; the card's example has no id to name then."""
+    assert "/tester/merged/commit/" in merged.push_to_hub("merged")
+    assert b"path/or/id/of/this/adapter" in server.files("tester/merged")["README.md"]
+    merged.push_to_hub(MERGED)
+    assert b'from_pretrained(model, "org/merged")' in server.files(MERGED)["README.md"]
+
+
+@pytest.mark.parametrize(
+    "name", ["org/a b", "", "a/b/c", "https://huggingface.co/org/x", "org/../x", "-x", "org/x.git"]
+)
+def test_names_are_checked_before_anything_is_sent(server: HubServer, merged: MergedAdapter, name: str) -> None:
+    """A name that no repository can have."""
+    before = len(server.requests)
+    with refused(
+        OutputError, f"can't push to '{name}'", "expected a repository id such as me/merged", "check the name"
+    ):
+        merged.push_to_hub(name)
+    assert len(server.requests) == before
+
+
+def test_offline(server: HubServer, merged: MergedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(OutputError, f"can't push to '{MERGED}'", "expected a connection", "unset HF_HUB_OFFLINE"):
+        merged.push_to_hub(MERGED)
+
+
+def test_no_connection(merged: MergedAdapter, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that nobody answers for is given up at once."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with refused(OutputError, f"can't push to '{MERGED}'", "Connection refused", "try again later"):
+        merged.push_to_hub(MERGED)
+    assert not server.sleeps
+
+
+@pytest.fixture
+def base(server: HubServer, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A base model with a tokenizer that knows where it was loaded from, and two adapters."""
+    folder = tmp_path / "jane.doe" / "base"
+    models.bert().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(folder), "model_max_length": 32}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": str(folder)}))
+    fields = {"r": 2, "target_modules": ["query"]}
+    model = models.with_lora(models.bert(), {"first": fields, "second": fields})
+    return folder, models.save_adapters(model, tmp_path / "jane.doe" / "in")
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved too", "pushed only"])
+def test_a_fused_model(server: HubServer, base: tuple[Path, list[Path]], tmp_path: Path, saved: bool) -> None:
+    """One commit with a model that loads from the Hub, and no local path in it."""
+    folder, adapters = base
+    out = tmp_path / "out" if saved else None
+    options: dict[str, Any] = {"push_to": MERGED, "private": True, "commit_message": "A whole model"}
+    model = DCMergeAdapter(method="ta").fuse(folder, adapters, out, **options)
+    files = server.files(MERGED)
+    assert {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "dc_merge.yaml",
+        "tokenizer_config.json",
+        "tokenizer.json",
+    } == set(files)
+    assert server.store.repos[MERGED].private and server.commits(MERGED, "main")[-1].title == "A whole model"
+    assert len(server.made("POST", "/commit/")) == 1
+    assert not [name for name, data in files.items() if b"jane.doe" in data]
+    loaded = type(models.bert()).from_pretrained(MERGED).eval()
+    assert models.difference(models.output(loaded), models.output(model.eval())) == 0
+    assert (
+        b'from_pretrained("org/merged")' in files["README.md"]
+        and json.loads(files["tokenizer_config.json"])["model_max_length"] == 32
+    )
+    if out is not None:
+        assert listing(out)["model.safetensors"] == files["model.safetensors"]
+
+
+def test_a_fused_model_that_can_not_be_pushed(server: HubServer, base: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """A name that is none stops before the work; a failure after saving says where the model is."""
+    folder, adapters = base
+    merger = DCMergeAdapter(method="ta")
+    with refused(OutputError, "can't push to 'org/a b'", "check the name"):
+        merger.fuse(folder, adapters, tmp_path / "out", push_to="org/a b")
+    assert not (tmp_path / "out").exists()
+    server.fail("POST", "/commit/", 500, times=99)
+    with refused(OutputError, "can't push to 'org/merged'", f"the fused model is in '{tmp_path / 'out'}'"):
+        merger.fuse(folder, adapters, tmp_path / "out", push_to=MERGED)
+    assert server.files(MERGED) == {} and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_many_shards_are_one_commit(server: HubServer, tmp_path: Path) -> None:
+    """A large model is many files; a failure in the last of them publishes none."""
+    from dc_merge_peft.outputs.publish import publish
+
+    shards: dict[str, Path | bytes] = {f"model-{i:05d}-of-00040.safetensors": bytes([i]) * 500 for i in range(40)}
+    server.fail("PUT", "^/_lfs/", 403, times=1, skip=39)
+    with pytest.raises(OutputError, match="403"):
+        publish(shards, MERGED, commit_message="Shards")
+    assert server.files(MERGED) == {} and len(HfApi().list_repo_commits(MERGED)) == 1
+    publish(shards, MERGED, commit_message="Shards")
+    assert server.files(MERGED) == shards and len(server.commits(MERGED, "main")) == 2
+
+
+def test_the_cause_is_kept(server: HubServer, merged: MergedAdapter) -> None:
+    """For whoever reads the traceback, the client's own error is there."""
+    server.fail("POST", "/commit/", 500, times=99)
+    with pytest.raises(OutputError) as caught:
+        merged.push_to_hub(MERGED)
+    assert "HfHubHTTPError" in "".join(traceback.format_exception(caught.value))
