@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import Progress, run_merge
+from dc_merge_peft.engine import Progress, checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources import CheckpointSource, Source
+from dc_merge_peft.sources import Source
+from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading, with_base
+from dc_merge_peft.sources.opening import open_sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,6 +121,9 @@ class DCMergeAdapter:
         device: torch.device | str | None = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
+        extras: str | None = None,
         keep_dense: bool = False,
         progress: bool | None = None,
         token: str | bool | None = None,
@@ -133,6 +139,13 @@ class DCMergeAdapter:
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
+            base: The base model, which the deltas of DoRA adapters depend on: a directory, a Hub id or a model in memory. It
+                is loaded only if an adapter is DoRA.
+            dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than the smaller side
+                of a weight; by default twice the adapter's rank.
+            extras: What becomes of tensors that adapters hold outside B and A (fully trained modules and tokens, biases, base
+                weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
+                default adapters that hold any are refused.
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
                 weights, as :meth:`fuse` does.
             progress: Show a progress bar; by default on a terminal only.
@@ -140,14 +153,22 @@ class DCMergeAdapter:
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
-            UnsupportedAdapterError: an adapter that is no plain LoRA.
+            UnsupportedAdapterError: an adapter that is no plain LoRA, DoRA without a base model, or tensors outside B and A
+                without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype or device.
         """
-        opened = open_sources(sources, token)
+        device = checked_device(device)
+        reading = DoraReading(dora_rank, device, allow_zero)
+        opened = with_base(open_sources(sources, token), BaseModel.of(base, token), reading)
         try:
             plan = self.plan(
-                opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
+                opened,
+                weights,
+                svd_rank=svd_rank,
+                dtype=dtype,
+                allow_different_bases=allow_different_bases,
+                extras=extras,
             )
             result = run_merge(
                 plan,
@@ -171,16 +192,20 @@ class DCMergeAdapter:
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
         allow_different_bases: bool = False,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
+        extras: str | None = None,
         token: str | bool | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
-            open_sources(sources, token),
+            with_base(open_sources(sources, token), BaseModel.of(base, token), DoraReading(dora_rank)),
             self.method,
             weights,
             svd_rank=svd_rank,
             dtype=dtype,
             allow_different_bases=allow_different_bases,
+            extras=extras,
         )
 
     def fuse(
@@ -223,7 +248,7 @@ class DCMergeAdapter:
             SourceError: the base model can't be loaded.
         """
         from dc_merge_peft.outputs.directory import check_target
-        from dc_merge_peft.outputs.fused import fuse_into, load_base, save_fused
+        from dc_merge_peft.outputs.fused import fuse_into, save_fused
         from dc_merge_peft.outputs.publish import check_repository
         from dc_merge_peft.outputs.push_fused import push_fused
 
@@ -231,10 +256,13 @@ class DCMergeAdapter:
             check_repository(push_to)
         if out is not None:
             check_target(out, overwrite=overwrite)
-        whole = {"keep_dense": merge_options.get("svd_rank") is None, **merge_options}
+        found = BaseModel(
+            base, token=token, trust_remote_code=trust_remote_code
+        )  # once, for DoRA adapters and the result
+        whole = {"base": found, "keep_dense": merge_options.get("svd_rank") is None, **merge_options}
         merged = self.merge(sources, weights, token=token, **whole)
         in_memory = not isinstance(base, (str, Path))
-        model = base if in_memory else load_base(base, token=token, trust_remote_code=trust_remote_code)
+        model = found.model
         fuse_into(model, merged)
         place, saved = None if in_memory else base, None
         if out is not None:
@@ -245,41 +273,6 @@ class DCMergeAdapter:
                 private=private, token=token, commit_message=commit_message, create_pr=create_pr,
             )  # fmt: skip
         return model
-
-
-def open_sources(sources: Sequence[str | Path | Source], token: str | bool | None = None) -> list[Source]:
-    """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
-    if isinstance(sources, (str, Path)):
-        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
-    sources = list(sources)  # it is gone through twice
-    names = short_names([str(source) for source in sources if not isinstance(source, Source)])
-    return [
-        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)], token=token)
-        for source in sources
-    ]
-
-
-def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each path or Hub id its shortest ending that no other one shares."""
-    parts = {path: _parts(path) for path in paths}
-    names = {}
-    for path, pieces in parts.items():
-        others = [tuple(other) for key, other in parts.items() if key != path]
-        for length in range(1, len(pieces) + 1):
-            ending = tuple(pieces[-length:])
-            names[path] = "/".join(ending)
-            if all(other[-length:] != ending for other in others):
-                break
-    return names
-
-
-def _parts(path: str) -> list[str]:
-    """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
-    try:
-        folder = Path(path).expanduser()
-        return list(folder.resolve().parts[1:]) if folder.is_dir() else path.split("/")
-    except (OSError, RuntimeError, ValueError):
-        return [path]
 
 
 def progress_bar(show: bool | None) -> Progress:

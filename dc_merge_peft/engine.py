@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
 from dc_merge_peft.linalg import FLOAT32_EPS
@@ -62,7 +63,7 @@ def run_merge(
 
     Raises:
         OptionError: a device that does not exist.
-        SourceError: a factor holds NaN, Inf or, unless allowed, only zeros.
+        SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
         MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero.
     """
     start = time.perf_counter()
@@ -101,7 +102,8 @@ def run_merge(
         remarks=plan.remarks,
         seconds=time.perf_counter() - start,
     )
-    remarks = (*plan.remarks, *_left_out(result))
+    result = completed(result, plan, sources)
+    remarks = (*result.remarks, *_left_out(result))
     for remark in remarks:
         warnings.warn(remark, MergeWarning, stacklevel=2)
     return dataclasses.replace(result, remarks=remarks)

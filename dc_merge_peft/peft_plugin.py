@@ -10,11 +10,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
 from dc_merge_peft.combination_types import combination_types
-from dc_merge_peft.engine import run_merge
+from dc_merge_peft.engine import checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.live import check_name, install_in_tuner
 from dc_merge_peft.plan import plan_merge
+from dc_merge_peft.sources.dora import DoraReading, DoraSource
 from dc_merge_peft.sources.live import LiveSource
 
 # Arguments of PEFT's own signature that these methods do not have; a call that sets one is refused, not ignored.
@@ -33,6 +34,8 @@ def add_merged_adapter(
     device: torch.device | str | None = None,
     allow_different_bases: bool = False,
     allow_zero: bool = False,
+    dora_rank: int | None = None,
+    extras: str | None = None,
     **options: Any,
 ) -> None:
     """``add_weighted_adapter`` for this library's combination types.
@@ -48,6 +51,9 @@ def add_merged_adapter(
         device: Where to compute; by default where each module lives.
         allow_different_bases: Merge adapters whose configs name different base models.
         allow_zero: Merge adapters with an all-zero factor.
+        dora_rank: Rank at which the dense deltas of DoRA adapters are read; twice the adapter's rank by default.
+        extras: What becomes of fully trained modules and tokens and of biases on lora_B: ``"average"``, ``"first"``,
+            ``"drop"`` or the name of the adapter whose values are kept; by default adapters that have any are refused.
         **options: Fields of the method's config, such as ``smoothing``, ``rho``, ``density`` and ``alpha``.
 
     Raises:
@@ -63,9 +69,17 @@ def add_merged_adapter(
     check_name(adapter_name, tuner.peft_config)
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")
-    sources = [LiveSource(tuner, adapter) for adapter in adapters]
+    reading = DoraReading(dora_rank, checked_device(device), allow_zero)
+    opened = [LiveSource(tuner, adapter) for adapter in adapters]
+    sources = [DoraSource(source, source.base_weight, reading) if source.is_dora else source for source in opened]
     plan = plan_merge(
-        sources, method, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
+        sources,
+        method,
+        weights,
+        svd_rank=svd_rank,
+        dtype=dtype,
+        allow_different_bases=allow_different_bases,
+        extras=extras,
     )
     result = run_merge(plan, sources, method, device=device, allow_zero=allow_zero)
     install_in_tuner(result, tuner, adapter_name)

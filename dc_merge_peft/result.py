@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError, unknown_name
+from dc_merge_peft.extra_values import MergedExtras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo
@@ -60,6 +61,15 @@ def common_truncation_error(modules: Iterable[MergedModule]) -> float:
     return (lost / whole) ** 0.5 if whole > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class DoraRecord:
+    """How the dense deltas of DoRA adapters were read."""
+
+    base: str | None  # directory or Hub id of their base model; None where it was a model in memory
+    rank: int | None  # as configured: None for twice the adapter's rank
+    errors: Mapping[int, float]  # by index into MergeResult.adapters: relative error of that rank over all modules
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergeResult:
     """A finished merge. Immutable; :meth:`with_alpha` gives a rescaled copy that shares the factors."""
@@ -72,6 +82,8 @@ class MergeResult:
     options: Mapping[str, Any]  # of the method, as configured (alpha may be "auto" here)
     svd_rank: int | None
     dtype: torch.dtype  # of the factors when they are written
+    extras: MergedExtras = field(default_factory=MergedExtras)  # tensors outside B and A; alpha does not scale them
+    dora: DoraRecord | None = None  # where any of the adapters is DoRA
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging
 

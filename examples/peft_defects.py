@@ -119,7 +119,7 @@ def cases() -> dict[str, Case]:
     found = {
         "rsLoRA": Case(fields(use_rslora=True), fields(use_rslora=True)),
         "rsLoRA, the second adapter only": Case(fields(), fields(use_rslora=True)),
-        "DoRA": Case(fields(use_dora=True), fields(use_dora=True)),
+        "DoRA": Case(fields(use_dora=True), fields(use_dora=True), options={"dora_rank": WIDTH}),
         "`lora_bias`": Case(fields(lora_bias=True), fields(lora_bias=True)),
         "PiSSA initialisation": Case(fields(init_lora_weights="pissa"), fields()),
         "OLoRA initialisation": Case(fields(init_lora_weights="olora"), fields()),

@@ -68,6 +68,22 @@ def merge(
     device: Annotated[
         str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=_RUN)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=_RUN),
+    ] = None,
+    dora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    extras: Annotated[
+        str | None,
+        typer.Option(
+            help="Trained values beside LoRA: average, first, drop or an adapter's name.", rich_help_panel=_RUN
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with these settings; what is given here wins.", rich_help_panel=_RUN),
@@ -101,7 +117,7 @@ def merge(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=_REST)] = False,
 ) -> None:
-    """Merge LoRA adapters into one, without their base model.
+    """Merge LoRA adapters into one; only DoRA adapters need their base model.
 
     The output is an ordinary PEFT adapter: PeftModel.from_pretrained(base, OUTPUT) loads it.
 
@@ -119,6 +135,9 @@ def merge(
         svd_rank=svd_rank,
         dtype=dtype,
         device=device,
+        base=base,
+        dora_rank=dora_rank,
+        extras=extras,
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
@@ -134,6 +153,9 @@ def merge(
         "svd_rank": run.svd_rank,
         "dtype": run.dtype,
         "allow_different_bases": allow_different_bases,
+        "base": run.base,
+        "dora_rank": run.dora_rank,
+        "extras": run.extras,
     }
     if dry_run:
         print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dc_merge_peft.errors import preview
 from dc_merge_peft.inspection.data import AdapterReport, Finding, Kept, PairReport
 from dc_merge_peft.inspection.reading import Opened
+from dc_merge_peft.sources.refusals import extras_without_policy
 
 # |CosSim| from here on is one adapter twice, up to rounding and a few more steps of training.
 COPY = 0.99
@@ -27,6 +28,7 @@ def findings_before(
     """Every finding about adapters that are to be merged: refusals first, then warnings, then notes."""
     found = [
         *_refusals(adapters),
+        *_more_than_factors(opened, adapters),
         *_damage(adapters),
         *_pairs(adapters, pairs),
         *_sizes(adapters),
@@ -55,6 +57,14 @@ def _refusals(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
             "If these are the same weights under two names, allow different bases",
         )
     yield from _misfits(adapters)
+
+
+def _more_than_factors(opened: Sequence[Opened], adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
+    """Values outside B and A, which are refused until the caller says what becomes of them."""
+    for source, adapter in zip(opened, adapters, strict=True):
+        reason = source.source.extras_reason if source.source is not None else None
+        if reason is not None:
+            yield Finding("refused", (adapter.name,), str(extras_without_policy(adapter.name, reason)))
 
 
 def _misfits(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dc_merge_peft import metrics
-from dc_merge_peft.adapter import open_sources, progress_bar
+from dc_merge_peft.adapter import progress_bar
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.engine import checked_device, checked_factors, compute_device
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
@@ -20,6 +20,7 @@ from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources import CheckpointSource, Source
 from dc_merge_peft.sources.base import IN_MEMORY
+from dc_merge_peft.sources.opening import open_sources
 
 NOTHING = Kept(projected_dir_sim=0.0, projected_cos_sim=0.0, retained_energy=0.0, strength=0.0)
 

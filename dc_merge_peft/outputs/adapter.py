@@ -11,6 +11,7 @@ import yaml
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.outputs.extras import extra_tensors
 from dc_merge_peft.outputs.files import save_reproducibly
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
@@ -71,6 +72,7 @@ def _write_files(result: MergeResult, folder: Path, *, base: CardFacts, place: s
         ending = "" if layout.kind == "embedding" else ".weight"
         for name, factor in zip(layout.factor_names, (A, B), strict=True):
             tensors[f"base_model.model.{layer}.{name}{ending}"] = factor.cpu()
+    tensors |= {f"base_model.model.{key}": value.cpu() for key, value in extra_tensors(result).items()}
     record = run_record(result)
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
     save_reproducibly(

@@ -6,22 +6,22 @@ import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, preview
-from dc_merge_peft.hub_errors import harmless, in_words, secrets
+from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.outputs.fused_extras import extra_writes
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
-from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words, fetch_files
+from dc_merge_peft.sources.base_model import injected_layer, path_in_model
+from dc_merge_peft.sources.hub import HubId, fetch_files
 
 # What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
 COMPANIONS = (
@@ -30,75 +30,20 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """The base model in the class its own config names, in the dtype it is stored in.
-
-    Args:
-        base: A model directory, or a Hub id (``org/name``, ``org/name@revision``).
-        token: For the Hub; by default that of the environment or login.
-        trust_remote_code: Run the Python code that the repository or directory brings along.
-
-    Raises:
-        SourceError: it can't be loaded, or brings code that is not trusted.
-    """
-    import transformers
-
-    hub_id = None if Path(base).is_dir() else HubId.parse(str(base))
-    options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
-    if hub_id is not None and hub_id.revision:
-        options["revision"] = hub_id.revision
-    place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, **options)
-        return _model_class(config).from_pretrained(place, dtype="auto", **options)
-    except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
-        known = secrets(token)
-        raise SourceError(_cannot_load(error, base, hub_id, known)) from harmless(error, known)
-
-
-def _model_class(config: Any) -> Any:
-    """The model class that a config names, of transformers or of the code that comes with it."""
-    import transformers
-
-    name = str((getattr(config, "architectures", None) or [""])[0])
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
-    own: dict[str, Any] = getattr(config, "auto_map", None) or {}
-    auto = next((auto for auto, path in own.items() if str(path).rpartition(".")[2] == name), "AutoModel")
-    return (
-        getattr(transformers, auto)
-        if auto in dir(transformers) and auto.startswith("AutoModel")
-        else transformers.AutoModel
-    )
-
-
-def _cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            f"the base model '{base}' brings Python code of its own, which is not run unasked: expected a model class of "
-            "transformers; read the code, and pass trust_remote_code=True if you trust it"
-        )
-    if hub_id is not None and failed_at_the_hub(error):
-        return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
-    return (
-        f"the base model '{base}' can't be loaded ({in_words(error, known)}): expected a transformers model directory or a "
-        "Hub id"
-    )
-
-
 @torch.no_grad()
 def fuse_into(model: nn.Module, result: MergeResult) -> None:
-    """Add every merged delta to its weight, in float32 and back to the weight's dtype; all modules are checked first.
+    """Add every merged delta to its weight, in float32 and back to the weight's dtype, and put what stands outside B and A in
+    its place; everything is checked first.
 
     Weights that are offloaded, to disk too, are in CPU memory afterwards: the files may be the base model's own.
 
     Raises:
-        OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
+        OutputError: a module is missing, has another shape or layer type, or shares its weight with another module; a layer
+            without a bias, for a bias on lora_B.
         SourceError: an offloaded weight is not where accelerate has put it.
         UnsupportedAdapterError: a weight that is quantised, sharded, or on the meta device without an offload hook.
     """
-    injected = next((name for name, module in model.named_modules() if hasattr(module, "get_base_layer")), None)
+    injected = injected_layer(model)
     if injected is not None:
         raise OutputError(
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
@@ -106,6 +51,9 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
         )
     offloading = Offloading(model)
     targets = list(_targets(model, result, offloading))
+    writes = list(extra_writes(model, result, _sharing(model)))
+    for write in writes:  # before the deltas: a value of the base model may be what a delta is added to
+        write()
     for name, module, place in targets:
         parameter = module.get_parameter(place.parameter)
         stored = offloading.find(module, place.parameter) if parameter.is_meta else None
@@ -155,21 +103,17 @@ def save_fused(
 
 
 def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> Iterator[tuple[str, nn.Module, Place]]:
-    """The layer of every merged module and the place of its delta there, checked. A model class with or without its head
-    spells paths with or without ``base_model_prefix``; both are found."""
-    modules = dict(model.named_modules())
-    prefix = getattr(model, "base_model_prefix", "") + "."
+    """The layer of every merged module and the place of its delta there, checked."""
     shared = _sharing(model)
     for name, merged in result.modules.items():
         base_path = merged.layout.base_path(name)
-        candidates = (base_path, prefix + base_path, base_path.removeprefix(prefix))
-        path = next((path for path in candidates if path in modules), None)
+        path = path_in_model(model, base_path)
         if path is None:
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
             )
-        module = modules[path]
+        module = model.get_submodule(path)
         place = place_of(name, module, merged.layout, merged.delta.shape)
         weight = getattr(module, place.parameter, None)
         if place.layout != merged.layout or place.shape != merged.delta.shape or weight is None:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo, Targets
@@ -22,9 +23,6 @@ from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
 # Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
 # worth its complication.
 LARGEST_PADDING = 1.25
-
-# For these PEFT expects a trained head in the checkpoint, which a merged adapter does not have.
-TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
     task_type = _agreed(result.adapters, "task_type")
     fields: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type if task_type not in TASKS_WITH_HEADS else None,
+        "task_type": task_type if has_head(result, task_type) else None,
         "auto_mapping": _agreed(result.adapters, "auto_mapping"),
         "base_model_name_or_path": _agreed(result.adapters, "base_model"),
         "revision": _agreed(result.adapters, "base_revision"),
@@ -118,7 +116,13 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
         "alpha_pattern": dict(ranks.pattern),
     }
     # An empty list, not none at all: for many architectures PEFT has default targets.
-    return {**fields, "target_modules": [], **targets.to_config(), **_parameter_fields(result)}
+    return {
+        **fields,
+        **extra_fields(result),
+        "target_modules": [],
+        **targets.to_config(),
+        **_parameter_fields(result),
+    }
 
 
 def _parameter_fields(result: MergeResult) -> dict[str, Any]:

@@ -24,11 +24,13 @@ def is_hub_id(name: str | None) -> bool:
 def public_copy(result: R) -> R:
     """The same merge with local adapters by the last part of their name, in notes too, and without local base models."""
     short = [dataclasses.replace(info, name=PurePath(info.name).name) for info in result.adapters]
-    public = tuple(_without_paths(info) for info in uniquely_named(short))
-    names = {f"'{old.name}'": f"'{new.name}'" for old, new in zip(result.adapters, public, strict=True)}
-    return dataclasses.replace(
-        result, adapters=public, remarks=tuple(_renamed(remark, names) for remark in result.remarks)
-    )
+    adapters = tuple(_without_paths(info) for info in uniquely_named(short))
+    names = {f"'{old.name}'": f"'{new.name}'" for old, new in zip(result.adapters, adapters, strict=True)}
+    dora = result.dora
+    if dora and not is_hub_id(dora.base):
+        dora = dataclasses.replace(dora, base=None)
+    remarks = tuple(_renamed(remark, names) for remark in result.remarks)
+    return dataclasses.replace(result, adapters=adapters, dora=dora, remarks=remarks)
 
 
 def _renamed(remark: str, names: Mapping[str, str]) -> str:

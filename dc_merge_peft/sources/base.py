@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
@@ -23,6 +24,26 @@ class ModuleSpec:
     rank: int
     layout: Layout
     dtype: torch.dtype
+
+
+# What a tensor outside B and A is:
+#   module     a parameter or buffer of a module that was trained in full (PEFT's modules_to_save)
+#   tokens     trained rows of an embedding (PEFT's trainable_token_indices)
+#   lora_bias  a bias on lora_B: a delta of the layer's bias, scaling folded in
+#   base       a value of the base model itself: trained biases, resized embeddings, anything else stored beside LoRA
+ExtraKind = Literal["module", "tokens", "lora_bias", "base"]
+
+
+@dataclass(frozen=True)
+class ExtraSpec:
+    """One tensor of an adapter outside B and A, known before it is read."""
+
+    kind: ExtraKind
+    module: str  # the module trained in full, the embedding, the LoRA layer, or the one that owns the base value
+    shape: tuple[int, ...]  # of tokens (count, dim)
+    dtype: torch.dtype
+    tokens: tuple[int, ...] = ()  # for tokens: the index of each row
+    optional: bool = False  # base weights that PEFT stores unasked: left out where nothing is said about them
 
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
@@ -126,6 +147,9 @@ class Source(ABC):
 
     info: AdapterInfo
     modules: Mapping[str, ModuleSpec]  # by path in the base model
+    extras: Mapping[str, ExtraSpec] = MappingProxyType({})  # by the path of the tensor in the base model
+    extras_reason: str | None = None  # why they are refused unless the caller says what becomes of them: "has ...; ..."
+    is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
     config: Mapping[str, Any] = MappingProxyType({})  # the adapter's own settings under PEFT's names, where it has any
 
     def scaling(self, module: str) -> float:
@@ -139,6 +163,18 @@ class Source(ABC):
         Raises:
             SourceError: the factors can't be read.
         """
+
+    def lora(self, module: str) -> LowRank:
+        """``scaling * B @ A`` alone, which of a DoRA adapter is a part of the delta; see :class:`DoraSource`."""
+        return self.factors(module)
+
+    def extra(self, name: str) -> Tensor:
+        """One tensor of :attr:`extras`."""
+        raise NotImplementedError(f"'{self.info.name}' holds nothing outside B and A")
+
+    def magnitude(self, module: str) -> Tensor:
+        """The (m,) magnitude vector of one module of a DoRA adapter."""
+        raise NotImplementedError(f"'{self.info.name}' is no DoRA adapter")
 
     def close(self) -> None:  # noqa: B027 (optional: most sources keep nothing open)
         """Let go of open files; reading again is an error."""

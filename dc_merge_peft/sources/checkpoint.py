@@ -18,11 +18,13 @@ from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.cards import read_card
+from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
+from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
-from dc_merge_peft.sources.keys import FactorKeys, factor_keys
-from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
+from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
+from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
 LARGEST_CONFIG = 10_000_000  # bytes; one with a pattern for each of a thousand modules has some 100 kB
@@ -40,7 +42,7 @@ class CheckpointSource(Source):
 
         Raises:
             SourceError: missing, corrupt or incomplete files, or no LoRA.
-            UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A``.
+            UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's.
         """
         files = locate(source, token)
         self.name = name or files.directory.name if files.revision is None else name or files.location
@@ -54,7 +56,17 @@ class CheckpointSource(Source):
         self._last_read: tuple[str, Tensor, Tensor] | None = None
         specs = {layer: self._spec(layer, keys, self._stacks.get(layer)) for layer, keys in self._keys.items()}
         self.modules = {module: spec for layer, spec in specs.items() for module in spec.layout.modules(layer)}
+        self._read_beside()
         self.info = _describe(self.name, files, self.config)
+
+    def _read_beside(self) -> None:
+        """What the checkpoint holds beside the factors, by its keys."""
+        others = other_keys(self._tensors.shapes)
+        self.is_dora = bool(self.config.get("use_dora"))
+        self._magnitudes = magnitude_keys(others, self._keys, self.config, self.name)
+        self._extras = stored_extras(others, self._tensors, self.config, self.modules, self.name)
+        self.extras = {name: stored.spec for name, stored in self._extras.items()}
+        self.extras_reason = extras_reason(self.config, self.extras)
 
     def scaling(self, module: str) -> float:
         spec = self.modules[module]
@@ -63,9 +75,26 @@ class CheckpointSource(Source):
         return stack.scaling if stack else lora_scaling(self.config, _wrapped(layer), spec.rank)
 
     def factors(self, module: str) -> LowRank:
+        if self.is_dora:
+            raise dora_without_base(self.name)
+        return self.lora(module)
+
+    def lora(self, module: str) -> LowRank:
         layout = self.modules[module].layout
         own = layout.own(module, *self._read(layout.layer(module)))
         return layout.to_lowrank(*own, self.scaling(module))
+
+    def extra(self, name: str) -> Tensor:
+        return self._extras[name].read(self._tensors)
+
+    def magnitude(self, module: str) -> Tensor:
+        magnitude = self._tensors.read(self._magnitudes[module]).flatten()
+        if len(magnitude) != self.modules[module].shape[0]:
+            raise SourceError(
+                f"adapter '{self.name}' has {len(magnitude)} magnitudes for '{module}': expected one for each of its "
+                f"{self.modules[module].shape[0]} outputs; the checkpoint is damaged"
+            )
+        return magnitude
 
     def close(self) -> None:
         self._last_read = None

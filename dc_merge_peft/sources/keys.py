@@ -19,8 +19,6 @@ _FACTOR = re.compile(
 
 # What is stored beside factors that makes the delta more than B @ A, with the feature that stores it.
 _FEATURES = {
-    r"lora_magnitude_vector": "DoRA: its delta is rescaled by a magnitude vector",
-    r"lora_B(\.[^.]+)?\.bias$": "lora_bias=True: a bias vector belongs to the delta",
     r"lora_E$|lora_E\.|ranknum": "AdaLoRA: its delta has a third factor",
     r"lora_diag": "KaSA: its delta has a third factor",
     r"lora_(rotation|embedding_rotation)": "a LoRA variant with a rotation",
@@ -48,7 +46,7 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
 
     Raises:
         SourceError: no LoRA factors, a factor without its partner, or factors of several adapters in one file.
-        UnsupportedAdapterError: tensors that make the delta more than ``B @ A``, or trained parameters outside LoRA.
+        UnsupportedAdapterError: tensors that make the delta more than ``B @ A``.
     """
     found: dict[tuple[str, bool], dict[str, str]] = {}
     infixes: set[str | None] = set()
@@ -59,10 +57,10 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
             others.append(key)
             continue
         infixes.add(match["adapter"])
-        pair = found.setdefault((_module_path(match["module"]), match["embedding"] is not None), {})
+        pair = found.setdefault((module_path(match["module"]), match["embedding"] is not None), {})
         if match["factor"] in pair:
             raise SourceError(
-                f"adapter '{adapter}' stores lora_{match['factor']} of '{_module_path(match['module'])}' twice "
+                f"adapter '{adapter}' stores lora_{match['factor']} of '{module_path(match['module'])}' twice "
                 f"('{pair[match['factor']]}' and '{key}'): expected one adapter in one file; save the adapters apart"
             )
         pair[match["factor"]] = key
@@ -76,7 +74,12 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
     return {module: _pair(module, pair, embedding, adapter) for (module, embedding), pair in found.items()}
 
 
-def _module_path(module: str) -> str:
+def other_keys(keys: Iterable[str]) -> list[str]:
+    """The keys of a checkpoint that are no factors."""
+    return [key for key in keys if _FACTOR.fullmatch(key) is None]
+
+
+def module_path(module: str) -> str:
     """The path as the base model spells it."""
     return module.replace("_orig_mod.", "").removeprefix(PREFIX)
 
@@ -93,7 +96,8 @@ def _pair(module: str, pair: dict[str, str], embedding: bool, adapter: str) -> F
 
 
 def _refuse_others(others: list[str], adapter: str, *, any_factor: bool) -> None:
-    """Keys that are no factors: base weights kept beside them are ignored, everything else is refused by name."""
+    """Keys that are no factors: those that change what the factors mean are refused by name, others are left to the reader of
+    what stands beside them."""
     for key in others:
         for pattern, feature in _FEATURES.items():
             if re.search(pattern, key):
@@ -105,11 +109,4 @@ def _refuse_others(others: list[str], adapter: str, *, any_factor: bool) -> None
         listing = f"found {preview(others)}" if others else "it is empty"
         raise SourceError(
             f"adapter '{adapter}' has no lora_A or lora_B tensors ({listing}): expected a PEFT LoRA checkpoint"
-        )
-    trained = [key for key in others if ".base_layer." not in key]
-    if trained:
-        raise UnsupportedAdapterError(
-            f"adapter '{adapter}' holds trained parameters outside LoRA ({preview(trained)}), from modules_to_save, "
-            "trainable tokens or a resized vocabulary; expected LoRA factors alone: there is no exact way to merge "
-            "full values, so save the adapter without them"
         )

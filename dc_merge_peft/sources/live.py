@@ -17,8 +17,11 @@ from dc_merge_peft.layout import STORED_OUT_PROJ, Layout, holder_and_depth
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.dora import matrix_of
 from dc_merge_peft.sources.experts import parameters_at, target_parameters
-from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
+from dc_merge_peft.sources.extras import extras_reason
+from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
+from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 
 # Layer classes whose stored factors are not one B and one A for one weight.
 _UNSUPPORTED_LAYERS = {
@@ -27,6 +30,7 @@ _UNSUPPORTED_LAYERS = {
 }
 # LoRA variants whose forward pass is scaling * B @ A all the same: MiCA trains A alone, VeLoRA saves memory in training.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
+_DORA_VARIANTS = tuple(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"))
 
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
@@ -52,13 +56,15 @@ class LiveSource(Source):
         Raises:
             OptionError: the model has no such adapter.
             SourceError: the adapter is no LoRA, or is merged into the base weights at the moment.
-            UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A``, or whose factors are sharded or lost.
+            UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's, or whose factors are sharded or
+                lost.
         """
         configs: dict[str, Any] = tuner.peft_config  # type: ignore[assignment]
         if adapter not in configs:
             raise OptionError(unknown_name("adapter", adapter, configs))
         config = _config_values(configs[adapter])
         refuse_unless_plain_lora(config, adapter)
+        refuse_live_biases(config, adapter)
         model: nn.Module = tuner.model  # type: ignore[assignment]
         self._adapter, self.config = adapter, config
         self._offloading = Offloading(model)
@@ -70,6 +76,10 @@ class LiveSource(Source):
         self._parameters = target_parameters(config)
         specs = {name: self._spec(name, layer) for name, layer in self._layers.items()}
         self.modules = {module: spec for name, spec in specs.items() for module in spec.layout.modules(name)}
+        self._extras = live_extras(model, adapter, self._layers)
+        self.extras = {name: extra.spec for name, extra in self._extras.items()}
+        self.extras_reason = extras_reason(config, self.extras)
+        self.is_dora = any(adapter in layer.lora_magnitude_vector for layer in self._layers.values())
         self.info = AdapterInfo(
             name=adapter,
             location=IN_MEMORY,
@@ -87,6 +97,11 @@ class LiveSource(Source):
         return float(layer.scaling[self._adapter])
 
     def factors(self, module: str) -> LowRank:
+        if self.is_dora:
+            raise dora_without_base(self._adapter)
+        return self.lora(module)
+
+    def lora(self, module: str) -> LowRank:
         layout = self.modules[module].layout
         layer = self._layers[layout.layer(module)]
         A, B = (
@@ -100,6 +115,27 @@ class LiveSource(Source):
         parameter: Tensor = getattr(holder, key)
         place = self._offloading.find(holder, key) if parameter.is_meta else None
         return parameter.detach() if place is None else place.read(parameter, name)
+
+    def extra(self, name: str) -> Tensor:
+        return self._extras[name].read()
+
+    def magnitude(self, module: str) -> Tensor:
+        vectors = self._layers[self.modules[module].layout.layer(module)].lora_magnitude_vector
+        if self._adapter not in vectors:
+            raise SourceError(
+                f"adapter '{self._adapter}' is DoRA, but has no magnitude vector in '{module}': expected one in every layer; "
+                "load it again"
+            )
+        holder: nn.Module = vectors[self._adapter]  # type: ignore[assignment]
+        return self._numbers(holder, "weight", f"the magnitude vector of '{module}'").flatten()
+
+    def base_weight(self, module: str) -> Tensor:
+        """The (m, n) weight of the base layer under a module, from wherever it is kept."""
+        layer = self._layers[self.modules[module].layout.layer(module)].get_base_layer()
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor):
+            weight = self._numbers(layer, "weight", f"the base weight of '{module}'")
+        return matrix_of(module, layer, weight, self.modules[module], self._adapter)
 
     def _spec(self, name: str, layer: LoraLayer) -> ModuleSpec:
         kind = type(layer).__name__
@@ -168,12 +204,14 @@ def _refuse_merged_and_variants(name: str, layer: LoraLayer, adapter: str) -> No
             "expected unmerged adapters; call model.unmerge_adapter() first"
         )
     variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
-    if variant not in ("NoneType", *_PLAIN_VARIANTS) or adapter in layer.lora_magnitude_vector:
+    is_dora = variant in _DORA_VARIANTS and adapter in layer.lora_magnitude_vector
+    if variant not in ("NoneType", *_PLAIN_VARIANTS) and not is_dora:
         raise UnsupportedAdapterError(
             f"adapter '{adapter}' uses {variant} in '{name}': expected plain LoRA, whose delta is scaling * B @ A: convert "
             "it to plain LoRA first"
         )
-    if adapter in layer.lora_B and getattr(layer.lora_B[adapter], "bias", None) is not None:
+    if is_dora and adapter in layer.lora_B and getattr(layer.lora_B[adapter], "bias", None) is not None:
         raise UnsupportedAdapterError(
-            f"adapter '{adapter}' has a bias on lora_B in '{name}': expected plain LoRA; train it with lora_bias=False"
+            f"adapter '{adapter}' is DoRA with a bias on lora_B in '{name}', for which PEFT's forward pass and its merged weight "
+            "differ: expected one of them; train it with lora_bias=False"
         )

@@ -1,4 +1,5 @@
-"""Which LoRA configs are plain, so that the delta is ``scaling * B @ A`` and nothing else; the rest is refused.
+"""Which LoRA configs have the delta ``scaling * B @ A``, or DoRA's; the rest is refused. What they hold beside the factors
+is not judged here: see :mod:`dc_merge_peft.extras`.
 
 The rules read a config as a mapping, so that a JSON file and a ``LoraConfig`` in memory meet the same ones.
 """
@@ -11,14 +12,9 @@ from typing import Any
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError
 
 _TO_PLAIN = "convert it to plain LoRA, or merge it into its base model and extract a LoRA"
-_EXTRA_VALUES = "full values have no exact merge: train or save the adapter without them"
 
 # field: (what it means, what to do); refused where the field is set to anything but its "off" value.
 _FEATURES: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA, whose delta is rescaled by a magnitude vector", _TO_PLAIN),
-    "lora_bias": ("a trained bias on lora_B", "train or save the adapter with lora_bias=False"),
-    "modules_to_save": ("fully trained modules beside LoRA", _EXTRA_VALUES),
-    "trainable_token_indices": ("trained token embeddings beside LoRA", _EXTRA_VALUES),
     "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
     "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
     "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _TO_PLAIN),
@@ -43,6 +39,11 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
     if kind != "LORA":
         convert = "; peft.convert_to_lora turns some kinds into LoRA" if kind else ""
         raise SourceError(f"adapter '{adapter}' has peft_type {kind or 'missing'}: expected LORA{convert}")
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise UnsupportedAdapterError(
+            f"adapter '{adapter}' has use_dora=True and lora_bias=True, for which PEFT's forward pass and its merged weight "
+            "differ: expected one of them; train it with lora_bias=False"
+        )
     for name, (meaning, remedy) in _FEATURES.items():
         value = config.get(name)
         if value is not None and value is not False and value != [] and value != {}:
@@ -50,12 +51,6 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
                 f"adapter '{adapter}' has {name}={value!r}: {meaning}; expected plain LoRA, whose delta is "
                 f"scaling * B @ A: {remedy}"
             )
-    bias = config.get("bias", "none")
-    if bias != "none":
-        raise UnsupportedAdapterError(
-            f"adapter '{adapter}' has bias={bias!r}: trained bias vectors of the base model; expected bias='none': "
-            "train the adapter without biases"
-        )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise UnsupportedAdapterError(
@@ -65,12 +60,28 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
         )
 
 
+def dora_without_base(adapter: str) -> UnsupportedAdapterError:
+    """The refusal of a DoRA adapter whose base model is not at hand."""
+    return UnsupportedAdapterError(
+        f"adapter '{adapter}' has use_dora=True: DoRA, whose delta is rescaled by a magnitude vector and depends on the base "
+        f"model's weights; expected plain LoRA, whose delta is scaling * B @ A, or the base model beside it: name that "
+        f"(base=..., --base), or {_TO_PLAIN}"
+    )
+
+
+def extras_without_policy(adapter: str, reason: str) -> UnsupportedAdapterError:
+    """The refusal of an adapter that holds more than B and A where nobody has said what becomes of that."""
+    return UnsupportedAdapterError(
+        f"adapter '{adapter}' {reason}; or say what becomes of them: 'average', 'first', 'drop' or the name of one adapter "
+        "(extras=..., --extras)"
+    )
+
+
 def refused_kinds() -> list[tuple[str, str, str]]:
     """``(what is refused, what it means, what to do)`` for every rule above and those on other kinds of adapters."""
     return [
         ("peft_type other than LORA", "another kind of adapter", "convert it with peft.convert_to_lora where PEFT can"),
         *((name, meaning, remedy) for name, (meaning, remedy) in _FEATURES.items()),
-        ("bias other than none", "trained bias vectors of the base model", "train the adapter without biases"),
         (
             f"init_lora_weights of {', '.join(_CHANGES_BASE)}",
             "factors are relative to a base model that this initialisation changed",

@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
 from dc_merge_peft.cli import app
 from dc_merge_peft.demo.tasks import assets
+from tests.support import models
+from tests.support.extras import QUERY, save_extras
 from tests.support.models import write_checkpoint
 from tests.support.workspace import make_workspace
 
@@ -109,6 +111,18 @@ def test_an_adapter_that_cannot_be_merged(workspace: Path) -> None:
     assert "refused: 'dora' can't be merged" in output and "DoRA" in output and "org/base" in output
     assert "\x1b" not in output
     failed(run("inspect", "math-lora", "dora", "-m", "ta"), "DoRA")
+
+
+def test_adapters_that_need_a_word_more(workspace: Path) -> None:
+    """Of a DoRA adapter nothing is measured, since B and A alone are not its delta; of one with a head its factors are."""
+    with_head = {**QUERY, "modules_to_save": ["pooler"]}
+    save_extras(models.bert, workspace, {"dora": {**QUERY, "use_dora": True}, "head": with_head})
+    report = json.loads(shown("inspect", "dora", "head", "--json"))
+    dora, head = report["adapters"]
+    assert all(not module["S"] and "--base" in module["problem"] for module in dora["modules"].values())
+    assert all(module["S"] and module["problem"] is None for module in head["modules"].values())
+    texts = {finding["adapters"][0]: finding["text"] for finding in report["findings"] if finding["level"] == "refused"}
+    assert "use_dora=True" in texts["dora"] and "--extras" in texts["head"]
 
 
 def test_many_real_adapters() -> None:

@@ -15,8 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.hub_errors import TRIES
-from dc_merge_peft.outputs import fused
-from dc_merge_peft.sources import CheckpointSource
+from dc_merge_peft.sources import CheckpointSource, base_model
 from tests.support import models
 from tests.support.hub_adapters import ONE, TWO, adapter_hub, merge
 from tests.support.hub_server import HubServer, point_client_at
@@ -47,8 +46,8 @@ def test_private_by_token(server: HubServer, monkeypatch: pytest.MonkeyPatch, tm
     source = CheckpointSource(ONE, token=token)
     assert source.info.location == ONE and token not in repr(vars(source))
     with refused(SourceError, "the base model can't be loaded", "no Hub repository 'org/base'", "private"):
-        fused.load_base("org/base")
-    assert isinstance(fused.load_base("org/base", token=token), type(models.bert()))
+        base_model.load_base("org/base")
+    assert isinstance(base_model.load_base("org/base", token=token), type(models.bert()))
 
 
 def test_a_token_of_nobody(server: HubServer) -> None:
@@ -174,7 +173,7 @@ def test_bases_that_can_not_be_had(
     if failure:
         server.fail(None, "org/base", times=999, **failure)
     with refused(SourceError, *words):
-        fused.load_base(base)
+        base_model.load_base(base)
 
 
 PASSING: dict[str, tuple[str, dict[str, Any]]] = {

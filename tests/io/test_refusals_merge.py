@@ -20,11 +20,11 @@ from dc_merge_peft import (
     OutputError,
     SourceError,
 )
-from dc_merge_peft.adapter import open_sources
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.methods.arithmetic import TaskArithmetic
 from dc_merge_peft.methods.base import MethodConfig
 from dc_merge_peft.plan import plan_merge
+from dc_merge_peft.sources.opening import open_sources
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import listing, merge_refused, refused
 

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dc_merge_peft import DCMergeAdapter, OutputError, SourceError
-from dc_merge_peft.outputs import fused
-from dc_merge_peft.sources import CheckpointSource
+from dc_merge_peft.sources import CheckpointSource, base_model
 from tests.support import models
 from tests.support.hub_adapters import ONE, PUBLISHED, adapter_hub, merge
 from tests.support.hub_server import HubServer
@@ -109,7 +108,7 @@ def test_a_repository_of_hostile_paths(server: HubServer, tmp_path: Path, evil: 
     server.add_repo("org/hostile", {**adapter, **hostile})
     server.add_repo("org/base", {**listing(tmp_path / "base"), **hostile})
     assert list(merge("org/hostile").modules) == ["enc.q"]
-    assert isinstance(fused.load_base("org/base"), type(models.bert()))
+    assert isinstance(base_model.load_base("org/base"), type(models.bert()))
     model = models.with_lora(models.bert(), {"first": {"r": 2, "target_modules": ["query"]}})
     folders = models.save_adapters(model, tmp_path / "in")
     fuse = partial(DCMergeAdapter().fuse, "org/base", folders, tmp_path / "out")
@@ -211,7 +210,7 @@ def test_architectures_are_model_classes(tmp_path: Path, name: str) -> None:
     models.bert().save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
-    assert isinstance(fused.load_base(tmp_path / "base"), type(models.bert()))
+    assert isinstance(base_model.load_base(tmp_path / "base"), type(models.bert()))
 
 
 CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -26,7 +26,6 @@ def test_refused_kinds_are_refused(tmp_path: Path, kind: tuple[str, str, str]) -
     name, meaning, remedy = kind
     fields: dict[str, dict[str, Any]] = {
         "peft_type other than LORA": {"peft_type": "LOHA"},
-        "bias other than none": {"bias": "all"},
         "init_lora_weights of pissa, olora, corda, loftq, lora_ga": {"init_lora_weights": "olora"},
     }
     folder = write_checkpoint(tmp_path / "task", **fields.get(name, {name: [1]}))

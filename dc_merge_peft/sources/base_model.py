@@ -1,0 +1,125 @@
+"""The base model: loaded in its own class when it is first needed, its layers found under the paths that adapters use."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dc_merge_peft.errors import SourceError
+from dc_merge_peft.hub_errors import harmless, in_words, secrets
+from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
+
+
+class BaseModel:
+    """A base model by name, loaded once and not before it is needed, or one in memory."""
+
+    def __init__(
+        self, base: str | Path | nn.Module, *, token: str | bool | None = None, trust_remote_code: bool = False
+    ) -> None:
+        """
+        Args:
+            base: A model directory, a Hub id, or a model.
+            token: For the Hub; by default that of the environment or login.
+            trust_remote_code: Run the Python code that the repository or directory brings along.
+        """
+        self.base = base
+        self._options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
+
+    @classmethod
+    def of(cls, base: str | Path | nn.Module | BaseModel | None, token: str | bool | None) -> BaseModel | None:
+        """A base model as users name it; one that is none stays None."""
+        return base if base is None or isinstance(base, BaseModel) else cls(base, token=token)
+
+    @property
+    def location(self) -> str | None:
+        """Directory or Hub id; None for a model in memory."""
+        return None if isinstance(self.base, nn.Module) else str(self.base)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model itself.
+
+        Raises:
+            SourceError: it can't be loaded, or brings code that is not trusted.
+        """
+        return self.base if isinstance(self.base, nn.Module) else load_base(self.base, **self._options)
+
+
+def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The base model in the class its own config names, in the dtype it is stored in.
+
+    Args:
+        base: A model directory, or a Hub id (``org/name``, ``org/name@revision``).
+        token: For the Hub; by default that of the environment or login.
+        trust_remote_code: Run the Python code that the repository or directory brings along.
+
+    Raises:
+        SourceError: it can't be loaded, or brings code that is not trusted.
+    """
+    import transformers
+
+    hub_id = None if Path(base).is_dir() else HubId.parse(str(base))
+    options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
+    if hub_id is not None and hub_id.revision:
+        options["revision"] = hub_id.revision
+    place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+        return _model_class(config).from_pretrained(place, dtype="auto", **options)
+    except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
+        known = secrets(token)
+        raise SourceError(_cannot_load(error, base, hub_id, known)) from harmless(error, known)
+
+
+def _model_class(config: Any) -> Any:
+    """The model class that a config names, of transformers or of the code that comes with it."""
+    import transformers
+
+    name = str((getattr(config, "architectures", None) or [""])[0])
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    own: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, path in own.items() if str(path).rpartition(".")[2] == name), "AutoModel")
+    return (
+        getattr(transformers, auto)
+        if auto in dir(transformers) and auto.startswith("AutoModel")
+        else transformers.AutoModel
+    )
+
+
+def _cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"the base model '{base}' brings Python code of its own, which is not run unasked: expected a model class of "
+            "transformers; read the code, and pass trust_remote_code=True if you trust it"
+        )
+    if hub_id is not None and failed_at_the_hub(error):
+        return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
+    return (
+        f"the base model '{base}' can't be loaded ({in_words(error, known)}): expected a transformers model directory or a "
+        "Hub id"
+    )
+
+
+def path_in_model(model: nn.Module, name: str) -> str | None:
+    """The path of a module of an adapter in a model, None where there is none. A model class with or without its head
+    spells paths with or without ``base_model_prefix``; both are found."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return next((path for path in (name, prefix + name, name.removeprefix(prefix)) if _has_module(model, path)), None)
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def injected_layer(model: nn.Module) -> str | None:
+    """The path of a layer that an adapter wraps, None in a plain model."""
+    return next((name for name, module in model.named_modules() if hasattr(module, "get_base_layer")), None)
