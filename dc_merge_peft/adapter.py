@@ -16,6 +16,7 @@ from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources import CheckpointSource, Source
+from dc_merge_peft.sources.renames import RenamedSource, rename_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,6 +111,7 @@ class DCMergeAdapter:
         device: torch.device | str | None = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
+        rename: str | None = None,
         progress: bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
@@ -122,15 +124,17 @@ class DCMergeAdapter:
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
+            rename: For adapters of an old or foreign layout, as in ``"llava-hf"`` or ``"clip-vision-v5"``: read their modules
+                under the names that the base model has today. :data:`dc_merge_peft.sources.renames.RENAMES` has them all.
             progress: Show a progress bar; by default on a terminal only.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
             UnsupportedAdapterError: an adapter that is no plain LoRA.
             IncompatibleAdaptersError: adapters that don't belong together.
-            OptionError: a wrong weight, rank, dtype or device.
+            OptionError: a wrong weight, rank, dtype, device or rename.
         """
-        opened = open_sources(sources)
+        opened = open_sources(sources, rename)
         try:
             plan = self.plan(
                 opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
@@ -151,10 +155,11 @@ class DCMergeAdapter:
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
         allow_different_bases: bool = False,
+        rename: str | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
-            open_sources(sources),
+            open_sources(sources, rename),
             self.method,
             weights,
             svd_rank=svd_rank,
@@ -201,16 +206,20 @@ class DCMergeAdapter:
         return model
 
 
-def open_sources(sources: Sequence[str | Path | Source]) -> list[Source]:
-    """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
+def open_sources(sources: Sequence[str | Path | Source], rename: str | None = None) -> list[Source]:
+    """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
+    where that is asked for."""
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     sources = list(sources)  # it is gone through twice
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
-    return [
+    if rename is not None:
+        rename_named(rename)  # before anything is opened or downloaded
+    opened = [
         source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
         for source in sources
     ]
+    return opened if rename is None else [RenamedSource(source, rename) for source in opened]
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.renames import rename_remarks
 
 # Output dtypes by the name a user may give.
 DTYPES = {
@@ -97,7 +98,7 @@ def plan_merge(
         weights=checked,
         svd_rank=svd_rank,
         dtype=_output_dtype(dtype, sources),
-        remarks=(*_incomplete(sources, infos), *_remarks(method, modules)),
+        remarks=(*_incomplete(sources, infos), *rename_remarks(sources), *_remarks(method, modules)),
     )
 
 
@@ -210,7 +211,7 @@ def _incomplete(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iter
     """Adapters whose config names target modules that their weights lack. Lists written for several architectures look
     the same, so it is no error."""
     for source, info in zip(sources, infos, strict=True):
-        missing = info.targets.unmatched(source.modules)
+        missing = source.unmatched_targets()
         if missing:
             yield (
                 f"adapter '{info.name}' targets {preview(missing)} in its config but has no factors for it: nothing of it is "

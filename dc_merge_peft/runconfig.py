@@ -26,6 +26,7 @@ class RunConfig:
     weights: tuple[float, ...] | None = None
     method: str = "dc"
     options: Mapping[str, Any] = field(default_factory=dict)
+    rename: str | None = None
     svd_rank: int | None = None
     dtype: str | None = None
     device: str | None = None
@@ -65,7 +66,7 @@ class RunConfig:
                 )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
-        for name in ("output", "method", "dtype", "device"):
+        for name in ("output", "method", "rename", "dtype", "device"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
@@ -84,6 +85,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         weights=result.weights,
         method=result.method,
         options=dict(result.options),
+        rename=result.adapters[0].rename if result.adapters else None,
         svd_rank=result.svd_rank,
         dtype=str(result.dtype).removeprefix("torch."),
     )

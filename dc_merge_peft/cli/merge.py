@@ -20,6 +20,7 @@ from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.runconfig import RunConfig, run_record
+from dc_merge_peft.sources.renames import RENAMES
 
 _METHOD, _RUN, _REST = "Method", "Run", "Output"
 
@@ -57,6 +58,13 @@ def merge(
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-O", help="Any option of the method, as in -O mask=false.", rich_help_panel=_METHOD),
+    ] = None,
+    rename: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     svd_rank: Annotated[
         int | None,
@@ -110,6 +118,7 @@ def merge(
         weights=_numbers(weights) if weights is not None else None,
         method=method,
         options=dict(_assignments(option or [], shortcuts)),
+        rename=rename,
         svd_rank=svd_rank,
         dtype=dtype,
         device=device,
@@ -128,6 +137,7 @@ def merge(
         "svd_rank": run.svd_rank,
         "dtype": run.dtype,
         "allow_different_bases": allow_different_bases,
+        "rename": run.rename,
     }
     if dry_run:
         _print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)

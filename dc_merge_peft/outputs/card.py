@@ -74,7 +74,7 @@ def fused_card(result: MergeResult, record: Mapping[str, Any]) -> str:
 
 def base_model_id(result: MergeResult) -> str | None:
     """The base model's Hub id where all adapters agree on one; never a local path."""
-    names = {info.base_model for info in result.adapters}
+    names = {info.fitting_base for info in result.adapters}
     name = next(iter(names)) if len(names) == 1 else None
     return name if is_hub_id(name) else None
 

@@ -18,6 +18,7 @@ from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.sources.renames import fitting_rename
 
 # What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
 COMPANIONS = (
@@ -104,6 +105,7 @@ def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Mo
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([name])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
+                + fitting_rename(result.modules, modules.__contains__)
             )
         module = modules[path]
         weight = getattr(module, "weight", None)

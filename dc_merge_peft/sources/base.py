@@ -106,6 +106,13 @@ class AdapterInfo:
     auto_mapping: Mapping[str, Any] | None = None
     fan_in_fan_out: bool = False
     targets: Targets = field(default_factory=Targets)
+    rename: str | None = None  # the rename under which its modules are read
+    same_base: bool = True  # whether the modules are those of base_model itself, and not of a converted copy
+
+    @property
+    def fitting_base(self) -> str | None:
+        """The base model whose modules are named as the adapter's are; None where it has no name, or an unknown one."""
+        return self.base_model if self.same_base else None
 
 
 class Source(ABC):
@@ -121,6 +128,10 @@ class Source(ABC):
         Raises:
             SourceError: the factors can't be read.
         """
+
+    def unmatched_targets(self) -> list[str]:
+        """Names in the config's list of targets that no module matches."""
+        return self.info.targets.unmatched(self.modules)
 
     def close(self) -> None:  # noqa: B027 (optional: most sources keep nothing open)
         """Let go of open files; reading again is an error."""
