@@ -19,6 +19,7 @@ from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys
+from dc_merge_peft.sources.llava import refuse_extras_file
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
@@ -39,6 +40,7 @@ class CheckpointSource(Source):
         files = locate(source)
         self.name = name or files.directory.name if files.revision is None else name or files.location
         self._config = _read_config(files, self.name)
+        refuse_extras_file(files.directory, self.name)
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
