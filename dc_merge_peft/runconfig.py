@@ -85,7 +85,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         weights=result.weights,
         method=result.method,
         options=dict(result.options),
-        rename=result.adapters[0].rename if result.adapters else None,
+        rename=result.rename,
         svd_rank=result.svd_rank,
         dtype=str(result.dtype).removeprefix("torch."),
     )

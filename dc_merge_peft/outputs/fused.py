@@ -105,7 +105,7 @@ def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Mo
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([name])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
-                + fitting_rename(result.modules, modules.__contains__)
+                + fitting_rename(result.modules, modules.__contains__, result.rename)
             )
         module = modules[path]
         weight = getattr(module, "weight", None)

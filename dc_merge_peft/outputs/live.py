@@ -92,7 +92,7 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
     if missing:
         raise OutputError(
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
-            "from the one they were trained with" + fitting_rename(result.modules, modules.__contains__)
+            "from the one they were trained with" + fitting_rename(result.modules, modules.__contains__, result.rename)
         )
     for name, merged in result.modules.items():
         module = modules[name]

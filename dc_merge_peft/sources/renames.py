@@ -67,7 +67,7 @@ RENAMES: dict[str, Rename] = {
     ),
     # transformers 5 has no level in between here: KnOTS's and DC-Merge's checkpoints were made with version 4.
     "clip-vision-v5": Rename(
-        old="CLIPVisionModel before transformers 5",
+        old="the CLIPVisionModel of transformers 4",
         new="that of transformers 5",
         rules=((r"vision_model\.", ""),),
         keeps=r"(embeddings|encoder|pre_layrnorm|post_layernorm|head)\b",
@@ -75,7 +75,7 @@ RENAMES: dict[str, Rename] = {
         about=r" (\w*VisionModel)?$",
     ),
     "clip-text-v5": Rename(
-        old="CLIPTextModel before transformers 5",
+        old="the CLIPTextModel of transformers 4",
         new="that of transformers 5",
         rules=((r"text_model\.", ""),),
         keeps=r"(embeddings|encoder|final_layer_norm|head)\b",
@@ -84,7 +84,7 @@ RENAMES: dict[str, Rename] = {
     ),
     # ViT, DeiT and BEiT, with and without a head's class around them.
     "vit-v5": Rename(
-        old="ViT, DeiT and BEiT before transformers 5",
+        old="ViT, DeiT and BEiT of transformers 4",
         new="those of transformers 5",
         rules=(
             (_VIT_LAYER + r"attention\.attention\.query$", r"\1layers.\2.attention.q_proj"),
@@ -99,7 +99,7 @@ RENAMES: dict[str, Rename] = {
         about=r"^(?!.*(?i:dinov2))",
     ),
     "dinov2-v5": Rename(
-        old="DINOv2 before transformers 5",
+        old="the DINOv2 of transformers 4",
         new="that of transformers 5",
         rules=(
             (_DINO_LAYER + r"attention\.query$", r"\1q_proj"),
@@ -218,8 +218,11 @@ def _likely_rename(source: Source) -> str | None:
     return None
 
 
-def fitting_rename(paths: Iterable[str], exists: Callable[[str], bool]) -> str:
-    """For the end of an error about missing modules: the rename under which a model has them all, or nothing."""
+def fitting_rename(paths: Iterable[str], exists: Callable[[str], bool], given: str | None) -> str:
+    """For the end of an error about missing modules: the rename under which a model has them all, or that the one that was
+    given may be the reason."""
+    if given is not None:
+        return f"; they are the names of {RENAMES[given].new}, by rename='{given}': leave it out for another model"
     paths = list(paths)
     for name, rename in RENAMES.items():
         renamed = [new_path(path, rename) for path in paths]

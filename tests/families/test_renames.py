@@ -157,3 +157,17 @@ def test_the_rename_is_pointed_out(tmp_path: Path, name: str) -> None:
         with refused(OutputError, "has no module", *hint):
             TA.fuse(model, folders)
     assert all(torch.equal(value, base(name).state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_rename_that_does_not_fit(tmp_path: Path) -> None:
+    """In a whole CLIP the towers keep their prefix, in transformers 5 too: the error says that the rename is the reason."""
+    _, folders = old_adapters("clip vision", tmp_path)
+    model = FAMILIES["clip"].build()
+    merged = TA.merge(folders, rename="clip-vision-v5")
+    words = ("has no module 'encoder.layers.0.self_attn", "by rename='clip-vision-v5'", "leave it out")
+    with refused(OutputError, *words):
+        merged.add_to(model)
+    with refused(OutputError, *words):
+        TA.fuse(model, folders, rename="clip-vision-v5")
+    with pytest.warns(MergeWarning, match="clip-vision-v5"):
+        TA.fuse(model, folders)
