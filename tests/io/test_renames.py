@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from dc_merge_peft import DCMergeAdapter, IncompatibleAdaptersError, MergeWarning, OptionError, SourceError
 from dc_merge_peft.cli import app
 from dc_merge_peft.sources import CheckpointSource
+from dc_merge_peft.sources.renames import RENAMES
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import merge_refused, refused
 
@@ -170,3 +172,9 @@ def test_sources_that_are_open(tmp_path: Path) -> None:
     assert list(merged.modules) == [NEW.format(0), NEW.format(1)]
     with pytest.raises(Exception, match=r"closed|Invalid|Closed"):
         source.factors(OLD.format(0))
+
+
+def test_documentation_has_every_rename() -> None:
+    """The table in docs/llava.md lists the renames there are, and no others."""
+    page = (Path(__file__).parents[2] / "docs/llava.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE) == list(RENAMES)
