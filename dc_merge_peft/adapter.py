@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import run_merge
+from dc_merge_peft.engine import checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources import CheckpointSource, Source
-from dc_merge_peft.sources.renames import RenamedSource, rename_named
+from dc_merge_peft.sources import Source
+from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading, with_base
+from dc_merge_peft.sources.opening import open_sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,6 +114,8 @@ class DCMergeAdapter:
         allow_different_bases: bool = False,
         allow_zero: bool = False,
         rename: str | None = None,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
         progress: bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
@@ -126,15 +130,21 @@ class DCMergeAdapter:
             allow_zero: Merge adapters with an all-zero factor.
             rename: For adapters of an old or foreign layout, as in ``"llava-hf"`` or ``"clip-vision-v5"``: read their modules
                 under the names that the base model has today. :data:`dc_merge_peft.sources.renames.RENAMES` has them all.
+            base: The base model, which the deltas of DoRA adapters depend on: a directory, a Hub id or a model in memory. It
+                is loaded only if an adapter is DoRA.
+            dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than both sides
+                of a weight; by default twice the adapter's rank.
             progress: Show a progress bar; by default on a terminal only.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
-            UnsupportedAdapterError: an adapter that is no plain LoRA.
+            UnsupportedAdapterError: an adapter that is no plain LoRA, or DoRA without a base model.
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype, device or rename.
         """
-        opened = open_sources(sources, rename)
+        device = checked_device(device)
+        reading = DoraReading(dora_rank, device, allow_zero)
+        opened = with_base(open_sources(sources, rename), as_base(base), reading)
         try:
             plan = self.plan(
                 opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
@@ -156,10 +166,12 @@ class DCMergeAdapter:
         dtype: torch.dtype | str | None = None,
         allow_different_bases: bool = False,
         rename: str | None = None,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
-            open_sources(sources, rename),
+            with_base(open_sources(sources, rename), as_base(base), DoraReading(dora_rank)),
             self.method,
             weights,
             svd_rank=svd_rank,
@@ -194,55 +206,22 @@ class DCMergeAdapter:
             OutputError: a module is missing from the base, has another shape or shares its weight with another one.
         """
         from dc_merge_peft.outputs.directory import check_target
-        from dc_merge_peft.outputs.fused import fuse_into, load_base, save_fused
+        from dc_merge_peft.outputs.fused import fuse_into, save_fused
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        merged = self.merge(sources, weights, **merge_options)
-        model = load_base(base) if isinstance(base, (str, Path)) else base
+        found = BaseModel(base)  # once for DoRA adapters and for the result
+        merged = self.merge(sources, weights, **{"base": found, **merge_options})
+        model = found.model
         fuse_into(model, merged)
         if out is not None:
             save_fused(model, merged, out, base=base if isinstance(base, (str, Path)) else None, overwrite=overwrite)
         return model
 
 
-def open_sources(sources: Sequence[str | Path | Source], rename: str | None = None) -> list[Source]:
-    """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
-    where that is asked for."""
-    if isinstance(sources, (str, Path)):
-        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
-    sources = list(sources)  # it is gone through twice
-    names = short_names([str(source) for source in sources if not isinstance(source, Source)])
-    if rename is not None:
-        rename_named(rename)  # before anything is opened or downloaded
-    opened = [
-        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
-        for source in sources
-    ]
-    return opened if rename is None else [RenamedSource(source, rename) for source in opened]
-
-
-def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each path or Hub id its shortest ending that no other one shares."""
-    parts = {path: _parts(path) for path in paths}
-    names = {}
-    for path, pieces in parts.items():
-        others = [tuple(other) for key, other in parts.items() if key != path]
-        for length in range(1, len(pieces) + 1):
-            ending = tuple(pieces[-length:])
-            names[path] = "/".join(ending)
-            if all(other[-length:] != ending for other in others):
-                break
-    return names
-
-
-def _parts(path: str) -> list[str]:
-    """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
-    try:
-        folder = Path(path).expanduser()
-        return list(folder.resolve().parts[1:]) if folder.is_dir() else path.split("/")
-    except (OSError, RuntimeError, ValueError):
-        return [path]
+def as_base(base: str | Path | nn.Module | BaseModel | None) -> BaseModel | None:
+    """A base model that is loaded when it is needed."""
+    return base if base is None or isinstance(base, BaseModel) else BaseModel(base)
 
 
 def progress_bar(show: bool | None) -> Any:

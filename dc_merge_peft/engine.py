@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dc_merge_peft.completion import completed
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
@@ -58,7 +59,7 @@ def run_merge(
         fit = fit.plus(module_fit)
         merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
         del deltas  # before the next module's are read
-    return MergeResult(
+    result = MergeResult(
         modules=merged,
         alpha=_alpha(method, fit),
         adapters=plan.adapters,
@@ -70,6 +71,7 @@ def run_merge(
         remarks=plan.remarks,
         seconds=time.perf_counter() - start,
     )
+    return completed(result, sources)
 
 
 def merge_module(

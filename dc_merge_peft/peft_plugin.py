@@ -9,11 +9,12 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
-from dc_merge_peft.engine import run_merge
+from dc_merge_peft.engine import checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.live import check_name, install_in_tuner
 from dc_merge_peft.plan import plan_merge
+from dc_merge_peft.sources.dora import DoraReading, DoraSource
 from dc_merge_peft.sources.live import LiveSource
 
 # Arguments of PEFT's own signature that these methods do not have; a call that sets one is refused, not ignored.
@@ -32,6 +33,7 @@ def add_merged_adapter(
     device: torch.device | str | None = None,
     allow_different_bases: bool = False,
     allow_zero: bool = False,
+    dora_rank: int | None = None,
     **options: Any,
 ) -> None:
     """``add_weighted_adapter`` for this library's combination types.
@@ -47,6 +49,7 @@ def add_merged_adapter(
         device: Where to compute; by default where each module lives.
         allow_different_bases: Merge adapters whose configs name different base models.
         allow_zero: Merge adapters with an all-zero factor.
+        dora_rank: Rank at which the dense deltas of DoRA adapters are read; twice the adapter's rank by default.
         **options: Fields of the method's config, such as ``smoothing``, ``rho``, ``density`` and ``alpha``.
 
     Raises:
@@ -62,7 +65,9 @@ def add_merged_adapter(
     check_name(adapter_name, tuner.peft_config)
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")
-    sources = [LiveSource(tuner, adapter) for adapter in adapters]
+    reading = DoraReading(dora_rank, checked_device(device), allow_zero)
+    opened = [LiveSource(tuner, adapter) for adapter in adapters]
+    sources = [DoraSource(source, source.base_weight, reading) if source.is_dora else source for source in opened]
     plan = plan_merge(
         sources, method, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
     )

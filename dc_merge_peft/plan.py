@@ -18,6 +18,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renames import rename_remarks
 
 # Output dtypes by the name a user may give.
@@ -81,9 +82,12 @@ def plan_merge(
     Raises:
         OptionError: no adapters, wrong weights, rank or dtype.
         IncompatibleAdaptersError: repeated adapters, different base models, shapes or layer types, no common module.
+        UnsupportedAdapterError: a DoRA adapter without its base model.
     """
     if not sources:
         raise OptionError("found no adapters to merge: expected at least one")
+    if bare := next((source for source in sources if source.is_dora), None):
+        raise dora_without_base(bare.info.name)
     _refuse_repeated([source.info for source in sources])
     infos = uniquely_named([source.info for source in sources])
     checked = check_weights(weights, infos)

@@ -51,6 +51,15 @@ def relative_tail(S: Tensor, rank: int) -> float:
     return float(S[rank:].norm()) / whole if whole > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class DoraRecord:
+    """How the dense deltas of DoRA adapters were read."""
+
+    base: str | None  # directory or Hub id of their base model; None where it was a model in memory
+    rank: int | None  # as configured: None for twice the adapter's rank
+    errors: Mapping[int, float]  # by index into MergeResult.adapters: relative error of that rank over all modules
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergeResult:
     """A finished merge. Immutable; :meth:`with_alpha` gives a rescaled copy that shares the factors."""
@@ -63,6 +72,7 @@ class MergeResult:
     options: Mapping[str, Any]  # of the method, as configured (alpha may be "auto" here)
     svd_rank: int | None
     dtype: torch.dtype  # of the factors when they are written
+    dora: DoraRecord | None = None  # where any of the adapters is DoRA
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging
 

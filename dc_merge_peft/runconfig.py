@@ -30,6 +30,8 @@ class RunConfig:
     svd_rank: int | None = None
     dtype: str | None = None
     device: str | None = None
+    base: str | None = None
+    dora_rank: int | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
@@ -66,7 +68,7 @@ class RunConfig:
                 )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
-        for name in ("output", "method", "rename", "dtype", "device"):
+        for name in ("output", "method", "rename", "dtype", "device", "base"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
@@ -88,12 +90,17 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         rename=result.rename,
         svd_rank=result.svd_rank,
         dtype=str(result.dtype).removeprefix("torch."),
+        base=result.dora.base if result.dora else None,
+        dora_rank=result.dora.rank if result.dora else None,
     )
-    record = {
+    record: dict[str, Any] = {
         "dc_merge_peft": __version__,
         "alpha": result.alpha,
         "modules": len(result.modules),
         "rank": result.max_rank,
         "truncation_error": result.truncation_error,
     }
+    if result.dora:
+        names = [info.name for info in result.adapters]
+        record["dora_error"] = {names[index]: error for index, error in result.dora.errors.items()}
     return {**config.to_dict(), "record": record}

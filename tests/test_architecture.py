@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowrank",),
     ("layout", "methods.*"),
     ("layers", "sources.*"),
-    ("plan", "result", "engine", "runconfig"),
+    ("plan", "result", "completion", "engine", "runconfig"),
     ("outputs.*",),
     ("adapter", "peft_plugin"),
     ("registration",),

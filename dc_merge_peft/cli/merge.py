@@ -77,6 +77,16 @@ def merge(
     device: Annotated[
         str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=_RUN)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=_RUN),
+    ] = None,
+    dora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=_RUN
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with these settings; what is given here wins.", rich_help_panel=_RUN),
@@ -103,7 +113,7 @@ def merge(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=_REST)] = False,
 ) -> None:
-    """Merge LoRA adapters into one, without their base model.
+    """Merge LoRA adapters into one; only DoRA adapters need their base model.
 
     The output is an ordinary PEFT adapter: PeftModel.from_pretrained(base, OUTPUT) loads it.
 
@@ -122,6 +132,8 @@ def merge(
         svd_rank=svd_rank,
         dtype=dtype,
         device=device,
+        base=base,
+        dora_rank=dora_rank,
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
@@ -138,6 +150,8 @@ def merge(
         "dtype": run.dtype,
         "allow_different_bases": allow_different_bases,
         "rename": run.rename,
+        "base": run.base,
+        "dora_rank": run.dora_rank,
     }
     if dry_run:
         _print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)

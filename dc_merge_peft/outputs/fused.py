@@ -5,19 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from dc_merge_peft.errors import OutputError, SourceError, UnsupportedAdapterError, first_line, preview
+from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import delta_shape, layer_layout
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.sources.base_model import injected_layer, path_in_model
 from dc_merge_peft.sources.renames import fitting_rename
 
 # What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
@@ -25,25 +26,6 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "sentencepiece*.model", "*processor_config.json", "chat_template*",
 )  # fmt: skip
-
-
-def load_base(base: str | Path) -> nn.Module:
-    """The base model in the class its own config names, in the dtype it is stored in.
-
-    Raises:
-        SourceError: it can't be loaded.
-    """
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(base))
-        name = (getattr(config, "architectures", None) or [""])[0]
-        model_class: Any = getattr(transformers, name, transformers.AutoModel)
-        return model_class.from_pretrained(str(base), dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"the base model '{base}' can't be loaded ({first_line(error)}): expected a transformers model directory or a Hub id"
-        ) from error
 
 
 @torch.no_grad()
@@ -54,7 +36,7 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
         OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
         UnsupportedAdapterError: a quantised weight.
     """
-    injected = next((name for name, module in model.named_modules() if hasattr(module, "get_base_layer")), None)
+    injected = injected_layer(model)
     if injected is not None:
         raise OutputError(
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
@@ -94,20 +76,17 @@ def save_fused(
 
 
 def _targets(model: nn.Module, result: MergeResult) -> Iterator[tuple[str, nn.Module]]:
-    """The layer of every merged module, checked. A model class with or without its head spells paths with or without
-    ``base_model_prefix``; both are found."""
-    modules = dict(model.named_modules())
-    prefix = getattr(model, "base_model_prefix", "") + "."
+    """The layer of every merged module, checked."""
     shared = _shared_parameters(model)
     for name, merged in result.modules.items():
-        path = next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in modules), None)
+        path = path_in_model(model, name)
         if path is None:
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([name])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
-                + fitting_rename(result.modules, modules.__contains__, result.rename)
+                + fitting_rename(result.modules, partial(path_in_model, model), result.rename)
             )
-        module = modules[path]
+        module = model.get_submodule(path)
         weight = getattr(module, "weight", None)
         found, shape = layer_layout(name, module), delta_shape(module)
         if found != merged.layout or shape != merged.delta.shape or weight is None:

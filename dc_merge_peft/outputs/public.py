@@ -24,7 +24,11 @@ def is_hub_id(name: str | None) -> bool:
 def public_copy(result: R) -> R:
     """The same merge with local adapters by the last part of their name, and without local base models."""
     short = [dataclasses.replace(info, name=PurePath(info.name).name) for info in result.adapters]
-    return dataclasses.replace(result, adapters=tuple(_without_paths(info) for info in uniquely_named(short)))
+    adapters = tuple(_without_paths(info) for info in uniquely_named(short))
+    dora = result.dora
+    if dora and not is_hub_id(dora.base):
+        dora = dataclasses.replace(dora, base=None)
+    return dataclasses.replace(result, adapters=adapters, dora=dora)
 
 
 def _without_paths(info: AdapterInfo) -> AdapterInfo:

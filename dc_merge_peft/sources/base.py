@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
@@ -120,6 +121,7 @@ class Source(ABC):
 
     info: AdapterInfo
     modules: Mapping[str, ModuleSpec]  # by path in the base model
+    is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
 
     @abstractmethod
     def factors(self, module: str) -> LowRank:
@@ -132,6 +134,10 @@ class Source(ABC):
     def unmatched_targets(self) -> list[str]:
         """Names in the config's list of targets that no module matches."""
         return self.info.targets.unmatched(self.modules)
+
+    def magnitude(self, module: str) -> Tensor:
+        """The (m,) magnitude vector of one module of a DoRA adapter."""
+        raise NotImplementedError(f"'{self.info.name}' is no DoRA adapter")
 
     def close(self) -> None:  # noqa: B027 (optional: most sources keep nothing open)
         """Let go of open files; reading again is an error."""

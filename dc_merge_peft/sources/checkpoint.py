@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dc_merge_peft.errors import SourceError
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
-from dc_merge_peft.sources.keys import FactorKeys, factor_keys
+from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import refuse_extras_file
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
@@ -35,7 +37,7 @@ class CheckpointSource(Source):
 
         Raises:
             SourceError: missing, corrupt or incomplete files, or no LoRA.
-            UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A``.
+            UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's.
         """
         files = locate(source)
         self.name = name or files.directory.name if files.revision is None else name or files.location
@@ -44,12 +46,23 @@ class CheckpointSource(Source):
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
+        self.is_dora = bool(self._config.get("use_dora"))
+        self._magnitudes = magnitude_keys(other_keys(self._tensors.shapes), self._keys, self._config, self.name)
         self.info = _describe(self.name, files, self._config)
 
     def factors(self, module: str) -> LowRank:
         keys, spec = self._keys[module], self.modules[module]
         scaling = lora_scaling(self._config, module, spec.rank)
         return spec.layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), scaling)
+
+    def magnitude(self, module: str) -> Tensor:
+        magnitude = self._tensors.read(self._magnitudes[module]).flatten()
+        if len(magnitude) != self.modules[module].shape[0]:
+            raise SourceError(
+                f"adapter '{self.name}' has {len(magnitude)} magnitudes for '{module}': expected one for each of its "
+                f"{self.modules[module].shape[0]} outputs; the checkpoint is damaged"
+            )
+        return magnitude
 
     def close(self) -> None:
         self._tensors.close()

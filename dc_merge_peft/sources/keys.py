@@ -19,7 +19,6 @@ _FACTOR = re.compile(
 
 # What is stored beside factors that makes the delta more than B @ A, with the feature that stores it.
 _FEATURES = {
-    r"lora_magnitude_vector": "DoRA: its delta is rescaled by a magnitude vector",
     r"lora_B(\.[^.]+)?\.bias$": "lora_bias=True: a bias vector belongs to the delta",
     r"lora_E$|lora_E\.|ranknum": "AdaLoRA: its delta has a third factor",
     r"lora_diag": "KaSA: its delta has a third factor",
@@ -59,10 +58,10 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
             others.append(key)
             continue
         infixes.add(match["adapter"])
-        pair = found.setdefault((_module_path(match["module"]), match["embedding"] is not None), {})
+        pair = found.setdefault((module_path(match["module"]), match["embedding"] is not None), {})
         if match["factor"] in pair:
             raise SourceError(
-                f"adapter '{adapter}' stores lora_{match['factor']} of '{_module_path(match['module'])}' twice "
+                f"adapter '{adapter}' stores lora_{match['factor']} of '{module_path(match['module'])}' twice "
                 f"('{pair[match['factor']]}' and '{key}'): expected one adapter in one file; save the adapters apart"
             )
         pair[match["factor"]] = key
@@ -76,7 +75,12 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
     return {module: _pair(module, pair, embedding, adapter) for (module, embedding), pair in found.items()}
 
 
-def _module_path(module: str) -> str:
+def other_keys(keys: Iterable[str]) -> list[str]:
+    """The keys of a checkpoint that are no factors."""
+    return [key for key in keys if _FACTOR.fullmatch(key) is None]
+
+
+def module_path(module: str) -> str:
     """The path as the base model spells it."""
     return module.replace("_orig_mod.", "").removeprefix(PREFIX)
 
@@ -106,7 +110,7 @@ def _refuse_others(others: list[str], adapter: str, *, any_factor: bool) -> None
         raise SourceError(
             f"adapter '{adapter}' has no lora_A or lora_B tensors ({listing}): expected a PEFT LoRA checkpoint"
         )
-    trained = [key for key in others if ".base_layer." not in key]
+    trained = [key for key in others if ".base_layer." not in key and ".lora_magnitude_vector" not in key]
     if trained:
         raise UnsupportedAdapterError(
             f"adapter '{adapter}' holds trained parameters outside LoRA ({preview(trained)}), from modules_to_save, "

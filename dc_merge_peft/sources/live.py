@@ -14,6 +14,7 @@ from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterErr
 from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.dora import layer_weight
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
 
 # Layer classes whose stored factors are not one B and one A for one weight.
@@ -25,6 +26,7 @@ _UNSUPPORTED_LAYERS = {
 }
 # LoRA variants whose forward pass is scaling * B @ A all the same: MiCA trains A alone, VeLoRA saves memory in training.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
+_DORA_VARIANTS = tuple(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"))
 
 
 def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
@@ -55,7 +57,7 @@ class LiveSource(Source):
         Raises:
             OptionError: the model has no such adapter.
             SourceError: the adapter is no LoRA, or is merged into the base weights at the moment.
-            UnsupportedAdapterError: a LoRA whose delta is not ``scaling * B @ A``.
+            UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's.
         """
         configs: dict[str, Any] = tuner.peft_config  # type: ignore[assignment]
         if adapter not in configs:
@@ -70,6 +72,7 @@ class LiveSource(Source):
                 f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?"
             )
         self.modules = {name: self._spec(name, layer) for name, layer in self._layers.items()}
+        self.is_dora = any(adapter in layer.lora_magnitude_vector for layer in self._layers.values())
         self.info = AdapterInfo(
             name=adapter,
             location=IN_MEMORY,
@@ -86,6 +89,19 @@ class LiveSource(Source):
         A, B = _stored_factors(layer, self._adapter)
         scaling = float(layer.scaling[self._adapter])
         return self.modules[module].layout.to_lowrank(A.detach(), B.detach(), scaling)
+
+    def magnitude(self, module: str) -> Tensor:
+        vectors = self._layers[module].lora_magnitude_vector
+        if self._adapter not in vectors:
+            raise SourceError(
+                f"adapter '{self._adapter}' is DoRA, but has no magnitude vector in '{module}': expected one in every layer; "
+                "load it again"
+            )
+        return vectors[self._adapter].weight.detach().flatten()  # type: ignore[union-attr, operator]
+
+    def base_weight(self, module: str) -> Tensor:
+        """The (m, n) weight of the base layer under a module."""
+        return layer_weight(module, self._layers[module].get_base_layer(), self.modules[module], self._adapter)
 
     def _spec(self, name: str, layer: LoraLayer) -> ModuleSpec:
         kind = type(layer).__name__
@@ -134,7 +150,8 @@ def _refuse_merged_and_variants(name: str, layer: LoraLayer, adapter: str) -> No
             "expected unmerged adapters; call model.unmerge_adapter() first"
         )
     variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
-    if variant not in ("NoneType", *_PLAIN_VARIANTS) or adapter in layer.lora_magnitude_vector:
+    is_dora = variant in _DORA_VARIANTS and adapter in layer.lora_magnitude_vector
+    if variant not in ("NoneType", *_PLAIN_VARIANTS) and not is_dora:
         raise UnsupportedAdapterError(
             f"adapter '{adapter}' uses {variant} in '{name}': expected plain LoRA, whose delta is scaling * B @ A: convert "
             "it to plain LoRA first"

@@ -15,7 +15,6 @@ _EXTRA_VALUES = "full values have no exact merge: train or save the adapter with
 
 # field: (what it means, what to do); refused where the field is set to anything but its "off" value.
 _FEATURES: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA, whose delta is rescaled by a magnitude vector", _TO_PLAIN),
     "lora_bias": ("a trained bias on lora_B", "train or save the adapter with lora_bias=False"),
     "modules_to_save": ("fully trained modules beside LoRA", _EXTRA_VALUES),
     "trainable_token_indices": ("trained token embeddings beside LoRA", _EXTRA_VALUES),
@@ -44,6 +43,11 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
     if kind != "LORA":
         convert = "; peft.convert_to_lora turns some kinds into LoRA" if kind else ""
         raise SourceError(f"adapter '{adapter}' has peft_type {kind or 'missing'}: expected LORA{convert}")
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise UnsupportedAdapterError(
+            f"adapter '{adapter}' has use_dora=True and lora_bias=True, for which PEFT's forward pass and its merged weight "
+            "differ: expected one of them; train it with lora_bias=False"
+        )
     for name, (meaning, remedy) in _FEATURES.items():
         value = config.get(name)
         off = (
@@ -69,6 +73,15 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
             "initialisation changed; expected factors relative to the base model: save it with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts it"
         )
+
+
+def dora_without_base(adapter: str) -> UnsupportedAdapterError:
+    """The refusal of a DoRA adapter whose base model is not at hand."""
+    return UnsupportedAdapterError(
+        f"adapter '{adapter}' has use_dora=True: DoRA, whose delta is rescaled by a magnitude vector and depends on the base "
+        f"model's weights; expected plain LoRA, whose delta is scaling * B @ A, or the base model beside it: name that "
+        f"(base=..., --base), or {_TO_PLAIN}"
+    )
 
 
 def _plain(value: Any) -> str | None:

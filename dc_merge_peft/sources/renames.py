@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from torch import Tensor
+
 from dc_merge_peft.errors import OptionError, SourceError, preview, unknown_name
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source, Targets
@@ -147,9 +149,13 @@ class RenamedSource(Source):
         self._old = _old_paths(source, name)
         self.modules = {new: source.modules[old] for new, old in self._old.items()}
         self.info = _renamed_info(source.info, name)
+        self.is_dora = source.is_dora
 
     def factors(self, module: str) -> LowRank:
         return self._source.factors(self._old[module])
+
+    def magnitude(self, module: str) -> Tensor:
+        return self._source.magnitude(self._old[module])
 
     def unmatched_targets(self) -> list[str]:
         return self._source.unmatched_targets()
@@ -218,7 +224,7 @@ def _likely_rename(source: Source) -> str | None:
     return None
 
 
-def fitting_rename(paths: Iterable[str], exists: Callable[[str], bool], given: str | None) -> str:
+def fitting_rename(paths: Iterable[str], exists: Callable[[str], object], given: str | None) -> str:
     """For the end of an error about missing modules: the rename under which a model has them all, or that the one that was
     given may be the reason."""
     if given is not None:

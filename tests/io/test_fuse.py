@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, BertForSequenceClassification, BertModel, GPT2LMHeadModel, LlamaForCausalLM
 
 from dc_merge_peft import DCMergeAdapter, OutputError, SourceError, UnsupportedAdapterError
-from dc_merge_peft.outputs import fused
+from dc_merge_peft.sources import base_model
 from tests.support import models
 from tests.support.models import difference, factors, write_checkpoint
 from tests.support.refused import listing, refused
@@ -216,7 +216,7 @@ def test_output_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "out" / "stale.bin").write_text("old")
     (tmp_path / "out" / "config.json").write_text("{}")  # an earlier model
     with monkeypatch.context() as patch, refused(OutputError, "already exists", "overwrite=True"):
-        patch.setattr(fused, "load_base", lambda _: pytest.fail("loaded"))
+        patch.setattr(base_model, "load_base", lambda _: pytest.fail("loaded"))
         DCMergeAdapter(method="ta").fuse(base, folders, tmp_path / "out")
     DCMergeAdapter(method="ta").fuse(base, folders, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "stale.bin").exists() and (tmp_path / "out" / "config.json").exists()

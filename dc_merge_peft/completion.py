@@ -1,0 +1,38 @@
+"""What is known only when all factors have been read: what reading dense deltas as factors has cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+from dc_merge_peft.errors import MergeWarning
+from dc_merge_peft.result import DoraRecord, MergeResult
+from dc_merge_peft.sources.base import Source
+from dc_merge_peft.sources.dora import DoraSource
+
+R = TypeVar("R", bound=MergeResult)
+
+
+def completed(result: R, sources: Sequence[Source]) -> R:
+    """The result of a merge with what its sources have to say at the end, each remark given as a warning, too."""
+    dora = {index: source for index, source in enumerate(sources) if isinstance(source, DoraSource)}
+    if not dora:
+        return result
+    first = next(iter(dora.values()))
+    errors = {index: source.truncation_error() for index, source in dora.items()}
+    remarks = [_dora_remark(result.adapters[index].name, error) for index, error in errors.items()]
+    for remark in remarks:
+        warnings.warn(remark, MergeWarning, stacklevel=3)
+    record = DoraRecord(first.base, first.reading.rank, errors)
+    return dataclasses.replace(result, dora=record, remarks=(*result.remarks, *remarks))
+
+
+def _dora_remark(name: str, error: float) -> str:
+    if error == 0:
+        return f"adapter '{name}' is DoRA, whose delta is dense: it was read whole"
+    return (
+        f"adapter '{name}' is DoRA, whose delta is dense: it was read at a lower rank with a relative error of {error:.2%} "
+        "over all modules; a larger dora_rank (--dora-rank) keeps more"
+    )

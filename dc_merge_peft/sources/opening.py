@@ -1,0 +1,50 @@
+"""From what a user calls several adapters to open sources under short names that tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dc_merge_peft.errors import OptionError
+from dc_merge_peft.sources.base import Source
+from dc_merge_peft.sources.checkpoint import CheckpointSource
+from dc_merge_peft.sources.renames import RenamedSource, rename_named
+
+
+def open_sources(sources: Sequence[str | Path | Source], rename: str | None = None) -> list[Source]:
+    """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
+    where that is asked for."""
+    if isinstance(sources, (str, Path)):
+        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
+    sources = list(sources)  # it is gone through twice
+    names = short_names([str(source) for source in sources if not isinstance(source, Source)])
+    if rename is not None:
+        rename_named(rename)  # before anything is opened or downloaded
+    opened = [
+        source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
+        for source in sources
+    ]
+    return opened if rename is None else [RenamedSource(source, rename) for source in opened]
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """For each path or Hub id its shortest ending that no other one shares."""
+    parts = {path: _parts(path) for path in paths}
+    names = {}
+    for path, pieces in parts.items():
+        others = [tuple(other) for key, other in parts.items() if key != path]
+        for length in range(1, len(pieces) + 1):
+            ending = tuple(pieces[-length:])
+            names[path] = "/".join(ending)
+            if all(other[-length:] != ending for other in others):
+                break
+    return names
+
+
+def _parts(path: str) -> list[str]:
+    """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
+    try:
+        folder = Path(path).expanduser()
+        return list(folder.resolve().parts[1:]) if folder.is_dir() else path.split("/")
+    except (OSError, RuntimeError, ValueError):
+        return [path]
