@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dc_merge_peft.errors import OptionError
-from dc_merge_peft.linalg import null_threshold, polar_factor, svd_of_product
+from dc_merge_peft.linalg import null_threshold, polar_factor, svd_of_product, truncated_svd
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods.cover import cover_basis, ranks_that_fit, structural_mask
 from dc_merge_peft.methods.dc import entries_kept
@@ -43,6 +43,29 @@ def test_svd_of_product_is_the_thin_svd() -> None:
     leading = task.svd.truncate(2)
     assert [tuple(part.shape) for part in leading] == [(14, 2), (2,), (2, 11)] and torch.equal(leading.S, S[:2])
     assert task.svd.truncate(None) is task.svd
+
+
+@pytest.mark.parametrize("shape", [(500, 420), (420, 500)])
+@pytest.mark.parametrize("gap", [True, False], ids=["leading directions", "flat spectrum"])
+def test_truncation_of_large_matrices(shape: tuple[int, int], gap: bool) -> None:
+    """Beyond the size that is decomposed whole: orthonormal, deterministic, near the smallest error there is, and its error
+    known exactly."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(shape, generator=generator)
+    if gap:
+        U, V = torch.randn(shape[0], 6, generator=generator), torch.randn(6, shape[1], generator=generator)
+        X = X + 3 * U @ V
+    found = truncated_svd(X, 12)
+    assert torch.equal(found.U, truncated_svd(X, 12).U)
+    assert (
+        relative(found.U.mT @ found.U, torch.eye(12, dtype=torch.float64))
+        < 1e-12
+        > relative(found.Vh @ found.Vh.mT, torch.eye(12, dtype=torch.float64))
+    )
+    error = float((X.double() - (found.U * found.S) @ found.Vh).norm())
+    best = float(torch.linalg.svdvals(X.double())[12:].norm())
+    assert best <= error * (1 + 1e-12) and error < best * 1.005
+    assert error**2 == pytest.approx(float(X.double().norm() ** 2 - found.S.norm() ** 2), rel=1e-9)
 
 
 def test_null_components_are_dropped() -> None:

@@ -33,6 +33,16 @@ def with_dora(model: Any, adapters: Mapping[str, Mapping[str, Any]]) -> Any:
     return wrapped
 
 
+def save_dora(folder: Path, build: Any, fields: dict[str, Any]) -> list[Path]:
+    """Two DoRA adapters of different rank and scaling, and a plain one."""
+    adapters = {
+        "sentiment": {"r": 2, "use_dora": True, **fields},
+        "topic": {"r": 3, "lora_alpha": 5, "use_rslora": True, "use_dora": True, **fields},
+        "plain": {"r": 2, **fields},
+    }
+    return models.save_adapters(with_dora(build(), adapters), folder)
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a layer as (outputs, inputs)."""
     weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
