@@ -90,10 +90,10 @@ def test_prefix_of_clip_is_that_of_transformers_4(tmp_path: Path, tower: str) ->
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def old_adapters(name: str, folder: Path) -> tuple[Any, list[Path]]:
+def old_adapters(name: str, folder: Path, **fields: Any) -> tuple[Any, list[Path]]:
     """A PEFT model of today with two adapters, and their checkpoints as transformers 4 would have made them."""
     rename, _, lora = BASES[name]
-    adapters = {"sentiment": {"r": 2, **lora}, "topic": {"r": 3, "use_rslora": True, **lora}}
+    adapters = {"sentiment": {"r": 2, **lora, **fields}, "topic": {"r": 3, "use_rslora": True, **lora, **fields}}
     model = models.with_lora(copy.deepcopy(base(name)), adapters)
     names = old_names(base(name), folder / "base", PREFIX.get(rename, ""))
     folders = models.save_adapters(model, folder / "adapters")
@@ -171,3 +171,17 @@ def test_a_rename_that_does_not_fit(tmp_path: Path) -> None:
         TA.fuse(model, folders, rename="clip-vision-v5")
     with pytest.warns(MergeWarning, match="clip-vision-v5"):
         TA.fuse(model, folders)
+
+
+def test_dora_under_new_names(tmp_path: Path) -> None:
+    """DoRA adapters of an old layout find their magnitudes, and the base model's weights under the new names."""
+    model, folders = old_adapters("clip vision", tmp_path, use_dora=True)
+    with pytest.warns(MergeWarning, match="is DoRA"):
+        merged = TA.merge(folders[:1], rename="clip-vision-v5", base=base("clip vision"), dora_rank=16)
+    layers = models.layers(model, "sentiment")
+    before = {module: layer.get_base_layer().weight.detach().clone() for module, layer in layers.items()}
+    model.merge_adapter(["sentiment"])
+    assert set(merged.modules) == set(layers)
+    for module, layer in layers.items():
+        expected = layer.get_base_layer().weight.detach() - before[module]
+        assert difference(merged.delta(module), expected) < 1e-5
