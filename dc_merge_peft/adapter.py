@@ -116,6 +116,7 @@ class DCMergeAdapter:
         rename: str | None = None,
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
+        extras: str | None = None,
         progress: bool | None = None,
     ) -> MergedAdapter:
         """Merge adapters.
@@ -134,11 +135,15 @@ class DCMergeAdapter:
                 is loaded only if an adapter is DoRA.
             dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than both sides
                 of a weight; by default twice the adapter's rank.
+            extras: What becomes of tensors that adapters hold outside B and A (fully trained modules and tokens, biases, base
+                weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
+                default adapters that hold any are refused.
             progress: Show a progress bar; by default on a terminal only.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
-            UnsupportedAdapterError: an adapter that is no plain LoRA, or DoRA without a base model.
+            UnsupportedAdapterError: an adapter that is no plain LoRA, DoRA without a base model, or tensors outside B and A
+                without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype, device or rename.
         """
@@ -147,7 +152,12 @@ class DCMergeAdapter:
         opened = with_base(open_sources(sources, rename), as_base(base), reading)
         try:
             plan = self.plan(
-                opened, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
+                opened,
+                weights,
+                svd_rank=svd_rank,
+                dtype=dtype,
+                allow_different_bases=allow_different_bases,
+                extras=extras,
             )
             result = run_merge(
                 plan, opened, self.method, device=device, allow_zero=allow_zero, progress=progress_bar(progress)
@@ -168,6 +178,7 @@ class DCMergeAdapter:
         rename: str | None = None,
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
+        extras: str | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
         return plan_merge(
@@ -177,6 +188,7 @@ class DCMergeAdapter:
             svd_rank=svd_rank,
             dtype=dtype,
             allow_different_bases=allow_different_bases,
+            extras=extras,
         )
 
     def fuse(

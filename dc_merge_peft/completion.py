@@ -1,4 +1,4 @@
-"""What is known only when all factors have been read: what reading dense deltas as factors has cost."""
+"""The end of a merge: the tensors outside B and A, and what reading dense deltas as factors has cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from dc_merge_peft.errors import MergeWarning
+from dc_merge_peft.extra_values import merge_extras
+from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import DoraRecord, MergeResult
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.dora import DoraSource
@@ -15,8 +17,13 @@ from dc_merge_peft.sources.dora import DoraSource
 R = TypeVar("R", bound=MergeResult)
 
 
-def completed(result: R, sources: Sequence[Source]) -> R:
-    """The result of a merge with what its sources have to say at the end, each remark given as a warning, too."""
+def completed(result: R, plan: MergePlan, sources: Sequence[Source]) -> R:
+    """The merged factors with everything else that belongs to the result; a new remark is given as a warning, too.
+
+    Raises:
+        SourceError: a tensor outside B and A holds NaN or Inf.
+    """
+    result = dataclasses.replace(result, extras=merge_extras(plan.extras, sources))
     dora = {index: source for index, source in enumerate(sources) if isinstance(source, DoraSource)}
     if not dora:
         return result

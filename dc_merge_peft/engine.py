@@ -42,7 +42,7 @@ def run_merge(
 
     Raises:
         OptionError: a device that does not exist.
-        SourceError: a factor holds NaN, Inf or, unless allowed, only zeros.
+        SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
         MergeError: ``alpha="auto"`` has no solution.
     """
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def run_merge(
         remarks=plan.remarks,
         seconds=time.perf_counter() - start,
     )
-    return completed(result, sources)
+    return completed(result, plan, sources)
 
 
 def merge_module(

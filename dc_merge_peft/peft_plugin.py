@@ -34,6 +34,7 @@ def add_merged_adapter(
     allow_different_bases: bool = False,
     allow_zero: bool = False,
     dora_rank: int | None = None,
+    extras: str | None = None,
     **options: Any,
 ) -> None:
     """``add_weighted_adapter`` for this library's combination types.
@@ -50,6 +51,8 @@ def add_merged_adapter(
         allow_different_bases: Merge adapters whose configs name different base models.
         allow_zero: Merge adapters with an all-zero factor.
         dora_rank: Rank at which the dense deltas of DoRA adapters are read; twice the adapter's rank by default.
+        extras: What becomes of fully trained modules and tokens and of biases on lora_B: ``"average"``, ``"first"``,
+            ``"drop"`` or the name of the adapter whose values are kept; by default adapters that have any are refused.
         **options: Fields of the method's config, such as ``smoothing``, ``rho``, ``density`` and ``alpha``.
 
     Raises:
@@ -69,7 +72,13 @@ def add_merged_adapter(
     opened = [LiveSource(tuner, adapter) for adapter in adapters]
     sources = [DoraSource(source, source.base_weight, reading) if source.is_dora else source for source in opened]
     plan = plan_merge(
-        sources, method, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases
+        sources,
+        method,
+        weights,
+        svd_rank=svd_rank,
+        dtype=dtype,
+        allow_different_bases=allow_different_bases,
+        extras=extras,
     )
     result = run_merge(plan, sources, method, device=device, allow_zero=allow_zero)
     install_in_tuner(result, tuner, adapter_name)

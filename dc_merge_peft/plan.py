@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
+from dc_merge_peft.extras import ExtrasPlan, plan_extras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
@@ -54,6 +55,7 @@ class MergePlan:
     svd_rank: int | None
     dtype: torch.dtype
     remarks: tuple[str, ...]
+    extras: ExtrasPlan = field(default_factory=ExtrasPlan)
 
     def summary(self) -> dict[str, Any]:
         """Plain figures for a dry run: modules, ranks, and bytes of the merged adapter at most."""
@@ -76,13 +78,14 @@ def plan_merge(
     svd_rank: int | None = None,
     dtype: torch.dtype | str | None = None,
     allow_different_bases: bool = False,
+    extras: str | None = None,
 ) -> MergePlan:
     """Check everything that can be checked without factors.
 
     Raises:
-        OptionError: no adapters, wrong weights, rank or dtype.
+        OptionError: no adapters, wrong weights, rank, dtype or policy for extras.
         IncompatibleAdaptersError: repeated adapters, different base models, shapes or layer types, no common module.
-        UnsupportedAdapterError: a DoRA adapter without its base model.
+        UnsupportedAdapterError: a DoRA adapter without its base model, or tensors outside B and A without a policy.
     """
     if not sources:
         raise OptionError("found no adapters to merge: expected at least one")
@@ -96,13 +99,20 @@ def plan_merge(
     if not allow_different_bases:
         _refuse_different_bases(infos)
     modules = _plan_modules(sources)
+    planned = plan_extras(sources, infos, [module.name for module in modules], extras)
     return MergePlan(
         modules=modules,
         adapters=infos,
         weights=checked,
         svd_rank=svd_rank,
         dtype=_output_dtype(dtype, sources),
-        remarks=(*_incomplete(sources, infos), *rename_remarks(sources), *_remarks(method, modules)),
+        remarks=(
+            *_incomplete(sources, infos),
+            *rename_remarks(sources),
+            *planned.remarks(infos),
+            *_remarks(method, modules),
+        ),
+        extras=planned,
     )
 
 

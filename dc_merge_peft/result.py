@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dc_merge_peft.errors import OptionError, unknown_name
+from dc_merge_peft.extra_values import MergedExtras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo
@@ -72,6 +73,7 @@ class MergeResult:
     options: Mapping[str, Any]  # of the method, as configured (alpha may be "auto" here)
     svd_rank: int | None
     dtype: torch.dtype  # of the factors when they are written
+    extras: MergedExtras = field(default_factory=MergedExtras)  # tensors outside B and A; alpha does not scale them
     dora: DoraRecord | None = None  # where any of the adapters is DoRA
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging

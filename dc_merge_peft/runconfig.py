@@ -32,6 +32,7 @@ class RunConfig:
     device: str | None = None
     base: str | None = None
     dora_rank: int | None = None
+    extras: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
@@ -68,7 +69,7 @@ class RunConfig:
                 )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
-        for name in ("output", "method", "rename", "dtype", "device", "base"):
+        for name in ("output", "method", "rename", "dtype", "device", "base", "extras"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
@@ -92,6 +93,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         dtype=str(result.dtype).removeprefix("torch."),
         base=result.dora.base if result.dora else None,
         dora_rank=result.dora.rank if result.dora else None,
+        extras=_policy(result),
     )
     record: dict[str, Any] = {
         "dc_merge_peft": __version__,
@@ -100,7 +102,17 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         "rank": result.max_rank,
         "truncation_error": result.truncation_error,
     }
+    if extras := result.extras.record(result.adapters):
+        record["extras"] = extras
     if result.dora:
         names = [info.name for info in result.adapters]
         record["dora_error"] = {names[index]: error for index, error in result.dora.errors.items()}
     return {**config.to_dict(), "record": record}
+
+
+def _policy(result: MergeResult) -> str | None:
+    """The policy for tensors outside B and A where there are any; an adapter by its name in this result."""
+    plan = result.extras.plan
+    if not (plan.kept or plan.dropped):
+        return None
+    return plan.policy if plan.keeper is None else result.adapters[plan.keeper].name

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowrank",),
     ("layout", "methods.*"),
     ("layers", "sources.*"),
-    ("plan", "result", "completion", "engine", "runconfig"),
+    ("extras", "extra_values", "plan", "result", "completion", "engine", "runconfig"),
     ("outputs.*",),
     ("adapter", "peft_plugin"),
     ("registration",),

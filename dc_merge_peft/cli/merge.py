@@ -87,6 +87,12 @@ def merge(
             help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=_RUN
         ),
     ] = None,
+    extras: Annotated[
+        str | None,
+        typer.Option(
+            help="Trained values beside LoRA: average, first, drop or an adapter's name.", rich_help_panel=_RUN
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with these settings; what is given here wins.", rich_help_panel=_RUN),
@@ -134,6 +140,7 @@ def merge(
         device=device,
         base=base,
         dora_rank=dora_rank,
+        extras=extras,
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
@@ -152,6 +159,7 @@ def merge(
         "rename": run.rename,
         "base": run.base,
         "dora_rank": run.dora_rank,
+        "extras": run.extras,
     }
     if dry_run:
         _print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)

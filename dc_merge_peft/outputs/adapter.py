@@ -11,6 +11,7 @@ import yaml
 from dc_merge_peft.errors import OutputError, first_line
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.outputs.extras import extra_tensors
 from dc_merge_peft.outputs.files import save_reproducibly
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.outputs.public import public_copy
@@ -77,6 +78,7 @@ def _write_files(result: MergeResult, folder: Path) -> None:
         ending = "" if result.modules[module].layout.kind == "embedding" else ".weight"
         for name, factor in zip(result.modules[module].layout.factor_names, (A, B), strict=True):
             tensors[f"base_model.model.{module}.{name}{ending}"] = factor.cpu()
+    tensors |= {f"base_model.model.{key}": value.cpu() for key, value in extra_tensors(result).items()}
     record = run_record(result)
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
     save_reproducibly(

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
@@ -23,9 +24,6 @@ LARGEST_PADDING = 1.25
 
 # One expert of a mixture as a module of its own, as transformers had them before version 5.
 EXPERT = re.compile(r"\.experts\.\d+\.")
-
-# For these PEFT expects a trained head in the checkpoint, which a merged adapter does not have.
-TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
     task_type = _agreed(result.adapters, "task_type")
     fields: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type if task_type not in TASKS_WITH_HEADS else None,
+        "task_type": task_type if has_head(result, task_type) else None,
         "auto_mapping": _agreed(result.adapters, "auto_mapping"),
         "base_model_name_or_path": _agreed(result.adapters, "fitting_base"),
         "revision": _agreed(result.adapters, "base_revision"),
@@ -95,7 +93,7 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
         "rank_pattern": ranks.pattern,
         "alpha_pattern": dict(ranks.pattern),
     }
-    return {**fields, **targets.to_config()}
+    return {**fields, **extra_fields(result), **targets.to_config()}
 
 
 def stored_factors(result: MergeResult) -> Iterator[tuple[str, Tensor, Tensor]]:

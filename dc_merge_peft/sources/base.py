@@ -6,7 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,26 @@ class ModuleSpec:
     rank: int
     layout: Layout
     dtype: torch.dtype
+
+
+# What a tensor outside B and A is:
+#   module     a parameter or buffer of a module that was trained in full (PEFT's modules_to_save)
+#   tokens     trained rows of an embedding (PEFT's trainable_token_indices)
+#   lora_bias  a bias on lora_B: a delta of the layer's bias, scaling folded in
+#   base       a value of the base model itself: trained biases, resized embeddings, anything else stored beside LoRA
+ExtraKind = Literal["module", "tokens", "lora_bias", "base"]
+
+
+@dataclass(frozen=True)
+class ExtraSpec:
+    """One tensor of an adapter outside B and A, known before it is read."""
+
+    kind: ExtraKind
+    module: str  # the module trained in full, the embedding, the LoRA layer, or the one that owns the base value
+    shape: tuple[int, ...]  # of tokens (count, dim)
+    dtype: torch.dtype
+    tokens: tuple[int, ...] = ()  # for tokens: the index of each row
+    optional: bool = False  # base weights that PEFT stores unasked: left out where nothing is said about them
 
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
@@ -121,6 +142,8 @@ class Source(ABC):
 
     info: AdapterInfo
     modules: Mapping[str, ModuleSpec]  # by path in the base model
+    extras: Mapping[str, ExtraSpec] = MappingProxyType({})  # by the path of the tensor in the base model
+    extras_reason: str | None = None  # why they are refused unless the caller says what becomes of them: "has ...; ..."
     is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
 
     @abstractmethod
@@ -134,6 +157,10 @@ class Source(ABC):
     def unmatched_targets(self) -> list[str]:
         """Names in the config's list of targets that no module matches."""
         return self.info.targets.unmatched(self.modules)
+
+    def extra(self, name: str) -> Tensor:
+        """One tensor of :attr:`extras`."""
+        raise NotImplementedError(f"'{self.info.name}' holds nothing outside B and A")
 
     def magnitude(self, module: str) -> Tensor:
         """The (m,) magnitude vector of one module of a DoRA adapter."""

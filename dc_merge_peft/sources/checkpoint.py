@@ -18,6 +18,7 @@ from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.dora import magnitude_keys
+from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
@@ -47,13 +48,20 @@ class CheckpointSource(Source):
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
         self.is_dora = bool(self._config.get("use_dora"))
-        self._magnitudes = magnitude_keys(other_keys(self._tensors.shapes), self._keys, self._config, self.name)
+        others = other_keys(self._tensors.shapes)
+        self._magnitudes = magnitude_keys(others, self._keys, self._config, self.name)
+        self._extras = stored_extras(others, self._tensors, self._config, self.modules, self.name)
+        self.extras = {name: stored.spec for name, stored in self._extras.items()}
+        self.extras_reason = extras_reason(self._config, self.extras)
         self.info = _describe(self.name, files, self._config)
 
     def factors(self, module: str) -> LowRank:
         keys, spec = self._keys[module], self.modules[module]
         scaling = lora_scaling(self._config, module, spec.rank)
         return spec.layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), scaling)
+
+    def extra(self, name: str) -> Tensor:
+        return self._extras[name].read(self._tensors)
 
     def magnitude(self, module: str) -> Tensor:
         magnitude = self._tensors.read(self._magnitudes[module]).flatten()

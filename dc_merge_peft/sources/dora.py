@@ -93,6 +93,7 @@ class DoraSource(Source):
             base: Directory or Hub id of the base model, for the record.
         """
         self.info, self.reading, self.base = adapter.info, reading, base
+        self.extras, self.extras_reason = adapter.extras, adapter.extras_reason
         self._adapter, self._weight_of = adapter, weight_of
         self.modules = {
             name: replace(spec, rank=min(reading.rank or 2 * spec.rank, *spec.shape))
@@ -124,6 +125,9 @@ class DoraSource(Source):
 
     def unmatched_targets(self) -> list[str]:
         return self._adapter.unmatched_targets()
+
+    def extra(self, name: str) -> Tensor:
+        return self._adapter.extra(name)
 
     def close(self) -> None:
         self._adapter.close()

@@ -19,7 +19,6 @@ _FACTOR = re.compile(
 
 # What is stored beside factors that makes the delta more than B @ A, with the feature that stores it.
 _FEATURES = {
-    r"lora_B(\.[^.]+)?\.bias$": "lora_bias=True: a bias vector belongs to the delta",
     r"lora_E$|lora_E\.|ranknum": "AdaLoRA: its delta has a third factor",
     r"lora_diag": "KaSA: its delta has a third factor",
     r"lora_(rotation|embedding_rotation)": "a LoRA variant with a rotation",
@@ -47,7 +46,7 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
 
     Raises:
         SourceError: no LoRA factors, a factor without its partner, or factors of several adapters in one file.
-        UnsupportedAdapterError: tensors that make the delta more than ``B @ A``, or trained parameters outside LoRA.
+        UnsupportedAdapterError: tensors that make the delta more than ``B @ A``.
     """
     found: dict[tuple[str, bool], dict[str, str]] = {}
     infixes: set[str | None] = set()
@@ -97,7 +96,8 @@ def _pair(module: str, pair: dict[str, str], embedding: bool, adapter: str) -> F
 
 
 def _refuse_others(others: list[str], adapter: str, *, any_factor: bool) -> None:
-    """Keys that are no factors: base weights kept beside them are ignored, everything else is refused by name."""
+    """Keys that are no factors: those that change what the factors mean are refused by name, others are left to the reader of
+    what stands beside them."""
     for key in others:
         for pattern, feature in _FEATURES.items():
             if re.search(pattern, key):
@@ -109,11 +109,4 @@ def _refuse_others(others: list[str], adapter: str, *, any_factor: bool) -> None
         listing = f"found {preview(others)}" if others else "it is empty"
         raise SourceError(
             f"adapter '{adapter}' has no lora_A or lora_B tensors ({listing}): expected a PEFT LoRA checkpoint"
-        )
-    trained = [key for key in others if ".base_layer." not in key and ".lora_magnitude_vector" not in key]
-    if trained:
-        raise UnsupportedAdapterError(
-            f"adapter '{adapter}' holds trained parameters outside LoRA ({preview(trained)}), from modules_to_save, "
-            "trainable tokens or a resized vocabulary; expected LoRA factors alone: there is no exact way to merge "
-            "full values, so save the adapter without them"
         )

@@ -1,4 +1,5 @@
-"""Which LoRA configs are plain, so that the delta is ``scaling * B @ A`` and nothing else; the rest is refused.
+"""Which LoRA configs have the delta ``scaling * B @ A``, or DoRA's; the rest is refused. What they hold beside the factors
+is not judged here: see :mod:`dc_merge_peft.extras`.
 
 The rules read a config as a mapping, so that a JSON file and a ``LoraConfig`` in memory meet the same ones.
 """
@@ -11,13 +12,9 @@ from typing import Any
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError
 
 _TO_PLAIN = "convert it to plain LoRA, or merge it into its base model and extract a LoRA"
-_EXTRA_VALUES = "full values have no exact merge: train or save the adapter without them"
 
 # field: (what it means, what to do); refused where the field is set to anything but its "off" value.
 _FEATURES: dict[str, tuple[str, str]] = {
-    "lora_bias": ("a trained bias on lora_B", "train or save the adapter with lora_bias=False"),
-    "modules_to_save": ("fully trained modules beside LoRA", _EXTRA_VALUES),
-    "trainable_token_indices": ("trained token embeddings beside LoRA", _EXTRA_VALUES),
     "target_parameters": ("LoRA on parameters (MoE experts)", "only LoRA on modules is supported so far"),
     "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
     "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
@@ -60,12 +57,6 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
                 f"adapter '{adapter}' has {name}={value!r}: {meaning}; expected plain LoRA, whose delta is "
                 f"scaling * B @ A: {remedy}"
             )
-    bias = config.get("bias", "none")
-    if bias != "none":
-        raise UnsupportedAdapterError(
-            f"adapter '{adapter}' has bias={bias!r}: trained bias vectors of the base model; expected bias='none': "
-            "train the adapter without biases"
-        )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise UnsupportedAdapterError(
