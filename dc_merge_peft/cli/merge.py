@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
-from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, table
+from dc_merge_peft.cli.outcome import print_outcome, print_plan
+from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.engine import checked_device
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
-from dc_merge_peft.plan import MergePlan
-from dc_merge_peft.runconfig import RunConfig, run_record
+from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources.renames import RENAMES
 
 _METHOD, _RUN, _REST = "Method", "Run", "Output"
@@ -162,7 +161,7 @@ def merge(
         "extras": run.extras,
     }
     if dry_run:
-        _print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)
+        print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
@@ -170,7 +169,7 @@ def merge(
     if run.output is not None:
         merged.save_pretrained(run.output, overwrite=overwrite)
     url = _push(merged, push_to, private, run.output) if push_to is not None else None
-    _print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
+    print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
 
 
 def _push(merged: MergedAdapter, repo_id: str, private: bool, output: str | None) -> str:
@@ -211,95 +210,3 @@ def _assignments(pairs: list[str], shortcuts: Mapping[str, str | None]) -> Itera
             if name in seen:
                 raise OptionError(f"option '{name}' is given by --{name} and by -O: expected it once")
             yield name, value
-
-
-def _print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
-    """What would be merged, from configs and headers alone."""
-    summary = plan.summary()
-    if as_json:
-        adapters = [
-            {"name": info.name, "location": info.location, "base_model": info.base_model} for info in plan.adapters
-        ]
-        typer.echo(
-            json.dumps({"dry_run": True, **run.to_dict(), **summary, "sources": adapters, "remarks": plan.remarks})
-        )
-        return
-    out = console()
-    counts = [sum(index in module.tasks for module in plan.modules) for index in range(len(plan.adapters))]
-    ranks = [
-        sorted({module.ranks[module.tasks.index(i)] for module in plan.modules if i in module.tasks})
-        for i in range(len(plan.adapters))
-    ]
-    rows = [
-        (
-            info.name,
-            info.base_model or "?",
-            count,
-            "-".join(str(r) for r in dict.fromkeys((rank[0], rank[-1]))),
-            f"{weight:g}",
-        )
-        for info, count, rank, weight in zip(plan.adapters, counts, ranks, plan.weights, strict=True)
-    ]
-    columns = ("adapter", "base model", "modules", "rank", "weight")
-    out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))
-    out.print(
-        f"\n{summary['modules']} modules, {summary['shared_by_all']} of them in every adapter; merged rank at most "
-        f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
-    )
-    for remark in plan.remarks:
-        out.print(f"note: {remark}", markup=False)
-    out.print("dry run: nothing was merged or written")
-
-
-def _print_outcome(
-    merged: MergedAdapter, output: str | None, url: str | None, seconds: float, *, as_json: bool
-) -> None:
-    """The summary: modules by kind, ranks, truncation error, time, and how to go on."""
-    if as_json:
-        outcome = {
-            **run_record(merged),
-            "output": output,
-            "url": url,
-            "remarks": merged.remarks,
-            "seconds": {"merge": merged.seconds, "total": seconds},
-            "modules": merged.report(),
-        }
-        typer.echo(json.dumps(outcome))
-        return
-    out = console()
-    columns = ("module", "count", "shape", "adapters", "rank", "truncation error")
-    out.print(table("Merged modules", columns, _rows(merged), right=columns[1:]))
-    out.print(
-        f"\n{len(merged.adapters)} adapters, method {merged.method}, alpha {merged.alpha:.4g}"
-        f"{' (auto)' if merged.options.get('alpha') == 'auto' else ''}, "
-        f"truncation error {merged.truncation_error:.2%}, {merged.seconds:.2f} s to read and merge, {seconds:.2f} s in all",
-        markup=False,
-    )
-    for remark in merged.remarks:
-        out.print(f"note: {remark}", markup=False)
-    if output is not None:
-        size = sum(file.stat().st_size for file in Path(output).expanduser().iterdir() if file.is_file())
-        out.print(
-            f"written to {output} ({bytes_in_words(size)}): PeftModel.from_pretrained(base, '{output}')", markup=False
-        )
-    if url is not None:
-        out.print(f"uploaded: {url}", markup=False)
-
-
-def _rows(merged: MergedAdapter) -> Iterator[tuple[object, ...]]:
-    """One row for all modules of one name and shape: a 7B model has 224 modules of 7 kinds."""
-    groups: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
-    for row in merged.report():
-        groups.setdefault((row["module"].rpartition(".")[2], tuple(row["shape"])), []).append(row)
-    for (name, (m, n)), rows in groups.items():
-        ranks = dict.fromkeys((min(row["rank"] for row in rows), max(row["rank"] for row in rows)))
-        full = max(row["full_rank"] for row in rows)
-        adapters = dict.fromkeys((min(len(row["adapters"]) for row in rows), max(len(row["adapters"]) for row in rows)))
-        yield (
-            name,
-            len(rows),
-            f"{m} x {n}",
-            "-".join(map(str, adapters)),
-            f"{'-'.join(map(str, ranks))} of {full}",
-            f"{max(row['truncation_error'] for row in rows):.2%}",
-        )
