@@ -20,7 +20,7 @@ from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.refusals import dora_without_base
-from dc_merge_peft.sources.renames import rename_remarks
+from dc_merge_peft.sources.renamed import rename_remarks
 
 # Output dtypes by the name a user may give.
 DTYPES = {

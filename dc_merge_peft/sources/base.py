@@ -44,6 +44,7 @@ class ExtraSpec:
     dtype: torch.dtype
     tokens: tuple[int, ...] = ()  # for tokens: the index of each row
     optional: bool = False  # base weights that PEFT stores unasked: left out where nothing is said about them
+    beside: bool = False  # in the file that the original LLaVA leaves beside an adapter, and goes back there
 
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:

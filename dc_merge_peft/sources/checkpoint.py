@@ -22,7 +22,7 @@ from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
-from dc_merge_peft.sources.llava import refuse_extras_file
+from dc_merge_peft.sources.llava import open_trainables
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
@@ -43,7 +43,6 @@ class CheckpointSource(Source):
         files = locate(source)
         self.name = name or files.directory.name if files.revision is None else name or files.location
         self._config = _read_config(files, self.name)
-        refuse_extras_file(files.directory, self.name)
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)
         self.modules = {module: self._spec(module, keys) for module, keys in self._keys.items()}
@@ -51,8 +50,10 @@ class CheckpointSource(Source):
         others = other_keys(self._tensors.shapes)
         self._magnitudes = magnitude_keys(others, self._keys, self._config, self.name)
         self._extras = stored_extras(others, self._tensors, self._config, self.modules, self.name)
-        self.extras = {name: stored.spec for name, stored in self._extras.items()}
-        self.extras_reason = extras_reason(self._config, self.extras)
+        self._trainables = open_trainables(files.directory, self._extras, self.name)
+        stored = {name: stored.spec for name, stored in self._extras.items()}
+        self.extras = {**stored, **self._trainables.specs}
+        self.extras_reason = extras_reason(self._config, stored) or self._trainables.reason
         self.info = _describe(self.name, files, self._config)
 
     def factors(self, module: str) -> LowRank:
@@ -61,7 +62,7 @@ class CheckpointSource(Source):
         return spec.layout.to_lowrank(self._tensors.read(keys.A), self._tensors.read(keys.B), scaling)
 
     def extra(self, name: str) -> Tensor:
-        return self._extras[name].read(self._tensors)
+        return self._trainables.read(name) if name in self._trainables.specs else self._extras[name].read(self._tensors)
 
     def magnitude(self, module: str) -> Tensor:
         magnitude = self._tensors.read(self._magnitudes[module]).flatten()
@@ -74,6 +75,7 @@ class CheckpointSource(Source):
 
     def close(self) -> None:
         self._tensors.close()
+        self._trainables.close()
 
     def _spec(self, module: str, keys: FactorKeys) -> ModuleSpec:
         """Shape, rank and layout from the headers, checked against each other and the config."""

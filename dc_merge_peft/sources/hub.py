@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dc_merge_peft.errors import SourceError, first_line
-from dc_merge_peft.sources.llava import EXTRAS_FILE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Of the original LLaVA repository: see dc_merge_peft.sources.llava.
+TRAINABLES_FILE = "non_lora_trainables.bin"
 
 # "org/name", "org/name@revision", "org/name/sub/folder@revision"
 _HUB_ID = re.compile(
@@ -60,7 +61,7 @@ def _download(repo: str, subfolder: str | None, revision: str | None) -> Adapter
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
     try:
-        patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, EXTRAS_FILE)]
+        patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, TRAINABLES_FILE)]
         snapshot = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the client lets its HTTP library's errors through, whose names change with versions
         raise SourceError(_reason(error, repo, wanted)) from error

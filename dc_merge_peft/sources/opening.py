@@ -8,7 +8,8 @@ from pathlib import Path
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.checkpoint import CheckpointSource
-from dc_merge_peft.sources.renames import RenamedSource, rename_named
+from dc_merge_peft.sources.renamed import RenamedSource
+from dc_merge_peft.sources.renames import rename_named
 
 
 def open_sources(sources: Sequence[str | Path | Source], rename: str | None = None) -> list[Source]:

@@ -6,17 +6,11 @@ are, and the merged adapter names its targets by their new full paths.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 
-from torch import Tensor
-
-from dc_merge_peft.errors import OptionError, SourceError, preview, unknown_name
-from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source, Targets
+from dc_merge_peft.errors import OptionError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -134,94 +128,6 @@ def new_path(path: str, rename: Rename) -> str | None:
         if match is not None:
             return match.expand(replacement) + path[match.end() :]
     return path if re.match(rename.keeps, path) else None
-
-
-class RenamedSource(Source):
-    """An adapter whose modules have the names that they have in today's base model."""
-
-    def __init__(self, source: Source, name: str) -> None:
-        """
-        Raises:
-            OptionError: no such rename, or it does not know a module of the adapter.
-            SourceError: two modules would get one name.
-        """
-        self._source = source
-        self._old = _old_paths(source, name)
-        self.modules = {new: source.modules[old] for new, old in self._old.items()}
-        self.info = _renamed_info(source.info, name)
-        self.is_dora = source.is_dora
-
-    def factors(self, module: str) -> LowRank:
-        return self._source.factors(self._old[module])
-
-    def magnitude(self, module: str) -> Tensor:
-        return self._source.magnitude(self._old[module])
-
-    def unmatched_targets(self) -> list[str]:
-        return self._source.unmatched_targets()
-
-    def close(self) -> None:
-        self._source.close()
-
-
-def _old_paths(source: Source, name: str) -> Mapping[str, str]:
-    """The adapter's own path for every new one."""
-    rename, adapter = rename_named(name), source.info.name
-    old: dict[str, str] = {}
-    for path in source.modules:
-        new = new_path(path, rename)
-        if new is None:
-            raise OptionError(
-                f"rename '{name}' does not know '{path}' of adapter '{adapter}': expected modules of {rename.old}; leave the "
-                f"rename out, or choose another one: {', '.join(RENAMES)}"
-            )
-        if new in old:
-            raise SourceError(
-                f"rename '{name}' gives '{old[new]}' and '{path}' of adapter '{adapter}' one name, '{new}': expected an "
-                "adapter of one training run; leave the rename out, or save the adapter anew"
-            )
-        old[new] = path
-    return old
-
-
-def _renamed_info(info: AdapterInfo, name: str) -> AdapterInfo:
-    """The targets of the config are about the old paths, and may hit more in the new model: the original LLaVA's
-    ``q_proj`` also the vision tower's. A converted copy of the base model has another name and class."""
-    renamed = dataclasses.replace(info, rename=name, targets=Targets())
-    if RENAMES[name].other_base:
-        return dataclasses.replace(renamed, same_base=False, base_revision=None, auto_mapping=None)
-    return renamed
-
-
-def rename_remarks(sources: Sequence[Source]) -> Iterable[str]:
-    """What to know about adapters whose modules are named as in a known old layout, one remark a layout."""
-    likely: dict[str, list[Source]] = {}
-    for source in sources:
-        name = _likely_rename(source)
-        if name is not None:
-            likely.setdefault(name, []).append(source)
-    for name, found in likely.items():
-        rename = RENAMES[name]
-        yield (
-            f"the modules of {preview(source.info.name for source in found)} are named as in {rename.old} "
-            f"({preview(found[0].modules, 1)}), and so are those of the merged adapter; for {rename.new} merge with "
-            f"rename='{name}' (--rename {name})"
-        )
-
-
-def _likely_rename(source: Source) -> str | None:
-    """The rename that an adapter from disk would need under the installed transformers, by its paths and its config."""
-    info = source.info
-    if info.rename or info.location == IN_MEMORY:
-        return None
-    text = f"{info.base_model or ''} {(info.auto_mapping or {}).get('base_model_class') or ''}"
-    installed = int(version("transformers").split(".")[0])
-    for name, rename in RENAMES.items():
-        likely = installed >= rename.since and re.search(rename.about, text) is not None
-        likely = likely and any(re.match(rename.sign, path) for path in source.modules)
-        if likely and all(new_path(path, rename) is not None for path in source.modules):
-            return name
-    return None
 
 
 def fitting_rename(paths: Iterable[str], exists: Callable[[str], object], given: str | None) -> str:
