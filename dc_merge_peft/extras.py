@@ -48,23 +48,25 @@ class ExtrasPlan:
     keeper: int | None = None  # the adapter, for the policy that names one
     kept: tuple[PlannedExtra, ...] = ()
     dropped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # name: the adapters that have it
+    empty: tuple[int, ...] = ()  # adapters that announce values, but hold none
 
     def remarks(self, adapters: Sequence[AdapterInfo]) -> Iterator[str]:
         """What is kept and left out, in words."""
-        whose = {
-            "average": "the plain mean over the adapters that have them",
-            "first": "those of the first adapter that has them",
-        }
         if self.kept:
-            rule = whose.get(str(self.policy)) or f"those of adapter '{adapters[self.keeper or 0].name}'"
+            whose = {
+                "average": "the plain mean over the adapters that have it",
+                "first": "of the first adapter that has it",
+            }.get(str(self.policy)) or f"of adapter '{adapters[self.keeper or 0].name}'"
             yield (
-                f"{len(self.kept)} tensors outside B and A ({preview(extra.name for extra in self.kept)}) are {rule}; weights "
-                "and alpha do not scale them"
+                f"kept outside B and A, {whose}, not scaled by weights or alpha: "
+                f"{preview(extra.name for extra in self.kept)}"
             )
         if self.dropped:
+            yield f"left out outside B and A, as extras='{self.policy}' says: {preview(self.dropped)}"
+        for task in self.empty:
             yield (
-                f"{len(self.dropped)} tensors outside B and A ({preview(self.dropped)}) are left out, as extras="
-                f"'{self.policy}' says"
+                f"adapter '{adapters[task].name}' lists trained modules, tokens or biases in its config, but holds no values "
+                "of them outside B and A: nothing of it is kept there; if it was trained with some, the checkpoint is incomplete"
             )
 
 
@@ -116,7 +118,8 @@ def plan_extras(
                     "one adapter's by its name, or 'drop'"
                 )
             kept[name] = extra
-    plan = ExtrasPlan(policy, keeper, tuple(kept.values()), dropped)
+    announcing = [task for task, source in enumerate(sources) if source.extras_reason and not source.extras]
+    plan = ExtrasPlan(policy, keeper, tuple(kept.values()), dropped, tuple(announcing) if policy != "drop" else ())
     _refuse_conflicts(plan, infos, modules)
     return plan
 

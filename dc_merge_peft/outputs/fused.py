@@ -16,6 +16,7 @@ from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import delta_shape, layer_layout
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.outputs.fused_extras import extra_writes
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base_model import injected_layer, path_in_model
@@ -30,10 +31,12 @@ COMPANIONS = (
 
 @torch.no_grad()
 def fuse_into(model: nn.Module, result: MergeResult) -> None:
-    """Add every merged delta to its weight, in float32 and back to the weight's dtype; all modules are checked first.
+    """Add every merged delta to its weight, in float32 and back to the weight's dtype, and put what stands outside B and A in
+    its place; everything is checked first.
 
     Raises:
-        OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
+        OutputError: a module is missing, has another shape or layer type, or shares its weight with another module; a layer
+            without a bias, for a bias on lora_B.
         UnsupportedAdapterError: a quantised weight.
     """
     injected = injected_layer(model)
@@ -42,7 +45,9 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
             "merge_and_unload() on its PeftModel first"
         )
-    targets = list(_targets(model, result))
+    targets, writes = list(_targets(model, result)), list(extra_writes(model, result, _shared_parameters(model)))
+    for write in writes:  # before the deltas: a value of the base model may be what a delta is added to
+        write()
     for name, module in targets:
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
         delta = result.lowrank(name).to(weight.device).dense()

@@ -12,16 +12,22 @@ from typing import Any
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.mixed import MixedModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from dc_merge_peft.errors import OptionError, OutputError, preview
 from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import Targets
 from dc_merge_peft.sources.live import lora_layers
 from dc_merge_peft.sources.renames import fitting_rename
+
+# What knows which adapter of its own is active.
+_HOLDERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
@@ -34,10 +40,12 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
                 "the PeftModel that they belong to"
             )
         check_modules(result, model)
+        check_extras(result, model, shared=False)
         config = _config_for(result, model)
         with _own_layers_on_failure(model):
             wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
+            write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
         return wrapped
     tuner = model.base_model
     if not isinstance(tuner, (LoraModel, MixedModel)):
@@ -63,11 +71,13 @@ def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter
     """
     check_name(adapter_name, tuner.peft_config)
     check_modules(result, tuner.model)
+    check_extras(result, tuner.model, shared=True)
     config = _config_for(result, tuner.model)
     with _unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
         tuner.inject_adapter(tuner.model, adapter_name)
         write_factors(result, tuner.model, adapter_name)
+        write_extras(result, tuner.model, adapter_name)
 
 
 def check_name(adapter_name: str, taken: Any) -> None:
@@ -171,11 +181,12 @@ def _own_layers_on_failure(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iterator[None]:
-    """Active adapters and ``requires_grad`` stay as they are; on an error the new adapter disappears again."""
-    trainable = {name: parameter.requires_grad for name, parameter in tuner.named_parameters()}
+    """Active adapters and ``requires_grad`` stay as they are; on an error the new adapter disappears again, and every wrapper
+    that PEFT has put around a module for it."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+    children = [(parent, name, child) for parent in tuner.modules() for name, child in parent.named_children()]
     active = list(tuner.active_adapters)
-    layers = [module for module in tuner.modules() if isinstance(module, BaseTunerLayer)]
-    layer_active = [layer._active_adapter for layer in layers]
+    holders = {module: module._active_adapter for module in tuner.modules() if isinstance(module, _HOLDERS)}
     try:
         yield
     except BaseException:
@@ -183,11 +194,16 @@ def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iter
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT warns that it picks another active adapter; it is restored below
                 tuner.delete_adapter(adapter_name)
+        for parent, name, child in children:
+            if isinstance(parent._modules.get(name), AuxiliaryTrainingWrapper):
+                parent._modules[name] = child
         raise
     finally:
         tuner.active_adapter = active if len(active) != 1 else active[0]
-        for layer, names in zip(layers, layer_active, strict=True):
-            layer._active_adapter = names
-        for name, parameter in tuner.named_parameters():
-            if name in trainable:
-                parameter.requires_grad_(trainable[name])
+        for module in tuner.modules():
+            if module in holders:
+                module._active_adapter = holders[module]  # type: ignore[index, assignment]
+            elif isinstance(module, (AuxiliaryTrainingWrapper, TrainableTokensLayer)):
+                module._active_adapter = []  # PEFT activates what it ties to a wrapped embedding
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)

@@ -15,6 +15,8 @@ from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.dora import layer_weight
+from dc_merge_peft.sources.extras import extras_reason
+from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
 from dc_merge_peft.sources.refusals import refuse_unless_plain_lora
 
 # Layer classes whose stored factors are not one B and one A for one weight.
@@ -64,6 +66,7 @@ class LiveSource(Source):
             raise OptionError(unknown_name("adapter", adapter, configs))
         config = _config_values(configs[adapter])
         refuse_unless_plain_lora(config, adapter)
+        refuse_live_biases(config, adapter)
         model: nn.Module = tuner.model  # type: ignore[assignment]
         self._adapter = adapter
         self._layers = lora_layers(model, adapter)
@@ -72,6 +75,9 @@ class LiveSource(Source):
                 f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?"
             )
         self.modules = {name: self._spec(name, layer) for name, layer in self._layers.items()}
+        self._extras = live_extras(model, adapter, self._layers)
+        self.extras = {name: extra.spec for name, extra in self._extras.items()}
+        self.extras_reason = extras_reason(config, self.extras)
         self.is_dora = any(adapter in layer.lora_magnitude_vector for layer in self._layers.values())
         self.info = AdapterInfo(
             name=adapter,
@@ -89,6 +95,9 @@ class LiveSource(Source):
         A, B = _stored_factors(layer, self._adapter)
         scaling = float(layer.scaling[self._adapter])
         return self.modules[module].layout.to_lowrank(A.detach(), B.detach(), scaling)
+
+    def extra(self, name: str) -> Tensor:
+        return self._extras[name].read()
 
     def magnitude(self, module: str) -> Tensor:
         vectors = self._layers[module].lora_magnitude_vector
@@ -156,7 +165,8 @@ def _refuse_merged_and_variants(name: str, layer: LoraLayer, adapter: str) -> No
             f"adapter '{adapter}' uses {variant} in '{name}': expected plain LoRA, whose delta is scaling * B @ A: convert "
             "it to plain LoRA first"
         )
-    if adapter in layer.lora_B and getattr(layer.lora_B[adapter], "bias", None) is not None:
+    if is_dora and adapter in layer.lora_B and getattr(layer.lora_B[adapter], "bias", None) is not None:
         raise UnsupportedAdapterError(
-            f"adapter '{adapter}' has a bias on lora_B in '{name}': expected plain LoRA; train it with lora_bias=False"
+            f"adapter '{adapter}' is DoRA with a bias on lora_B in '{name}', for which PEFT's forward pass and its merged weight "
+            "differ: expected one of them; train it with lora_bias=False"
         )

@@ -68,6 +68,15 @@ def llama(seed: int = 0) -> Any:
     return seeded(lambda: LlamaForCausalLM(config), seed)
 
 
+def resized(model: Any, tokens: int) -> Any:
+    """The model with a vocabulary of another size; the new rows are zero."""
+    with torch.random.fork_rng():
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.data[VOCAB:] = 0
+    return model
+
+
 class Block(nn.Module):
     """Two linear layers with a name that also occurs further up."""
 
