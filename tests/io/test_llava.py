@@ -14,12 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dc_merge_peft import DCMergeAdapter, MergeWarning, UnsupportedAdapterError
+from dc_merge_peft import DCMergeAdapter, MergeWarning
 from tests.support import llava as tiny
 from tests.support import models
 from tests.support.families import answer
 from tests.support.models import difference
-from tests.support.refused import merge_refused
 
 WEIGHTS = [1.0, -0.5]
 SEEDS = (40, 41)
@@ -139,13 +138,3 @@ def test_transformers_layout(tmp_path: Path, method: str) -> None:
     found = models.deltas(loaded, "default")
     assert set(found) == set(merged.modules) and all("language_model" in module for module in found)
     assert all(difference(delta, merged.delta(module)) < 1e-6 for module, delta in found.items())
-
-
-@pytest.mark.parametrize("rename", [None, "llava-hf"])
-def test_trained_projectors_are_refused(tmp_path: Path, rename: str | None) -> None:
-    """Weights in ``non_lora_trainables.bin`` are not lost without a word."""
-    folder = tiny.write_original(tmp_path / "LLaVA_7B_lora_r16_vizwiz", 1)
-    merge_refused(
-        tmp_path, [folder], UnsupportedAdapterError, "adapter 'LLaVA_7B_lora_r16_vizwiz' has non_lora_trainables.bin",
-        "fully trained weights", "projector", "expected LoRA factors alone", rename=rename,
-    )  # fmt: skip
