@@ -149,7 +149,8 @@ class DCMergeAdapter:
         """
         device = checked_device(device)
         reading = DoraReading(dora_rank, device, allow_zero)
-        opened = with_base(open_sources(sources, rename), as_base(base), reading)
+        opened = open_sources(sources, rename, keep_extras=extras not in (None, "drop"))
+        opened = with_base(opened, as_base(base), reading)
         try:
             plan = self.plan(
                 opened,
@@ -181,8 +182,9 @@ class DCMergeAdapter:
         extras: str | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
+        opened = open_sources(sources, rename, keep_extras=extras not in (None, "drop"))
         return plan_merge(
-            with_base(open_sources(sources, rename), as_base(base), DoraReading(dora_rank)),
+            with_base(opened, as_base(base), DoraReading(dora_rank)),
             self.method,
             weights,
             svd_rank=svd_rank,

@@ -43,6 +43,7 @@ def with_blocks(language: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, language)]
 
 
+@pytest.mark.filterwarnings("ignore:kept outside B and A")  # where an example asks for it
 @pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, workspace: Path) -> None:
     """All Python blocks of a page, one after the other, in one namespace."""

@@ -30,10 +30,11 @@ def check_extras(result: MergeResult, model: nn.Module, *, shared: bool) -> None
     for name, extra in result.extras.of_kind("base").items():
         found = _parameter(model, name)
         _check_shape(name, extra, found)
-        if shared and not torch.equal(found.detach().to(extra.value), extra.value):
+        # Biases are refused also where they agree: PEFT takes one adapter with biases, and would save the others without.
+        if shared and (name.endswith("bias") or not torch.equal(found.detach().to(extra.value), extra.value)):
             raise OutputError(
-                f"'{name}' is a value of the base model itself, which serves other adapters here: expected the value it has; add "
-                "the merge to a fresh base model, or leave such values out (extras='drop')"
+                f"'{name}' is a value of the base model itself, which serves other adapters here, and PEFT has one for all: "
+                "expected a fresh base model to add the merge to; or leave such values out (extras='drop')"
             )
     modules: dict[str, set[str]] = {}
     for name, extra in result.extras.of_kind("module").items():
@@ -78,7 +79,7 @@ def _check_shape(name: str, extra: MergedExtra, found: Tensor) -> None:
         where = "offloaded (a meta tensor)" if found.is_meta else f"of shape {tuple(found.shape)}"
         raise OutputError(
             f"'{name}' is {where} in the model, of shape {extra.spec.shape} in the merged adapter: expected the base model of the "
-            "adapters in memory; resize its embeddings first if theirs were (model.resize_token_embeddings)"
+            "adapters in memory, with embeddings of the same size (model.resize_token_embeddings)"
         )
 
 
@@ -91,8 +92,8 @@ def _check_tokens(model: nn.Module, extra: MergedExtra) -> None:
         found = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise OutputError(
             f"'{owner}' has a weight of shape {found} in the model, the merged adapter tokens up to {max(extra.spec.tokens)} of "
-            f"width {extra.spec.shape[1]}: expected the base model of the adapters in memory; resize its embeddings first if "
-            "theirs were (model.resize_token_embeddings)"
+            f"width {extra.spec.shape[1]}: expected the base model of the adapters in memory, with embeddings of the same size "
+            "(model.resize_token_embeddings)"
         )
 
 

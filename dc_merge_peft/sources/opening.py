@@ -12,7 +12,9 @@ from dc_merge_peft.sources.renamed import RenamedSource
 from dc_merge_peft.sources.renames import rename_named
 
 
-def open_sources(sources: Sequence[str | Path | Source], rename: str | None = None) -> list[Source]:
+def open_sources(
+    sources: Sequence[str | Path | Source], rename: str | None = None, *, keep_extras: bool = True
+) -> list[Source]:
     """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
     where that is asked for."""
     if isinstance(sources, (str, Path)):
@@ -25,7 +27,7 @@ def open_sources(sources: Sequence[str | Path | Source], rename: str | None = No
         source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)])
         for source in sources
     ]
-    return opened if rename is None else [RenamedSource(source, rename) for source in opened]
+    return opened if rename is None else [RenamedSource(source, rename, keep_extras=keep_extras) for source in opened]
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 from torch import Tensor
 
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ExtraSpec, Source, Targets
+from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source, Targets
 from dc_merge_peft.sources.renames import RENAMES, new_path, rename_named
 
 
 class RenamedSource(Source):
     """An adapter whose modules have the names that they have in today's base model."""
 
-    def __init__(self, source: Source, name: str) -> None:
+    def __init__(self, source: Source, name: str, *, keep_extras: bool = True) -> None:
         """
+        Args:
+            source: The adapter.
+            name: The rename.
+            keep_extras: Whether tensors outside B and A may be kept. Otherwise those of modules that the rename does not know
+                are no reason for a refusal, and have their old names.
+
         Raises:
             OptionError: no such rename, or it does not know a module of the adapter.
             SourceError: two modules would get one name.
         """
         self._source = source
-        self._old = _old_paths(source, name)
+        adapter, rename = source.info.name, rename_named(name)
+        self._old = _by_new_name(source.modules, lambda path: _known_path(path, name, adapter), name, adapter)
         self.modules = {new: source.modules[old] for new, old in self._old.items()}
-        self._old_extras = _old_extras(source, name)
-        self.extras = {new: _renamed_extra(source, old, name) for new, old in self._old_extras.items()}
+
+        def module_path(path: str) -> str:
+            return _known_path(path, name, adapter) if keep_extras else new_path(path, rename) or path
+
+        def extra_name(old: str) -> str:
+            # A parameter of a module trained in full may lie deeper in it; other kinds hang on their module's own path.
+            spec = source.extras[old]
+            owner = old.rpartition(".")[0] if spec.kind == "module" else spec.module
+            return module_path(owner) + old.removeprefix(owner)
+
+        self._old_extras = _by_new_name(source.extras, extra_name, name, adapter)
+        specs = {new: source.extras[old] for new, old in self._old_extras.items()}
+        self.extras = {new: replace(spec, module=module_path(spec.module), beside=False) for new, spec in specs.items()}
         self.extras_reason, self.is_dora = source.extras_reason, source.is_dora
         self.info = _renamed_info(source.info, name)
 
@@ -46,29 +64,6 @@ class RenamedSource(Source):
 
     def close(self) -> None:
         self._source.close()
-
-
-def _old_paths(source: Source, name: str) -> Mapping[str, str]:
-    """The adapter's own path for every new one."""
-    return _by_new_name(source.modules, lambda path: _known_path(path, name, source.info.name), name, source.info.name)
-
-
-def _old_extras(source: Source, name: str) -> Mapping[str, str]:
-    """The adapter's own name for every new one of the tensors outside B and A."""
-    adapter = source.info.name
-
-    def new_name(old: str) -> str:
-        # A parameter of a module trained in full may lie deeper in it; other kinds hang on their module's own path.
-        spec = source.extras[old]
-        owner = old.rpartition(".")[0] if spec.kind == "module" else spec.module
-        return _known_path(owner, name, adapter) + old.removeprefix(owner)
-
-    return _by_new_name(source.extras, new_name, name, adapter)
-
-
-def _renamed_extra(source: Source, old: str, name: str) -> ExtraSpec:
-    spec = source.extras[old]
-    return dataclasses.replace(spec, module=_known_path(spec.module, name, source.info.name), beside=False)
 
 
 def _known_path(path: str, name: str, adapter: str) -> str:
@@ -100,9 +95,9 @@ def _by_new_name(olds: Iterable[str], new_name: Callable[[str], str], name: str,
 def _renamed_info(info: AdapterInfo, name: str) -> AdapterInfo:
     """The targets of the config are about the old paths, and may hit more in the new model: the original LLaVA's
     ``q_proj`` also the vision tower's. A converted copy of the base model has another name and class."""
-    renamed = dataclasses.replace(info, rename=name, targets=Targets())
+    renamed = replace(info, rename=name, targets=Targets())
     if RENAMES[name].other_base:
-        return dataclasses.replace(renamed, same_base=False, base_revision=None, auto_mapping=None)
+        return replace(renamed, same_base=False, base_revision=None, auto_mapping=None)
     return renamed
 
 

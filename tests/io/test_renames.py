@@ -165,6 +165,33 @@ def test_command_line_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
 
 
+VIT_OLD, VIT_NEW = "vit.encoder.layer.0.attention.attention.query", "vit.layers.0.attention.q_proj"
+BESIDE: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "a head": ({"modules_to_save": ["classifier"]}, "classifier.weight", "classifier.weight", "classifier"),
+    "a trained bias": ({"bias": "lora_only"}, f"{VIT_OLD}.bias", f"{VIT_NEW}.bias", VIT_NEW),
+    "a bias on lora_B": ({"lora_bias": True}, f"{VIT_OLD}.lora_B.bias", f"{VIT_NEW}.lora_B.bias", VIT_NEW),
+}
+
+
+@pytest.mark.parametrize(("fields", "old", "new", "module"), BESIDE.values(), ids=BESIDE)
+def test_tensors_beside_the_factors(tmp_path: Path, fields: dict[str, Any], old: str, new: str, module: str) -> None:
+    """What stands beside the factors goes with them to the new names, untouched but for a bias's scaling of 2."""
+    value, fields = torch.arange(6.0), {**fields, "target_modules": ["query"]}
+    tensors = {f"{VIT_OLD}.lora_A.weight": A, f"{VIT_OLD}.lora_B.weight": B, old: value}
+    folder = write_checkpoint(tmp_path / "task", {f"base_model.model.{key}": t for key, t in tensors.items()}, **fields)
+    with pytest.warns(MergeWarning, match=f"kept outside B and A, .*'{re.escape(new)}'"):
+        merged = TA.merge([folder], rename="vit-v5", extras="first")
+    assert list(merged.modules) == [VIT_NEW] and list(merged.extras.values) == [new]
+    extra = merged.extras.values[new]
+    assert extra.spec.module == module
+    assert torch.equal(extra.value, 2 * value if extra.spec.kind == "lora_bias" else value)
+    unknown = write_checkpoint(tmp_path / "unknown", {**tensors, "decoder.3.weight": value}, **fields)
+    words = ("does not know 'decoder.3' of adapter 'unknown'", "leave the rename out")
+    merge_refused(tmp_path, [unknown], OptionError, *words, rename="vit-v5", extras="first")
+    with pytest.warns(MergeWarning, match="left out outside B and A, .*'decoder.3.weight'"):
+        assert TA.merge([unknown], rename="vit-v5", extras="drop").extras.values == {}
+
+
 def test_sources_that_are_open(tmp_path: Path) -> None:
     """A source object is renamed as a directory is, and closed with the merge."""
     source = CheckpointSource(clip_adapter(tmp_path / "task"))
