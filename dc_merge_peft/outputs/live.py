@@ -204,6 +204,15 @@ def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iter
             if module in holders:
                 module._active_adapter = holders[module]  # type: ignore[index, assignment]
             elif isinstance(module, (AuxiliaryTrainingWrapper, TrainableTokensLayer)):
-                module._active_adapter = []  # PEFT activates what it ties to a wrapped embedding
+                _deactivate(module)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def _deactivate(wrapper: AuxiliaryTrainingWrapper | TrainableTokensLayer) -> None:
+    """A wrapper that PEFT has made for the new adapter lets the base model through until the adapter is activated. PEFT
+    activates the ones that it ties to a wrapped embedding, and before version 0.18 all of them."""
+    if hasattr(AuxiliaryTrainingWrapper, "check_set_adapter"):
+        wrapper._active_adapter = []  # type: ignore[assignment]
+    else:  # there inactive means disabled
+        wrapper.enable_adapters(False)

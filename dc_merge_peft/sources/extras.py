@@ -18,10 +18,11 @@ from dc_merge_peft.sources.files import Tensors
 from dc_merge_peft.sources.keys import module_path
 from dc_merge_peft.sources.scaling import lora_scaling
 
-_LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.[^.]+)?\.bias", re.DOTALL)
+_LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B(?P<adapter>\.[^.]+)?\.bias", re.DOTALL)
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?", re.DOTALL)
-# Levels that PEFT's wrappers put into a path. A state dict that is saved raw, or with bias="all", has them.
-_WRAPPED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)|(\.token_adapter)?\.base_layer(?=\.)")
+# Levels that PEFT's wrappers put into a path.
+_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
+_SAVED, _SAVED_NAMED = re.compile(r"\.modules_to_save(?=\.)"), re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _NO_VALUE = re.compile(r"\.original_module\.|\.lora_magnitude_vector")
 
 LORA_BIAS_NAME, TOKENS_NAME = "lora_B.bias", "trainable_tokens_delta"
@@ -96,30 +97,35 @@ def stored_extras(
         UnsupportedAdapterError: a bias on lora_B that the config does not know.
     """
     _check_fields(config, adapter)
+    # PEFT before 0.18 saves the biases on lora_B of a model's other adapters along, with their names.
+    named = not any(key.endswith((".lora_B.weight", ".lora_embedding_B")) for key in tensors.shapes)
     found: dict[str, StoredExtra] = {}
-    # A key without the levels of a wrapper is the value itself; with them it may be a second copy.
+    # The values themselves first: keys with the level of a wrapper may be second copies.
     for key in sorted(keys, key=lambda key: ".modules_to_save." in key):
+        path, shape, dtype = module_path(key), tensors.shapes[key], tensors.dtypes[key]
         if _NO_VALUE.search(key):
             continue
-        shape, dtype = tensors.shapes[key], tensors.dtypes[key]
-        path = module_path(key)
         if match := _LORA_BIAS.fullmatch(path):
-            module = match["module"]
-            name, spec = f"{module}.{LORA_BIAS_NAME}", ExtraSpec("lora_bias", module, shape, dtype)
-            _check_bias(key, spec, config, modules, adapter)
-            found[name] = StoredExtra(spec, key, lora_scaling(config, module, modules[module].rank))
-            continue
-        if match := _TOKENS.fullmatch(path):
-            module = match["module"]
-            tokens = _token_indices(config, module, shape, adapter)
-            spec = ExtraSpec("tokens", module, shape, dtype, tokens)
-            found[f"{module}.{TOKENS_NAME}"] = StoredExtra(spec, key)
-            continue
-        name = _WRAPPED.sub("", path)
-        found.setdefault(name, StoredExtra(_full_value(name, key, shape, dtype, config), key))
+            if named or not match["adapter"]:
+                spec = ExtraSpec("lora_bias", match["module"], shape, dtype)
+                _check_bias(key, spec, config, modules, adapter)
+                scaling = lora_scaling(config, spec.module, modules[spec.module].rank)
+                found[f"{spec.module}.{LORA_BIAS_NAME}"] = StoredExtra(spec, key, scaling)
+        elif match := _TOKENS.fullmatch(path):
+            tokens = _token_indices(config, match["module"], shape, adapter)
+            spec = ExtraSpec("tokens", match["module"], shape, dtype, tokens)
+            found[f"{spec.module}.{TOKENS_NAME}"] = StoredExtra(spec, key)
+        elif (name := _plain_name(path)) not in found and _SAVED.sub("", path) not in found:
+            found[name] = StoredExtra(_full_value(name, key, shape, dtype, config), key)
     if config.get("lora_bias"):
         _refuse_missing_biases(found, modules, adapter)
     return found
+
+
+def _plain_name(path: str) -> str:
+    """A path as the base model spells it. A state dict that was saved raw has an adapter's name after ``modules_to_save``;
+    with bias="all" PEFT saves second copies of biases there, before version 0.18 without the name."""
+    return _SAVED_NAMED.sub("", _WRAPPED.sub("", path))
 
 
 def saved_module(path: str, names: Iterable[str]) -> str | None:

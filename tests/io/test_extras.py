@@ -16,7 +16,7 @@ from torch import Tensor
 from dc_merge_peft import DCMergeAdapter, MergeWarning
 from tests.cli.test_merge import run
 from tests.support import models
-from tests.support.extras import BIASES, IGNORE, KINDS, QUERY, beside, save_extras
+from tests.support.extras import BIASES, IGNORE, KINDS, QUERY, SAVES_LORA_ONLY, beside, save_extras
 from tests.support.models import difference, factors, write_checkpoint
 
 pytestmark = IGNORE
@@ -169,6 +169,7 @@ def test_a_head_keeps_its_task_type(tmp_path: Path) -> None:
     assert type(PeftModel.from_pretrained(models.bert_classifier(), str(bare))) is PeftModel
 
 
+@pytest.mark.skipif(not SAVES_LORA_ONLY, reason="this PEFT does not save the biases of bias='lora_only'")
 def test_biases_of_both_kinds(tmp_path: Path) -> None:
     """Biases of all layers from one adapter, of LoRA layers from the other: each is the mean over those that have it."""
     adapters = {name: {**QUERY, "bias": bias} for name, bias in (("one", "all"), ("two", "lora_only"))}
@@ -244,6 +245,26 @@ def test_spellings(tmp_path: Path, key: str) -> None:
     merged = DCMergeAdapter(method="ta").merge([folder], extras="average")
     assert torch.equal(merged.extras.values["classifier.weight"].value, value)
     assert merged.extras.values["classifier.weight"].spec.module == "classifier"
+
+
+@pytest.mark.parametrize("copy", ["pooler.modules_to_save.task.dense.bias", "pooler.modules_to_save.dense.bias"])
+def test_second_copies(tmp_path: Path, copy: str) -> None:
+    """With bias="all" PEFT saves the biases of a fully trained module twice, older versions under a path without a name."""
+    tensors, _ = raw(torch.ones(3), "pooler.dense.bias")
+    tensors |= {copy: torch.zeros(3), "pooler.original_module.dense.bias": torch.zeros(3)}
+    folder = write_checkpoint(tmp_path / "task", tensors, target_modules=["q"], modules_to_save=["pooler"], bias="all")
+    merged = DCMergeAdapter(method="ta").merge([folder], extras="average")
+    assert set(merged.extras.values) == {"pooler.dense.bias"}
+    assert torch.equal(merged.extras.values["pooler.dense.bias"].value, torch.ones(3))
+
+
+def test_biases_of_other_adapters(tmp_path: Path) -> None:
+    """PEFT before 0.18 saves the biases on lora_B of other adapters of the model along; they have a name in their key."""
+    tensors, _ = raw(torch.ones(6), "enc.q.lora_B.bias")
+    tensors["enc.q.lora_B.other.bias"] = torch.zeros(6)
+    folder = write_checkpoint(tmp_path / "task", tensors, target_modules=["q"], lora_bias=True)
+    merged = DCMergeAdapter(method="ta").merge([folder], extras="average")
+    assert torch.equal(merged.extras.values["enc.q.lora_B.bias"].value, torch.full((6,), 2.0))
 
 
 def test_values_outside_any_list(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def test_same_as_from_disk(tmp_path: Path, build: Any, fields: dict[str, Any], p
     model.add_weighted_adapter(NAMES, [1.0, 1.0], "new", combination_type="ta", extras=policy)
     model.save_pretrained(str(tmp_path), selected_adapters=["new"], save_embedding_layers=False)
     found, expected = beside(tmp_path / "new"), beside(merged.save_pretrained(tmp_path / "out"))
-    assert found.keys() == expected.keys() and found
-    assert all(difference(value, expected[key]) < 1e-6 for key, value in found.items())
+    assert found.keys() >= expected.keys() and expected  # PEFT before 0.18 saves biases of other adapters along
+    assert all(difference(found[key], value) < 1e-6 for key, value in expected.items())
     model.set_adapter("new")
     loaded = PeftModel.from_pretrained(build(), str(tmp_path / "new")).eval()
     assert difference(models.output(model), models.output(loaded)) < 1e-6
