@@ -121,6 +121,7 @@ class DCMergeAdapter:
         device: torch.device | str | None = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
+        rename: str | None = None,
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
         extras: str | None = None,
@@ -139,6 +140,8 @@ class DCMergeAdapter:
             device: Where to compute; by default where the factors are, which is the CPU for files.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
+            rename: For adapters of an old or foreign layout, as in ``"llava-hf"`` or ``"clip-vision-v5"``: read their modules
+                under the names that the base model has today. :data:`dc_merge_peft.sources.renames.RENAMES` has them all.
             base: The base model, which the deltas of DoRA adapters depend on: a directory, a Hub id or a model in memory. It
                 is loaded only if an adapter is DoRA.
             dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than the smaller side
@@ -156,11 +159,12 @@ class DCMergeAdapter:
             UnsupportedAdapterError: an adapter that is no plain LoRA, DoRA without a base model, or tensors outside B and A
                 without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
-            OptionError: a wrong weight, rank, dtype or device.
+            OptionError: a wrong weight, rank, dtype, device or rename.
         """
         device = checked_device(device)
         reading = DoraReading(dora_rank, device, allow_zero)
-        opened = with_base(open_sources(sources, token), BaseModel.of(base, token), reading)
+        opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
+        opened = with_base(opened, BaseModel.of(base, token), reading)
         try:
             plan = self.plan(
                 opened,
@@ -192,14 +196,16 @@ class DCMergeAdapter:
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
         allow_different_bases: bool = False,
+        rename: str | None = None,
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
         extras: str | None = None,
         token: str | bool | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
+        opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
         return plan_merge(
-            with_base(open_sources(sources, token), BaseModel.of(base, token), DoraReading(dora_rank)),
+            with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank)),
             self.method,
             weights,
             svd_rank=svd_rank,

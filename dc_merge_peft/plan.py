@@ -21,6 +21,7 @@ from dc_merge_peft.methods import Method
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
+from dc_merge_peft.sources.renamed import rename_remarks
 
 # Output dtypes by the name a user may give.
 DTYPES = {
@@ -106,7 +107,12 @@ def plan_merge(
         weights=checked,
         svd_rank=svd_rank,
         dtype=_output_dtype(dtype, sources),
-        remarks=(*_incomplete(sources, infos), *planned.remarks(infos), *_remarks(method, modules)),
+        remarks=(
+            *_incomplete(sources, infos),
+            *rename_remarks(sources),
+            *planned.remarks(infos),
+            *_remarks(method, modules),
+        ),
         extras=planned,
     )
 
@@ -238,7 +244,7 @@ def _incomplete(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iter
     """Adapters whose config names target modules that their weights lack. Lists written for several architectures look
     the same, so it is no error."""
     for source, info in zip(sources, infos, strict=True):
-        missing = info.targets.unmatched(source.modules) + unmatched_parameters(info.target_parameters, source.modules)
+        missing = source.unmatched_targets() + unmatched_parameters(info.target_parameters, source.modules)
         if missing:
             yield (
                 f"adapter '{info.name}' targets {preview(missing)} in its config but has no factors for it: nothing of it is "

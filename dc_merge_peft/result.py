@@ -87,6 +87,11 @@ class MergeResult:
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging
 
+    @property
+    def rename(self) -> str | None:
+        """The rename under which the adapters were read: one for all of them."""
+        return self.adapters[0].rename if self.adapters else None
+
     def lowrank(self, module: str) -> LowRank:
         """The merged delta of a module as float32 factors, ``alpha`` applied.
 

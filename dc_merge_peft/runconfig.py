@@ -26,6 +26,7 @@ class RunConfig:
     weights: tuple[float, ...] | None = None
     method: str = "dc"
     options: Mapping[str, Any] = field(default_factory=dict)
+    rename: str | None = None
     svd_rank: int | None = None
     dtype: str | None = None
     device: str | None = None
@@ -68,7 +69,7 @@ class RunConfig:
                 )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
-        for name in ("output", "method", "dtype", "device", "base", "extras"):
+        for name in ("output", "method", "rename", "dtype", "device", "base", "extras"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
@@ -87,6 +88,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         weights=result.weights,
         method=result.method,
         options=dict(result.options),
+        rename=result.rename,
         svd_rank=result.svd_rank,
         dtype=str(result.dtype).removeprefix("torch."),
         base=result.dora.base if result.dora else None,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from dc_merge_peft.cli import app
 from dc_merge_peft.methods import METHODS
 from dc_merge_peft.runconfig import RunConfig
+from tests.support.llava import make_llava_workspace
 from tests.support.workspace import make_workspace
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +27,15 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+# Pages whose examples assume other files.
+WORKSPACES = {"llava.md": make_llava_workspace}
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the examples assume."""
-    monkeypatch.chdir(make_workspace(tmp_path))
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """The folder that the page's examples assume."""
+    make = WORKSPACES.get(request.node.callspec.params["page"].name, make_workspace)
+    monkeypatch.chdir(make(tmp_path))
     return tmp_path
 
 
@@ -39,6 +45,7 @@ def with_blocks(language: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, language) and page.name != "hub.md"]
 
 
+@pytest.mark.filterwarnings("ignore:kept outside B and A")  # where an example asks for it
 @pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, workspace: Path) -> None:
     """All Python blocks of a page, one after the other, in one namespace."""

@@ -19,6 +19,7 @@ from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.outputs.publish import check_repository
+from dc_merge_peft.sources.renames import RENAMES
 
 _METHOD, _RUN, _REST = "Method", "Run", "Output"
 
@@ -56,6 +57,13 @@ def merge(
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-O", help="Any option of the method, as in -O mask=false.", rich_help_panel=_METHOD),
+    ] = None,
+    rename: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     svd_rank: Annotated[
         int | None,
@@ -132,6 +140,7 @@ def merge(
         weights=numbers(weights) if weights is not None else None,
         method=method,
         options=dict(assignments(option or [], shortcuts)),
+        rename=rename,
         svd_rank=svd_rank,
         dtype=dtype,
         device=device,
@@ -153,6 +162,7 @@ def merge(
         "svd_rank": run.svd_rank,
         "dtype": run.dtype,
         "allow_different_bases": allow_different_bases,
+        "rename": run.rename,
         "base": run.base,
         "dora_rank": run.dora_rank,
         "extras": run.extras,

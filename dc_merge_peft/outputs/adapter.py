@@ -6,12 +6,13 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
 import yaml
 
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
-from dc_merge_peft.outputs.extras import extra_tensors
+from dc_merge_peft.outputs.extras import extra_tensors, without_trainables
 from dc_merge_peft.outputs.files import save_reproducibly
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
@@ -19,6 +20,8 @@ from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base import CardFacts
+from dc_merge_peft.sources.hub import TRAINABLES_FILE
+from dc_merge_peft.sources.keys import PREFIX
 
 
 def write_adapter(result: MergeResult, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -66,19 +69,22 @@ def push_adapter(
 
 
 def _write_files(result: MergeResult, folder: Path, *, base: CardFacts, place: str | None = None) -> None:
-    """The four files of an adapter."""
+    """The four files of an adapter, and the original LLaVA's fifth one."""
+    record = run_record(result)
+    (folder / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(result, record, base, place), encoding="utf-8")
+    result, beside = without_trainables(result)
+    if beside:
+        torch.save({PREFIX + name: value.cpu() for name, value in beside.items()}, folder / TRAINABLES_FILE)
     tensors = {}
     for layer, layout, A, B in stored_factors(result):
         ending = "" if layout.kind == "embedding" else ".weight"
         for name, factor in zip(layout.factor_names, (A, B), strict=True):
-            tensors[f"base_model.model.{layer}.{name}{ending}"] = factor.cpu()
-    tensors |= {f"base_model.model.{key}": value.cpu() for key, value in extra_tensors(result).items()}
-    record = run_record(result)
+            tensors[f"{PREFIX}{layer}.{name}{ending}"] = factor.cpu()
+    tensors |= {PREFIX + key: value.cpu() for key, value in extra_tensors(result).items()}
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
     save_reproducibly(
         tensors, folder / "adapter_model.safetensors", {"format": "pt", "dc_merge": json.dumps(record, sort_keys=True)}
     )
     config = json.dumps(lora_fields(result), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-    (folder / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "README.md").write_text(adapter_card(result, record, base, place), encoding="utf-8")

@@ -36,7 +36,7 @@ def metadata(result: MergeResult, base: CardFacts, *, library: str, relation: st
 
 def base_model_id(result: MergeResult) -> str | None:
     """The base model's Hub id where all adapters agree on one; never a local path."""
-    name = _the_one(info.base_model for info in result.adapters)
+    name = _the_one(info.fitting_base for info in result.adapters)
     return name if is_hub_id(name) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+def without_trainables(result: MergeResult) -> tuple[MergeResult, dict[str, Tensor]]:
+    """The result without the parameters that the original LLaVA keeps in a file beside an adapter, and those parameters."""
+    values = result.extras.values
+    beside = {name: extra.value for name, extra in values.items() if extra.spec.beside}
+    rest = {name: extra for name, extra in values.items() if name not in beside}
+    return replace(result, extras=replace(result.extras, values=rest)), beside
 
 
 def extra_fields(result: MergeResult) -> dict[str, Any]:

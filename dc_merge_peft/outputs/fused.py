@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base_model import injected_layer, path_in_model
 from dc_merge_peft.sources.hub import HubId, fetch_files
+from dc_merge_peft.sources.renames import fitting_rename
 
 # What belongs to a model beside its weights and configs, which save_pretrained writes: tokenizers and processors.
 COMPANIONS = (
@@ -112,6 +114,7 @@ def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> I
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
+                + fitting_rename(result.modules, partial(path_in_model, model), result.rename)
             )
         module = model.get_submodule(path)
         place = place_of(name, module, merged.layout, merged.delta.shape)

@@ -26,6 +26,7 @@ from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import Targets
 from dc_merge_peft.sources.live import factor_holders, lora_layers
+from dc_merge_peft.sources.renames import fitting_rename
 
 # What knows which adapter of its own is active.
 _HOLDERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -107,7 +108,7 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
     if missing:
         raise OutputError(
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
-            "from the one they were trained with"
+            "from the one they were trained with" + fitting_rename(result.modules, modules.__contains__, result.rename)
         )
     for name, merged in result.modules.items():
         module = modules[paths[name]]

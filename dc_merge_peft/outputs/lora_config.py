@@ -101,7 +101,7 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
         "peft_type": "LORA",
         "task_type": task_type if has_head(result, task_type) else None,
         "auto_mapping": _agreed(result.adapters, "auto_mapping"),
-        "base_model_name_or_path": _agreed(result.adapters, "base_model"),
+        "base_model_name_or_path": _agreed(result.adapters, "fitting_base"),
         "revision": _agreed(result.adapters, "base_revision"),
         "inference_mode": True,
         "r": ranks.r,

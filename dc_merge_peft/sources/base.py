@@ -44,6 +44,7 @@ class ExtraSpec:
     dtype: torch.dtype
     tokens: tuple[int, ...] = ()  # for tokens: the index of each row
     optional: bool = False  # base weights that PEFT stores unasked: left out where nothing is said about them
+    beside: bool = False  # in the file that the original LLaVA leaves beside an adapter, and goes back there
 
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
@@ -140,6 +141,13 @@ class AdapterInfo:
     targets: Targets = field(default_factory=Targets)
     target_parameters: frozenset[str] = frozenset()  # names of parameters that have LoRA of their own: MoE experts
     card: CardFacts = field(default_factory=CardFacts)
+    rename: str | None = None  # the rename under which its modules are read
+    same_base: bool = True  # whether the modules are those of base_model itself, and not of a converted copy
+
+    @property
+    def fitting_base(self) -> str | None:
+        """The base model whose modules are named as the adapter's are; None where it has no name, or an unknown one."""
+        return self.base_model if self.same_base else None
 
 
 class Source(ABC):
@@ -167,6 +175,10 @@ class Source(ABC):
     def lora(self, module: str) -> LowRank:
         """``scaling * B @ A`` alone, which of a DoRA adapter is a part of the delta; see :class:`DoraSource`."""
         return self.factors(module)
+
+    def unmatched_targets(self) -> list[str]:
+        """Names in the config's list of target modules that no module matches."""
+        return self.info.targets.unmatched(self.modules)
 
     def extra(self, name: str) -> Tensor:
         """One tensor of :attr:`extras`."""

@@ -24,6 +24,7 @@ from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
+from dc_merge_peft.sources.llava import open_trainables
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
@@ -56,17 +57,19 @@ class CheckpointSource(Source):
         self._last_read: tuple[str, Tensor, Tensor] | None = None
         specs = {layer: self._spec(layer, keys, self._stacks.get(layer)) for layer, keys in self._keys.items()}
         self.modules = {module: spec for layer, spec in specs.items() for module in spec.layout.modules(layer)}
-        self._read_beside()
+        self._read_beside(files.directory)
         self.info = _describe(self.name, files, self.config)
 
-    def _read_beside(self) -> None:
-        """What the checkpoint holds beside the factors, by its keys."""
+    def _read_beside(self, directory: Path) -> None:
+        """What the adapter holds beside its factors, in the checkpoint by its keys, and in a file of its own."""
         others = other_keys(self._tensors.shapes)
         self.is_dora = bool(self.config.get("use_dora"))
         self._magnitudes = magnitude_keys(others, self._keys, self.config, self.name)
         self._extras = stored_extras(others, self._tensors, self.config, self.modules, self.name)
-        self.extras = {name: stored.spec for name, stored in self._extras.items()}
-        self.extras_reason = extras_reason(self.config, self.extras)
+        self._trainables = open_trainables(directory, self._extras, self.name)
+        stored = {name: stored.spec for name, stored in self._extras.items()}
+        self.extras = {**stored, **self._trainables.specs}
+        self.extras_reason = extras_reason(self.config, stored) or self._trainables.reason
 
     def scaling(self, module: str) -> float:
         spec = self.modules[module]
@@ -85,7 +88,7 @@ class CheckpointSource(Source):
         return layout.to_lowrank(*own, self.scaling(module))
 
     def extra(self, name: str) -> Tensor:
-        return self._extras[name].read(self._tensors)
+        return self._trainables.read(name) if name in self._trainables.specs else self._extras[name].read(self._tensors)
 
     def magnitude(self, module: str) -> Tensor:
         magnitude = self._tensors.read(self._magnitudes[module]).flatten()
@@ -99,6 +102,7 @@ class CheckpointSource(Source):
     def close(self) -> None:
         self._last_read = None
         self._tensors.close()
+        self._trainables.close()
 
     def _read(self, layer: str) -> tuple[Tensor, Tensor]:
         """The stored pair of a PEFT layer. The last one of experts is kept: they come one after the other, and share it."""

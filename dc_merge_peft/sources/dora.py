@@ -127,6 +127,9 @@ class DoraSource(Source):
         lost, whole = (sum(part) for part in zip(*self._squares.values(), strict=True)) if self._squares else (0, 0)
         return (lost / whole) ** 0.5 if whole else 0.0
 
+    def unmatched_targets(self) -> list[str]:
+        return self._adapter.unmatched_targets()
+
     def extra(self, name: str) -> Tensor:
         return self._adapter.extra(name)
 

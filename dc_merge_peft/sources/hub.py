@@ -22,6 +22,8 @@ from dc_merge_peft.hub_errors import (
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CARD_FILE = "README.md"
+# Of the original LLaVA repository: see dc_merge_peft.sources.llava.
+TRAINABLES_FILE = "non_lora_trainables.bin"
 
 # "org/name", "org/name@revision", "org/name/sub/folder@revision". No part begins with a dot and none holds two, since
 # subfolders and revisions become parts of paths in the local cache.
@@ -92,7 +94,7 @@ def locate(source: str | Path, token: str | bool | None = None) -> AdapterFiles:
 def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
     """A snapshot of one adapter's config, weights and card, nothing else of the repository."""
     prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
-    patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE)]
+    patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE, TRAINABLES_FILE)]
     snapshot = fetch_files(wanted, patterns, token, fallback=lambda: _from_cache(wanted, prefix))
     return AdapterFiles(snapshot / prefix, f"{wanted.repo}/{prefix}".rstrip("/"), snapshot.name)
 

@@ -8,18 +8,30 @@ from pathlib import Path
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.checkpoint import CheckpointSource
+from dc_merge_peft.sources.renamed import RenamedSource
+from dc_merge_peft.sources.renames import rename_named
 
 
-def open_sources(sources: Sequence[str | Path | Source], token: str | bool | None = None) -> list[Source]:
-    """Sources as they are, directories and Hub ids opened under short names that tell them apart."""
+def open_sources(
+    sources: Sequence[str | Path | Source],
+    token: str | bool | None = None,
+    rename: str | None = None,
+    *,
+    keep_extras: bool = True,
+) -> list[Source]:
+    """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
+    where that is asked for."""
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     sources = list(sources)  # it is gone through twice
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
-    return [
+    if rename is not None:
+        rename_named(rename)  # before anything is opened or downloaded
+    opened = [
         source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)], token=token)
         for source in sources
     ]
+    return opened if rename is None else [RenamedSource(source, rename, keep_extras=keep_extras) for source in opened]
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ The rules read a config as a mapping, so that a JSON file and a ``LoraConfig`` i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError
@@ -46,7 +46,12 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
         )
     for name, (meaning, remedy) in _FEATURES.items():
         value = config.get(name)
-        if value is not None and value is not False and value != [] and value != {}:
+        off = (
+            value is None
+            or value is False
+            or (isinstance(value, Collection) and not isinstance(value, str) and not value)
+        )
+        if not off:  # for a mixture of experts PEFT sets target_parameters to an empty set
             raise UnsupportedAdapterError(
                 f"adapter '{adapter}' has {name}={value!r}: {meaning}; expected plain LoRA, whose delta is "
                 f"scaling * B @ A: {remedy}"

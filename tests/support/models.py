@@ -37,7 +37,7 @@ VOCAB = 40
 IDS = torch.tensor([[1, 5, 9, 2, 30, 7]])
 
 
-def _seeded(build: Any, seed: int) -> Any:
+def seeded(build: Any, seed: int) -> Any:
     """What ``build`` makes under a seed of its own, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def bert(seed: int = 0, kind: type[PreTrainedModel] = BertModel) -> Any:
     """A BERT of two layers, width 16: linear layers, no head unless ``kind`` has one."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     config = BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **sizes)  # type: ignore[arg-type]
-    return _seeded(lambda: kind(config), seed)
+    return seeded(lambda: kind(config), seed)
 
 
 def bert_classifier(seed: int = 0) -> Any:
@@ -62,7 +62,7 @@ def gpt2(seed: int = 0, *, tied: bool = True) -> Any:
         vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0,
         tie_word_embeddings=tied,
     )  # fmt: skip
-    return _seeded(lambda: GPT2LMHeadModel(config), seed)
+    return seeded(lambda: GPT2LMHeadModel(config), seed)
 
 
 def llama(seed: int = 0) -> Any:
@@ -71,7 +71,7 @@ def llama(seed: int = 0) -> Any:
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=24, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return _seeded(lambda: LlamaForCausalLM(config), seed)
+    return seeded(lambda: LlamaForCausalLM(config), seed)
 
 
 def resized(model: Any, tokens: int) -> Any:
@@ -113,7 +113,7 @@ class Patches(nn.Module):
 
 def patches(seed: int = 0) -> Any:
     """A plain torch module with an embedding and convolutions."""
-    return _seeded(Patches, seed)
+    return seeded(Patches, seed)
 
 
 def output(model: nn.Module, ids: Tensor = IDS) -> Tensor:
