@@ -19,6 +19,7 @@ from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
+from dc_merge_peft.parallel import in_parallel
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
@@ -79,10 +80,19 @@ def run_merge(
         return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
 
     merge = method.prepare(sweep)
+
+    def merge_one(module: ModuleTasks) -> tuple[Delta, Tensor | None, AlphaFit]:
+        return _merge_one(method, merge, module, plan.svd_rank, keep_dense=keep_dense)
+
+    results = in_parallel(
+        merge_one,
+        map(read, progress(plan.modules, "merging")),
+        count=len(plan.modules),
+        on_cpu=lambda module: module.tasks[0].device.type == "cpu",
+    )
     merged: dict[str, MergedModule] = {}
     fit = AlphaFit()
-    for module in progress(plan.modules, "merging"):
-        delta, S, module_fit = _merge_one(method, merge, read(module), plan.svd_rank, keep_dense=keep_dense)
+    for module, (delta, S, module_fit) in zip(plan.modules, results, strict=True):
         fit = fit.plus(module_fit)
         merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
     if not allow_zero and not any(module.rank for module in merged.values()):
