@@ -50,7 +50,8 @@ def inspect_merge(
     given = _sources_of(merged) if sources is None else sources
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
-    opened = open_sources(given)
+    # The adapters of a merge in memory are read as it has read them.
+    opened = open_sources(given, rename=merged.rename if isinstance(merged, MergeResult) else None)
     target = merged if isinstance(merged, (MergeResult, Source)) else CheckpointSource(merged)
     try:
         return _inspect(target, opened, where, progress)
