@@ -179,7 +179,9 @@ def _merge_one(
     merged = merge(seen)
     norm = merged.norm()
     _refuse_overflow(norm, "merged delta", module.name, method)
-    if norm <= FLOAT32_EPS * largest:  # nothing but rounding, as of adapters that cancel: noise must not become an adapter
+    if (
+        norm <= FLOAT32_EPS * largest
+    ):  # nothing but rounding, as of adapters that cancel: noise must not become an adapter
         (m, n), like = merged.shape, merged.svd.U
         merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
     fit = fit_alpha(seen.tasks, seen.weights, merged)

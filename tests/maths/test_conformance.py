@@ -245,5 +245,5 @@ def test_numbers_beyond_float32_are_an_error(name: str) -> None:
 def test_options_beyond_float32_are_an_error(fuse_weight: float) -> None:
     """Ordinary adapters with an option that makes numbers too large."""
     tasks = random_tasks(19, SHAPE, (3, 3))
-    with pytest.raises(MergeError, match="merged delta of module '' is beyond float32: .*'robust'.* weight or option"):
+    with pytest.raises(MergeError, match=r"merged delta of module '' is beyond float32: .*'robust'.* weight or option"):
         merged(method_named("robust", {"fuse_weight": fuse_weight}), tasks)
