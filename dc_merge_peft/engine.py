@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -41,6 +42,22 @@ def silent(modules: Iterable[T], what: str) -> Iterable[T]:
     return modules
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for the arithmetic of a merge on the CPU.
+
+    BLAS and LAPACK add up in an order that depends on their number of threads: from 1024 rows on two threads give other
+    last bits than one, and TIES decides by comparisons. The cores of factor space are too small for threads to help.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 @torch.no_grad()
 def run_merge(
     plan: MergePlan,
@@ -65,7 +82,7 @@ def run_merge(
     Raises:
         OptionError: a device that does not exist.
         SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
-        MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero.
+        MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero or beyond float32.
     """
     start = time.perf_counter()
     device = checked_device(device)
@@ -130,6 +147,7 @@ def _left_out(result: MergeResult) -> Iterator[str]:
         )
 
 
+@one_thread()
 def merge_module(
     method: Method,
     deltas: Sequence[Delta],  # (m, n) each
@@ -166,8 +184,14 @@ def _merge_one(
     element-wise method has left their span.
     """
     seen, space = _seen_by(method, module)
+    largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
+    _refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
-    if _vanishes(merged, seen):
+    norm = merged.norm()
+    _refuse_overflow(norm, "merged delta", module.name, method)
+    if (
+        norm <= FLOAT32_EPS * largest
+    ):  # nothing but rounding, as of adapters that cancel: noise must not become an adapter
         (m, n), like = merged.shape, merged.svd.U
         merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
     fit = fit_alpha(seen.tasks, seen.weights, merged)
@@ -177,10 +201,14 @@ def _merge_one(
     return (space.expand(kept) if space else kept.to(torch.float32)), merged.svd.S, fit
 
 
-def _vanishes(merged: Delta, module: ModuleTasks) -> bool:
-    """Whether nothing but rounding is left, as of adapters that cancel each other: noise must not become an adapter."""
-    largest = max(abs(weight) * task.norm() for task, weight in zip(module.tasks, module.weights, strict=True))
-    return merged.norm() <= FLOAT32_EPS * largest
+def _refuse_overflow(norm: float, what: str, module: str, method: Method) -> None:
+    """A delta that float32 can't hold. Infinities cancel to NaN, and NaN has no sign that TIES could elect: the module would
+    be missing from the result."""
+    if not norm <= torch.finfo(torch.float32).max:  # NaN included
+        raise MergeError(
+            f"a {what} of module '{module}' is beyond float32: expected adapters, weights and options of method "
+            f"'{method.name}' of ordinary size; look for an adapter with huge factors, or for a huge weight or option"
+        )
 
 
 def compute_device(device: torch.device) -> torch.device:
