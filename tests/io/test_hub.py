@@ -123,7 +123,7 @@ def test_adapters_named_by_their_revision(server: HubServer, tmp_path: Path) -> 
     again = merger.merge(run.adapters, run.weights, extras=run.extras).save_pretrained(tmp_path / "again")
     assert listing(out) == listing(again)
     server.add_tag("org/head", "v1", server.commits("org/head")[-1].sha)
-    server.add_repo("org/head", {"README.md": b"newer"})
+    server.add_repo("org/head", {**listing(tmp_path / "made" / "org" / "head"), "README.md": b"newer"})
     sources = ["org/head@v1", "org/head"]
     merged = merger.merge(sources, extras="head@v1")
     assert [info.name for info in merged.adapters] == ["head@v1", "head"]
