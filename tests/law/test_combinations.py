@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft import DCMergeAdapter, OutputError
 from tests.law.nets import WIDTH, Experts
 from tests.support.models import randomize, seeded
+from tests.support.refused import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(is DoRA|outside B and A):dc_merge_peft.errors.MergeWarning"),
@@ -117,3 +119,28 @@ def test_renamed(tmp_path: Path, kind: str) -> None:
     loaded = PeftModel.from_pretrained(new(), str(merged.save_pretrained(tmp_path / "out")))
     for found in (loaded, merged.add_to(new()), TA.fuse(new(), [folder], **options)):
         torch.testing.assert_close(answers(found), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", ["DoRA", "biases of lora_B"])
+def test_offloaded(tmp_path: Path, kind: str, offload: str) -> None:
+    """DoRA's weights are read from where accelerate keeps them, and biases on lora_B are written as factors are: an offloaded base
+    model gives and computes the same."""
+    fields = {"use_dora": True} if kind == "DoRA" else {"lora_bias": True}
+    folders = [save(tmp_path, name, target_modules=["q_proj"], **fields) for name in ("task", "other")]
+    options: dict[str, Any] = {"dora_rank": WIDTH, "extras": "average"}
+    merged = TA.merge(folders, base=old(), **options)
+    expected = answers(merged.add_to(old()))
+
+    def offloaded() -> Any:
+        model, place = old(), torch.device("cpu")
+        return cpu_offload(model, place) if offload == "cpu" else disk_offload(model, str(tmp_path / "disk"), place)
+
+    again = TA.merge(folders, base=offloaded(), **options)
+    assert all(torch.equal(again.delta(module), merged.delta(module)) for module in merged.modules)
+    torch.testing.assert_close(answers(merged.add_to(offloaded())), expected, atol=1e-6, rtol=0)
+    if kind == "DoRA":
+        torch.testing.assert_close(answers(TA.fuse(offloaded(), folders, **options)), expected, atol=1e-6, rtol=0)
+    else:
+        with refused(OutputError, "has no bias in the base model, or one that is offloaded", "extras='drop'"):
+            TA.fuse(offloaded(), folders, **options)
