@@ -65,8 +65,9 @@ class RunConfig:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
             elif values.get(name) is not None:
+                example = "[math-lora, code-lora]" if name == "adapters" else "[1, 0.5]"
                 raise OptionError(
-                    f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in [1, 0.5]"
+                    f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in {example}"
                 )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024

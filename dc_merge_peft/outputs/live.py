@@ -35,6 +35,10 @@ _HOLDERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
     """Add ``result`` to a ``PeftModel`` in place, or wrap a base model in one; see :meth:`MergedAdapter.add_to`."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"found a {type(model).__name__} to add the adapter to: expected a PeftModel or a base model in memory"
+        )
     if not isinstance(model, (PeftModel, PeftMixedModel)):
         check_name(adapter_name, ())
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import SourceError
+from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 
@@ -24,7 +24,14 @@ class BaseModel:
             base: A model directory, a Hub id, or a model.
             token: For the Hub; by default that of the environment or login.
             trust_remote_code: Run the Python code that the repository or directory brings along.
+
+        Raises:
+            OptionError: ``base`` is none of these.
         """
+        if not isinstance(base, (str, Path, nn.Module)):
+            raise OptionError(
+                f"base is a {type(base).__name__}: expected a model directory, a Hub id or a model in memory"
+            )
         self.base = base
         self._options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
 

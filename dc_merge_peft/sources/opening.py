@@ -24,6 +24,12 @@ def open_sources(
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     sources = list(sources)  # it is gone through twice
+    strangers = [type(source).__name__ for source in sources if not isinstance(source, (str, Path, Source))]
+    if strangers:
+        raise OptionError(
+            f"found a {strangers[0]} among the adapters: expected directories and Hub ids; adapters of a model in "
+            "memory are merged by its add_weighted_adapter"
+        )
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
     if rename is not None:
         rename_named(rename)  # before anything is opened or downloaded
