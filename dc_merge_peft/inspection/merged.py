@@ -13,7 +13,7 @@ from dc_merge_peft.adapter import progress_bar
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.engine import checked_device, checked_factors, compute_device
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
-from dc_merge_peft.inspection.data import Kept, MergeInspection
+from dc_merge_peft.inspection.data import Finding, Kept, MergeInspection
 from dc_merge_peft.inspection.findings import findings_after
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.plan import uniquely_named
@@ -109,12 +109,15 @@ def _inspect(
             for name in tasks:
                 missing[name].append(module)
     overall = {name: _overall(name, norms[name], modules) for name in names}
+    remarks = (
+        [Finding("note", tuple(names), text) for text in merged.remarks] if isinstance(merged, MergeResult) else []
+    )
     return MergeInspection(
         merged=f"{merged.method} (alpha {merged.alpha:.3g})" if isinstance(merged, MergeResult) else merged.info.name,
         adapters=tuple(names),
         overall=overall,
         modules=modules,
-        findings=tuple(findings_after(overall, missing)),
+        findings=(*findings_after(overall, missing), *remarks),
     )
 
 
