@@ -44,6 +44,11 @@ class Dense:
         """min(m, n): an upper bound of the true rank."""
         return min(self.shape)
 
+    @property
+    def device(self) -> torch.device:
+        """Where W is."""
+        return self.W.device
+
     @cached_property
     def svd(self) -> SVD:
         """Thin SVD, null components dropped; computed once."""

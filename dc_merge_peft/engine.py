@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
+from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
@@ -41,22 +41,6 @@ def silent(modules: Iterable[T], what: str) -> Iterable[T]:
     return modules
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for the arithmetic of a merge on the CPU.
-
-    BLAS and LAPACK add up in an order that depends on their number of threads: from 1024 rows on two threads give other
-    last bits than one, and TIES decides by comparisons. The cores of factor space are too small for threads to help.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
 @torch.no_grad()
 def run_merge(
     plan: MergePlan,
@@ -92,16 +76,8 @@ def run_merge(
         weights = [plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
 
-    def sweep() -> Iterator[ModuleTasks]:
-        return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
-
-    merge = method.prepare(sweep)
-    merged: dict[str, MergedModule] = {}
-    fit = AlphaFit()
-    for module in progress(plan.modules, "merging"):
-        delta, S, module_fit = _merge_one(method, merge, read(module), plan.svd_rank, keep_dense=keep_dense)
-        fit = fit.plus(module_fit)
-        merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
+    with one_thread() as threads:
+        merged, fit = _merged_modules(plan, method, read, progress, keep_dense=keep_dense, workers=threads)
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
             f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
@@ -124,6 +100,39 @@ def run_merge(
     for remark in remarks:
         warnings.warn(remark, MergeWarning, stacklevel=2)
     return dataclasses.replace(result, remarks=remarks)
+
+
+def _merged_modules(
+    plan: MergePlan,
+    method: Method,
+    read: Callable[[PlannedModule], ModuleTasks],
+    progress: Progress,
+    *,
+    keep_dense: bool,
+    workers: int,
+) -> tuple[dict[str, MergedModule], AlphaFit]:
+    """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
+
+    def sweep() -> Iterator[ModuleTasks]:
+        return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
+
+    merge = method.prepare(sweep)
+
+    def merge_one(module: ModuleTasks) -> tuple[Delta, Tensor | None, AlphaFit]:
+        return _merge_one(method, merge, module, plan.svd_rank, keep_dense=keep_dense)
+
+    results = in_parallel(
+        merge_one,
+        map(read, progress(plan.modules, "merging")),
+        workers=min(workers, len(plan.modules)),
+        on_cpu=lambda module: module.tasks[0].device.type == "cpu",
+    )
+    merged: dict[str, MergedModule] = {}
+    fit = AlphaFit()
+    for module, (delta, S, module_fit) in zip(plan.modules, results, strict=True):
+        fit = fit.plus(module_fit)
+        merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
+    return merged, fit
 
 
 def _left_out(result: MergeResult) -> Iterator[str]:

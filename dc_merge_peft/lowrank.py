@@ -44,6 +44,11 @@ class LowRank:
         """r, the number of columns of B: an upper bound of the true rank."""
         return self.B.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where B is."""
+        return self.B.device
+
     @cached_property
     def svd(self) -> SVD:
         """Thin SVD from the factors, null components dropped; computed once."""

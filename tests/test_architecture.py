@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layout", "methods.*"),
     ("metrics.*",),
     ("layers", "offload", "sources.*"),
-    ("extras", "extra_values", "plan", "result", "completion", "engine", "runconfig", "combination_types"),
+    ("extras", "extra_values", "plan", "result", "completion", "engine", "parallel", "runconfig", "combination_types"),
     ("outputs.*",),
     ("adapter", "peft_plugin"),
     ("registration",),

@@ -18,6 +18,7 @@ from dc_merge_peft.inspection import Inspection
 from dc_merge_peft.inspection.grouping import places
 
 from .support import measures
+from .support.llava import make_llava_workspace
 from .support.models import bert, deltas, factors, save_adapters, with_lora, write_checkpoint
 from .support.refused import refused
 from .support.strategies import memory_sources, random_tasks, zero_task
@@ -287,3 +288,15 @@ def test_places() -> None:
         ("blocks 0.1", "attn"), ("experts 0.7", "w1"),
     ]  # fmt: skip
     assert grid("net.0") == [("", "0")]
+
+
+def test_renamed_adapters_are_inspected_as_they_were_read(tmp_path: Path) -> None:
+    """Under the rename of the merge, in memory or from its record on disk, and under the names of the merge."""
+    make_llava_workspace(tmp_path)
+    adapters = [tmp_path / "LLaVA_text_vqa", tmp_path / "LLaVA_text_ocr"]
+    merged = DCMergeAdapter(method="ta").merge(adapters, rename="llava-hf")
+    merged.save_pretrained(tmp_path / "out")
+    for inspected in (inspect_merge(merged), inspect_merge(tmp_path / "out", adapters)):
+        assert list(inspected.overall) == ["LLaVA_text_vqa", "LLaVA_text_ocr"]
+        assert all(kept.projected_dir_sim > 0.5 for kept in inspected.overall.values())
+        assert all(module.startswith("model.language_model.layers.") for module in inspected.modules)

@@ -195,7 +195,13 @@ def _weight_in(base: BaseModel, module: str, spec: ModuleSpec, adapter: str) -> 
             "the base model of the adapters; give the model object of the class they were trained with"
         )
     layer = model.get_submodule(path)
-    return matrix_of(module, layer, getattr(layer, "weight", None), spec, adapter)
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        from dc_merge_peft.offload import Offloading  # imports accelerate, which few merges need
+
+        place = Offloading(model).find(layer, "weight")
+        weight = weight if place is None else place.read(weight, f"the base weight of '{module}'")
+    return matrix_of(module, layer, weight, spec, adapter)
 
 
 def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, adapter: str) -> Tensor:
@@ -206,10 +212,12 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
         UnsupportedAdapterError: the weight is quantised, or not in memory.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
-        found = "offloaded" if isinstance(weight, Tensor) and weight.is_meta else "quantised"
+        empty = isinstance(weight, Tensor) and weight.is_meta
+        found = "a meta tensor without numbers" if empty else "quantised"
+        remedy = "load the base model with its weights" if empty else "give the unquantised base model"
         raise UnsupportedAdapterError(
             f"the base weight of '{module}', a {type(layer).__name__}, is {found}: adapter '{adapter}' is DoRA, whose delta "
-            "depends on it; expected a floating-point weight in memory: give the unquantised base model"
+            f"depends on it; expected a floating-point weight: {remedy}"
         )
     layout, shape = layer_layout(module, layer), delta_shape(layer)
     if layout != spec.layout or shape != spec.shape:

@@ -1,0 +1,110 @@
+"""Modules side by side: the same results in the same order whatever the number of threads, and nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dc_merge_peft.engine import run_merge
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.plan import plan_merge
+
+from ..support.strategies import memory_sources, random_tasks
+
+
+@pytest.mark.parametrize("method", ["dc", "ties", "tsvm"])
+def test_same_bytes_with_any_number_of_threads(method: str) -> None:
+    """A merge of several modules with one, two and three threads."""
+    modules = {name: random_tasks(seed, (160, 128), (6, 6, 6)) for seed, name in enumerate("abcde")}
+    sources, merger = memory_sources(modules), method_named(method)
+    plan = plan_merge(sources, merger, svd_rank=18)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run_merge(plan, sources, merger))
+    finally:
+        torch.set_num_threads(before)
+    first, *others = results
+    for other in others:
+        assert list(other.modules) == list(first.modules) and other.alpha == first.alpha
+        assert all(torch.equal(other.delta(name), first.delta(name)) for name in modules)
+
+
+def test_workers() -> None:
+    """Results come in order; work runs outside the calling thread, on one thread, without gradients."""
+    seen = []
+
+    def work(item: int) -> int:
+        seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
+        return item * item
+
+    assert list(in_parallel(work, range(20), workers=2, on_cpu=lambda item: True)) == [n * n for n in range(20)]
+    assert {(name.startswith("dc-merge"), threads, grad) for name, threads, grad in seen} == {(True, 1, False)}
+
+
+def test_other_devices_stay_in_the_calling_thread() -> None:
+    """In order with what runs beside it; so does all of it with one worker."""
+    names: dict[int, str] = {}
+
+    def work(item: int) -> int:
+        names[item] = threading.current_thread().name
+        return item
+
+    assert list(in_parallel(work, range(9), workers=2, on_cpu=lambda item: item % 3 > 0)) == list(range(9))
+    assert all(name.startswith("dc-merge") == (item % 3 > 0) for item, name in names.items())
+    assert list(in_parallel(work, [5], workers=1, on_cpu=lambda item: True)) == [5]
+    assert names[5] == threading.current_thread().name
+
+
+def test_an_error_ends_it() -> None:
+    """The error itself comes out, and later items are not begun."""
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    with pytest.raises(ValueError, match="three"):
+        list(in_parallel(work, range(100), workers=2, on_cpu=lambda item: True))
+    assert max(begun) < 10
+
+
+def test_few_items_wait() -> None:
+    """Items are read as they are needed: factors of a large model do not pile up."""
+    drawn, done = 0, 0
+
+    def items() -> Iterator[int]:
+        nonlocal drawn
+        for item in range(30):
+            drawn += 1
+            assert drawn - done <= 5
+            yield item
+
+    for _ in in_parallel(lambda item: item, items(), workers=2, on_cpu=lambda item: True):
+        done += 1
+    assert done == 30
+
+
+def test_one_thread() -> None:
+    """It says how many there were, and gives them back, after an error too."""
+
+    def fail() -> None:
+        with one_thread() as threads:
+            assert threads == 3 and torch.get_num_threads() == 1
+            raise ValueError("inside")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="inside"):
+            fail()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
