@@ -15,7 +15,6 @@ from torch import Tensor
 from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge
 from dc_merge_peft.errors import IncompatibleAdaptersError, MergeWarning, OptionError, SourceError
 from dc_merge_peft.inspection import Inspection
-from dc_merge_peft.inspection.grouping import places
 
 from .support import measures
 from .support.models import bert, deltas, factors, save_adapters, with_lora, write_checkpoint
