@@ -1,5 +1,5 @@
-"""Write the names, the options and the source of every method into its page in docs/methods, and the list of all into the guide, from
-the methods themselves, so that no default is typed.
+"""Write the names, the options and the source of every method into its page in docs/methods, the list of all into the guide,
+and their classes into the page on Python, from the methods themselves, so that no default is typed.
 
 python examples/method_pages.py
 """
@@ -14,6 +14,7 @@ from dc_merge_peft.methods import METHODS
 
 FOLDER = Path(__file__).parent.parent / "docs/methods"
 GUIDE = FOLDER / "index.md"
+PYTHON = FOLDER.parent / "python.md"
 
 
 def options_block(name: str) -> str:
@@ -66,10 +67,22 @@ def method_page(name: str) -> str:
     return text
 
 
+def reference_block() -> str:
+    """The class of every method and that of its options, for mkdocstrings."""
+    lines = []
+    for method in METHODS.values():
+        for described in (method, method.Config):
+            lines += [f"::: {described.__module__}.{described.__name__}", "    options:", "      members: false", ""]
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
     texts = {FOLDER / f"{name}.md": method_page(name) for name in METHODS}
-    return texts | {GUIDE: rendered(GUIDE, "methods", methods_block())}
+    return texts | {
+        GUIDE: rendered(GUIDE, "methods", methods_block()),
+        PYTHON: rendered(PYTHON, "reference", reference_block()),
+    }
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ from torch import Tensor
 from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge
 from dc_merge_peft.errors import IncompatibleAdaptersError, MergeWarning, OptionError, SourceError
 from dc_merge_peft.inspection import Inspection
-from dc_merge_peft.inspection.grouping import places
 
 from .support import measures
-from .support.llava import make_llava_workspace
 from .support.models import bert, deltas, factors, save_adapters, with_lora, write_checkpoint
 from .support.refused import refused
 from .support.strategies import memory_sources, random_tasks, zero_task
@@ -266,37 +264,3 @@ def test_lost_directions_and_remarks_are_findings() -> None:
     notes = [finding for finding in inspect_merge(ties, sources, progress=False).findings if finding.level == "note"]
     assert [note.text for note in notes] == list(ties.remarks)
     assert "fuse it into the base model" in notes[0].text and notes[0].adapters == ("task0", "task1")
-
-
-# ------------------------------------------------------------------------------------------------ layers and kinds
-
-
-def test_places() -> None:
-    """Layer numbers, and names as short as they stay unique, in several architectures' spellings."""
-
-    def grid(*modules: str) -> list[tuple[str, str]]:
-        return [(place.layer, place.kind) for place in places(modules).values()]
-
-    assert grid("model.layers.3.self_attn.q_proj", "model.layers.11.mlp.up_proj", "lm_head") == [
-        ("3", "q_proj"), ("11", "up_proj"), ("", "lm_head"),
-    ]  # fmt: skip
-    assert grid("encoder.layer.0.attention.output.dense", "encoder.layer.0.output.dense", "encoder.layer.0.mlp.dense") == [
-        ("0", "attention.output.dense"), ("0", "output.dense"), ("0", "mlp.dense"),
-    ]  # fmt: skip
-    assert grid("encoder.layers.0.q", "decoder.layers.0.q") == [("encoder.layers 0", "q"), ("decoder.layers 0", "q")]
-    assert grid("layers.0.blocks.1.attn", "layers.0.experts.7.w1") == [
-        ("blocks 0.1", "attn"), ("experts 0.7", "w1"),
-    ]  # fmt: skip
-    assert grid("net.0") == [("", "0")]
-
-
-def test_renamed_adapters_are_inspected_as_they_were_read(tmp_path: Path) -> None:
-    """Under the rename of the merge, in memory or from its record on disk, and under the names of the merge."""
-    make_llava_workspace(tmp_path)
-    adapters = [tmp_path / "LLaVA_text_vqa", tmp_path / "LLaVA_text_ocr"]
-    merged = DCMergeAdapter(method="ta").merge(adapters, rename="llava-hf")
-    merged.save_pretrained(tmp_path / "out")
-    for inspected in (inspect_merge(merged), inspect_merge(tmp_path / "out", adapters)):
-        assert list(inspected.overall) == ["LLaVA_text_vqa", "LLaVA_text_ocr"]
-        assert all(kept.projected_dir_sim > 0.5 for kept in inspected.overall.values())
-        assert all(module.startswith("model.language_model.layers.") for module in inspected.modules)

@@ -212,6 +212,16 @@ def test_entries_leave_the_span(name: str) -> None:
     assert relative(cut.delta("q") / cut.alpha, U[:, :4] * S[:4] @ Vh[:4]) <= FLOAT32
 
 
+@pytest.mark.parametrize("name", methods_that("any_factors"))
+def test_full_weights(name: str) -> None:
+    """Deltas without factors, as full fine-tuning leaves them, alone or beside adapters: the same result."""
+    tasks, weights, method = random_tasks(22, SHAPE, (4, 4, 4)), [1.0, 0.7, -0.5], method_named(name)
+    expected = dense(merge_module(method, tasks, weights, 20)[0])
+    whole = [Dense(task.to(torch.float64).dense()) for task in tasks]
+    for given in (whole, [tasks[0], whole[1], tasks[2]]):
+        assert relative(dense(merge_module(method, given, weights, 20)[0]), expected) <= FLOAT32
+
+
 @every_method
 def test_a_method_describes_itself(name: str) -> None:
     """Name, title and reference, which listings and model cards show."""

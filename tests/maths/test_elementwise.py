@@ -22,7 +22,7 @@ from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.result import MergeResult
 
 from ..support import oracle_elementwise as oracle
-from ..support.strategies import QUICK, dense, memory_sources, random_tasks, relative
+from ..support.strategies import QUICK, MemorySource, dense, memory_sources, random_tasks, relative
 
 FLOAT32 = 2e-5
 WEIGHTS = [1.0, 0.7, 1.3]
@@ -171,6 +171,21 @@ def test_the_majority_of_a_module() -> None:
     whole = merge("ties", modules, [1.0, 1.0], density=1.0)
     assert relative(whole.delta("plus"), [[0.0] * 3, [1.0] * 3]) <= 1e-6
     assert relative(whole.delta("minus"), [[0.0] * 3, [-1.0] * 3]) <= 1e-6
+
+
+def test_modules_that_some_adapters_lack() -> None:
+    """A task's threshold is over the entries that it has, and a module's merge over the tasks that have it."""
+    q, v = model().values()
+    modules = [{"q": q[0], "v": v[0]}, {"q": q[1]}, {"v": v[2]}]
+    sources = [MemorySource(f"task{index}", deltas) for index, deltas in enumerate(modules)]
+    method = method_named("ties", {"density": 0.3})
+    result = run_merge(plan_merge(sources, method, svd_rank=100), sources, method)
+    trimmed: dict[str, list[np.ndarray]] = {"q": [], "v": []}
+    for deltas in modules:
+        parts = [[dense(delta)] for delta in deltas.values()]
+        for name, part in zip(deltas, oracle.on_model(lambda X: oracle.trim(X, 0.3)[0], parts), strict=True):
+            trimmed[name].append(part)
+    check(result, [oracle.on_model(oracle.elect, [parts])[0] for parts in trimmed.values()])
 
 
 # ------------------------------------------------------------------------------------------------ random dropping
