@@ -7,27 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
-from dc_merge_peft.cli import app
 from dc_merge_peft.demo.tasks import assets
 from tests.support import models
 from tests.support.extras import QUERY, save_extras
 from tests.support.models import write_checkpoint
-from tests.support.workspace import make_workspace
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with ``math-lora`` and ``code-lora``."""
-    monkeypatch.chdir(make_workspace(tmp_path, base=False))
-    return tmp_path
-
-
-def run(*arguments: str) -> Result:
-    """The program with these arguments; exceptions other than exits are raised."""
-    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+from tests.support.program import run
 
 
 def shown(*arguments: str) -> str:

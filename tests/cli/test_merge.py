@@ -11,25 +11,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from dc_merge_peft import DCMergeAdapter
-from dc_merge_peft.cli import app
 from dc_merge_peft.methods import METHODS
 from tests.support.golden import golden_cases, golden_file, write_golden_adapters
-from tests.support.workspace import make_workspace
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with ``math-lora`` and ``code-lora``."""
-    monkeypatch.chdir(make_workspace(tmp_path, base=False))
-    return tmp_path
-
-
-def run(*arguments: str) -> Result:
-    """The program with these arguments; exceptions other than exits are raised."""
-    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+from tests.support.program import run
 
 
 def failed(result: Result, *words: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dc_merge_peft.engine import compute_device, merge_module
+from dc_merge_peft.engine import merge_module
+from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.methods import METHODS, method_named
 from tests.support.strategies import dense, random_tasks, relative
 
