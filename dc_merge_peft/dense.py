@@ -96,6 +96,11 @@ def inner(one: Delta, other: Delta) -> float:
     return one.inner(other)
 
 
+def as_lowrank(delta: Delta) -> LowRank:
+    """Any delta by factors: its own, or those of its thin SVD."""
+    return delta if isinstance(delta, LowRank) else LowRank.from_svd(delta.svd)
+
+
 def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
     """The rows of an (m, n) matrix, about :data:`BLOCK` entries at a time."""
     count = max(BLOCK // max(shape[1], 1), 1)

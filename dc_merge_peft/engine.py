@@ -15,7 +15,7 @@ from torch import Tensor
 from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
-from dc_merge_peft.linalg import FLOAT32_EPS
+from dc_merge_peft.linalg import FLOAT32_EPS, compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
@@ -213,11 +213,6 @@ def _refuse_overflow(norm: float, what: str, module: str, method: Method) -> Non
             f"a {what} of module '{module}' is beyond float32: expected adapters, weights and options of method "
             f"'{method.name}' of ordinary size; look for an adapter with huge factors, or for a huge weight or option"
         )
-
-
-def compute_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU for Apple's GPU, which has no float64 for the k x k cores."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def checked_device(device: torch.device | str | None) -> torch.device | None:

@@ -20,6 +20,11 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 GRAM_CONDITION_LIMIT = 1e4
 
 
+def compute_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for Apple's GPU, which has no float64 for the k x k cores."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class SVD(NamedTuple):
     """A thin singular value decomposition ``U @ diag(S) @ Vh``, S descending and free of null components."""
 

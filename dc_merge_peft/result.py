@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import Delta, as_lowrank
 from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.extra_values import MergedExtras
 from dc_merge_peft.layout import Layout
@@ -99,9 +99,7 @@ class MergeResult:
         Raises:
             OptionError: no such module was merged.
         """
-        delta = self._module(module).delta
-        whole = delta if isinstance(delta, LowRank) else LowRank.from_svd(delta.svd).to(torch.float32)
-        return whole.scaled(self.alpha)
+        return as_lowrank(self._module(module).delta).to(torch.float32).scaled(self.alpha)
 
     def delta(self, module: str) -> Tensor:
         """The merged delta of a module as a dense float32 (m, n) tensor: m outputs, n inputs, ``alpha`` applied.

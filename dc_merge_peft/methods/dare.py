@@ -11,7 +11,7 @@ from torch import Tensor
 from dc_merge_peft.methods.elementwise import Reduce, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
-from dc_merge_peft.methods.ties import REDUCE_HELP, sign_consensus
+from dc_merge_peft.methods.ties import REDUCE_HELP, Trim, sign_consensus
 
 DROP_HELP = "probability of an entry to be dropped; the others are divided by 1 - drop"
 SEED_HELP = "of the random numbers: the same seed gives the same result on every machine"
@@ -34,6 +34,11 @@ def drop_entries(view: View, task: int, drop: float, seed: int) -> Tensor:
     return X.where(kept.to(X.device), 0) / (1 - drop)
 
 
+def dropping(drop: float, seed: int) -> Trim:
+    """:func:`drop_entries` in the place where TIES trims."""
+    return lambda view, task: drop_entries(view, task, drop, seed)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DareTAConfig(SpaceConfig):
     """Options of DARE with task arithmetic."""
@@ -53,8 +58,8 @@ class DareTA(SwitchedMethod):
     config: DareTAConfig
 
     def survey(self, views: Views) -> Aggregate:
-        drop, seed = self.config.drop, self.config.seed
-        return lambda view: total(drop_entries(view, task, drop, seed) for task in range(len(view.module.tasks)))
+        dropped = dropping(self.config.drop, self.config.seed)
+        return lambda view: total(dropped(view, task) for task in range(len(view.module.tasks)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,4 @@ class DareTIES(SwitchedMethod):
 
     def survey(self, views: Views) -> Aggregate:
         options = self.config
-        return sign_consensus(
-            views, lambda view, task: drop_entries(view, task, options.drop, options.seed), options.reduce
-        )
+        return sign_consensus(views, dropping(options.drop, options.seed), options.reduce)

@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import as_lowrank
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModuleTasks
-from dc_merge_peft.methods.dare import DROP_HELP, SEED_HELP, drop_entries
+from dc_merge_peft.methods.dare import DROP_HELP, SEED_HELP, dropping
 from dc_merge_peft.methods.elementwise import Reduce
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.spaces import Aggregate, ElementwiseMethod, View, Views
@@ -36,7 +36,7 @@ class KnotsMethod(ElementwiseMethod):
         return False  # the columns of dW stay as they are
 
     def view(self, module: ModuleTasks) -> View:
-        tasks = [_lowrank(task).scaled(weight) for task, weight in zip(module.tasks, module.weights, strict=True)]
+        tasks = [as_lowrank(task).scaled(weight) for task, weight in zip(module.tasks, module.weights, strict=True)]
         U = common_basis(tasks)
 
         def matrix(index: int) -> Tensor:  # (k, n)
@@ -52,10 +52,6 @@ def common_basis(
     stack = torch.cat([task.B @ torch.linalg.qr(task.A.mT).R.mT for task in tasks], dim=1)
     U, S, _ = torch.linalg.svd(stack, full_matrices=False)
     return U[:, : int((S > NULL).sum())]
-
-
-def _lowrank(task: Delta) -> LowRank:
-    return task if isinstance(task, LowRank) else LowRank.from_svd(task.svd)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +97,4 @@ class KnotsDareTIES(KnotsMethod):
 
     def survey(self, views: Views) -> Aggregate:
         options = self.config
-        return sign_consensus(
-            views, lambda view, task: drop_entries(view, task, options.drop, options.seed), options.reduce
-        )
+        return sign_consensus(views, dropping(options.drop, options.seed), options.reduce)

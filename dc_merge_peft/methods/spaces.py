@@ -143,7 +143,7 @@ def parameter_view(module: ModuleTasks, config: CoverConfig) -> View:
 
     def matrix(index: int) -> Tensor:
         task, weight = tasks[index], module.weights[index]
-        X = torch.empty(task.shape, dtype=torch.float32, device=task.rows(slice(0)).device)
+        X = torch.empty(task.shape, dtype=torch.float32, device=task.device)
         for rows in row_blocks(task.shape):
             X[rows] = task.rows(rows) * weight
         return X

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -51,16 +51,20 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
             "merge_and_unload() on its PeftModel first"
         )
-    offloading = Offloading(model)
-    targets = list(_targets(model, result, offloading))
-    writes = list(extra_writes(model, result, _sharing(model)))
+    offloading, shared = Offloading(model), _sharing(model)
+    targets = list(_targets(model, result, offloading, shared))
+    writes = list(extra_writes(model, result, shared))
     for write in writes:  # before the deltas: a value of the base model may be what a delta is added to
         write()
+    copied: set[tuple[int, str]] = set()
     for name, module, place in targets:
         parameter = module.get_parameter(place.parameter)
         stored = offloading.find(module, place.parameter) if parameter.is_meta else None
-        # What is offloaded is changed in a copy: its numbers may be those of a file.
-        whole = stored.read(parameter, f"the weight of '{name}'").clone() if stored else parameter
+        whole = stored.read(parameter, f"the weight of '{name}'") if stored else parameter
+        if stored and (id(module), place.parameter) not in copied:
+            # What is offloaded is changed in a copy: its numbers may be those of a file. Experts share one.
+            whole = whole.clone()
+            copied.add((id(module), place.parameter))
         expert = place.layout.kind == "expert" and whole.dim() == 3
         weight = whole[place.layout.number(name)] if expert else whole
         delta = place.layout.to_weight(result.delta(name).to(weight.device), weight, transposed=place.transposed)
@@ -104,9 +108,10 @@ def save_fused(
     return Path(out).expanduser()
 
 
-def _targets(model: nn.Module, result: MergeResult, offloading: Offloading) -> Iterator[tuple[str, nn.Module, Place]]:
+def _targets(
+    model: nn.Module, result: MergeResult, offloading: Offloading, shared: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, nn.Module, Place]]:
     """The layer of every merged module and the place of its delta there, checked."""
-    shared = _sharing(model)
     for name, merged in result.modules.items():
         base_path = merged.layout.base_path(name)
         path = path_in_model(model, base_path)

@@ -23,7 +23,7 @@ from dc_merge_peft.errors import (
     preview,
 )
 from dc_merge_peft.layers import delta_shape, layer_layout
-from dc_merge_peft.linalg import truncated_svd
+from dc_merge_peft.linalg import compute_device, truncated_svd
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import ModuleSpec, Source
 from dc_merge_peft.sources.base_model import BaseModel, injected_layer, path_in_model
@@ -108,8 +108,7 @@ class DoraSource(Source):
     def factors(self, module: str) -> LowRank:
         lora, magnitude = self._adapter.lora(module), self._adapter.magnitude(module)
         self._refuse_zero(module, {"lora_A": lora.A, "lora_B": lora.B, "lora_magnitude_vector": magnitude})
-        device = self.reading.device or lora.B.device
-        device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPU has no float64
+        device = compute_device(self.reading.device or lora.B.device)
         delta = dora_delta(self._weight_of(module).to(device), lora.to(device), magnitude.to(device))
         if not bool(torch.isfinite(delta).all()):
             raise SourceError(
