@@ -47,6 +47,10 @@ class BaseModel:
         """
         return self.base if isinstance(self.base, nn.Module) else load_base(self.base, **self._options)
 
+    def weight(self, path: str) -> object:
+        """The weight of the layer at a path of the model; None where it has none."""
+        return getattr(self.model.get_submodule(path), "weight", None)
+
 
 def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model in the class its own config names, in the dtype it is stored in.
@@ -68,13 +72,13 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
-        return _model_class(config).from_pretrained(place, dtype="auto", **options)
+        return model_class(config).from_pretrained(place, dtype="auto", **options)
     except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
         known = secrets(token)
-        raise SourceError(_cannot_load(error, base, hub_id, known)) from harmless(error, known)
+        raise SourceError(cannot_load(error, base, hub_id, known)) from harmless(error, known)
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The model class that a config names, of transformers or of the code that comes with it."""
     import transformers
 
@@ -91,7 +95,8 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def _cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
+def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
+    """Why a base model can't be loaded, and what to do; ``known`` are secrets to leave out."""
     if "trust_remote_code" in str(error):
         return (
             f"the base model '{base}' brings Python code of its own, which is not run unasked: expected a model class of "

@@ -194,8 +194,7 @@ def _weight_in(base: BaseModel, module: str, spec: ModuleSpec, adapter: str) -> 
             f"the base model, a {type(model).__name__}, has no module '{module}', which adapter '{adapter}' changes: expected "
             "the base model of the adapters; give the model object of the class they were trained with"
         )
-    layer = model.get_submodule(path)
-    return matrix_of(module, layer, getattr(layer, "weight", None), spec, adapter)
+    return matrix_of(module, model.get_submodule(path), base.weight(path), spec, adapter)
 
 
 def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, adapter: str) -> Tensor:
