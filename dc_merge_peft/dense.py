@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dc_merge_peft.linalg import SVD, svd_of_matrix
 from dc_merge_peft.lowrank import LowRank, concatenate
+
+# Entries of a delta that are made or changed at a time: a bound on what float64 needs beside an m x n matrix in float32.
+BLOCK = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,10 @@ class Dense:
         """The (m, n) delta itself."""
         return self.W
 
+    def rows(self, which: slice) -> Tensor:
+        """Some rows of the delta."""
+        return self.W[which]
+
     def scaled(self, factor: float) -> Dense:
         """``factor * dW``."""
         return Dense(self.W * factor)
@@ -87,6 +94,12 @@ def inner(one: Delta, other: Delta) -> float:
     if isinstance(one, LowRank):
         return one.inner(other) if isinstance(other, LowRank) else other.inner(one)
     return one.inner(other)
+
+
+def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
+    """The rows of an (m, n) matrix, about :data:`BLOCK` entries at a time."""
+    count = max(BLOCK // max(shape[1], 1), 1)
+    return (slice(start, start + count) for start in range(0, shape[0], count))
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

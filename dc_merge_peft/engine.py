@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
-from dc_merge_peft.parallel import in_parallel
+from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
@@ -65,7 +65,7 @@ def run_merge(
     Raises:
         OptionError: a device that does not exist.
         SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
-        MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero.
+        MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero or beyond float32.
     """
     start = time.perf_counter()
     device = checked_device(device)
@@ -76,25 +76,8 @@ def run_merge(
         weights = [plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
 
-    def sweep() -> Iterator[ModuleTasks]:
-        return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
-
-    merge = method.prepare(sweep)
-
-    def merge_one(module: ModuleTasks) -> tuple[Delta, Tensor | None, AlphaFit]:
-        return _merge_one(method, merge, module, plan.svd_rank, keep_dense=keep_dense)
-
-    results = in_parallel(
-        merge_one,
-        map(read, progress(plan.modules, "merging")),
-        count=len(plan.modules),
-        on_cpu=lambda module: module.tasks[0].device.type == "cpu",
-    )
-    merged: dict[str, MergedModule] = {}
-    fit = AlphaFit()
-    for module, (delta, S, module_fit) in zip(plan.modules, results, strict=True):
-        fit = fit.plus(module_fit)
-        merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
+    with one_thread() as threads:
+        merged, fit = _merged_modules(plan, method, read, progress, keep_dense=keep_dense, workers=threads)
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
             f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
@@ -119,6 +102,39 @@ def run_merge(
     return dataclasses.replace(result, remarks=remarks)
 
 
+def _merged_modules(
+    plan: MergePlan,
+    method: Method,
+    read: Callable[[PlannedModule], ModuleTasks],
+    progress: Progress,
+    *,
+    keep_dense: bool,
+    workers: int,
+) -> tuple[dict[str, MergedModule], AlphaFit]:
+    """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
+
+    def sweep() -> Iterator[ModuleTasks]:
+        return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
+
+    merge = method.prepare(sweep)
+
+    def merge_one(module: ModuleTasks) -> tuple[Delta, Tensor | None, AlphaFit]:
+        return _merge_one(method, merge, module, plan.svd_rank, keep_dense=keep_dense)
+
+    results = in_parallel(
+        merge_one,
+        map(read, progress(plan.modules, "merging")),
+        workers=min(workers, len(plan.modules)),
+        on_cpu=lambda module: module.tasks[0].device.type == "cpu",
+    )
+    merged: dict[str, MergedModule] = {}
+    fit = AlphaFit()
+    for module, (delta, S, module_fit) in zip(plan.modules, results, strict=True):
+        fit = fit.plus(module_fit)
+        merged[module.name] = MergedModule(delta, S, module.layout, module.tasks)
+    return merged, fit
+
+
 def _left_out(result: MergeResult) -> Iterator[str]:
     """What a LoRA can't hold of a method that has left the span of its adapters, where nobody asked for truncation."""
     if result.svd_rank is None and result.truncation_error > TOLERATED:
@@ -130,6 +146,7 @@ def _left_out(result: MergeResult) -> Iterator[str]:
         )
 
 
+@one_thread()
 def merge_module(
     method: Method,
     deltas: Sequence[Delta],  # (m, n) each
@@ -166,8 +183,14 @@ def _merge_one(
     element-wise method has left their span.
     """
     seen, space = _seen_by(method, module)
+    largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
+    _refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
-    if _vanishes(merged, seen):
+    norm = merged.norm()
+    _refuse_overflow(norm, "merged delta", module.name, method)
+    if (
+        norm <= FLOAT32_EPS * largest
+    ):  # nothing but rounding, as of adapters that cancel: noise must not become an adapter
         (m, n), like = merged.shape, merged.svd.U
         merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
     fit = fit_alpha(seen.tasks, seen.weights, merged)
@@ -177,10 +200,14 @@ def _merge_one(
     return (space.expand(kept) if space else kept.to(torch.float32)), merged.svd.S, fit
 
 
-def _vanishes(merged: Delta, module: ModuleTasks) -> bool:
-    """Whether nothing but rounding is left, as of adapters that cancel each other: noise must not become an adapter."""
-    largest = max(abs(weight) * task.norm() for task, weight in zip(module.tasks, module.weights, strict=True))
-    return merged.norm() <= FLOAT32_EPS * largest
+def _refuse_overflow(norm: float, what: str, module: str, method: Method) -> None:
+    """A delta that float32 can't hold. Infinities cancel to NaN, and NaN has no sign that TIES could elect: the module would
+    be missing from the result."""
+    if not norm <= torch.finfo(torch.float32).max:  # NaN included
+        raise MergeError(
+            f"a {what} of module '{module}' is beyond float32: expected adapters, weights and options of method "
+            f"'{method.name}' of ordinary size; look for an adapter with huge factors, or for a huge weight or option"
+        )
 
 
 def compute_device(device: torch.device) -> torch.device:

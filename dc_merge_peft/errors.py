@@ -91,8 +91,9 @@ class MergeWarning(UserWarning):
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
     """One sentence for a name that is not in a list: what was found, the closest match, and the whole list."""
     valid = list(valid)
-    close = difflib.get_close_matches(str(found), valid, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    lower = {name.lower(): name for name in valid}
+    close = difflib.get_close_matches(str(found).lower(), lower, n=1)
+    hint = f"did you mean '{lower[close[0]]}'? " if close else ""
     listing = ", ".join(valid) if valid else "there are none"
     return f"unknown {kind} '{found}': {hint}valid names are: {listing}"
 

@@ -50,20 +50,24 @@ class ExtrasPlan:
     dropped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # name: the adapters that have it
     empty: tuple[int, ...] = ()  # adapters that announce values, but hold none
 
+    @property
+    def decides(self) -> bool:
+        """Whether the policy matters: without it the merge would be another one, or refused."""
+        return bool(self.kept or self.dropped or self.empty)
+
     def remarks(self, adapters: Sequence[AdapterInfo]) -> Iterator[str]:
         """What is kept and left out, in words."""
+        keeper = None if self.keeper is None else adapters[self.keeper].name
         if self.kept:
-            whose = {
-                "average": "the plain mean over the adapters that have it",
-                "first": "of the first adapter that has it",
-            }.get(str(self.policy)) or f"of adapter '{adapters[self.keeper or 0].name}'"
+            mean, first = "the plain mean over the adapters that have it", "of the first adapter that has it"
+            whose = f"of adapter '{keeper}'" if keeper else {"average": mean, "first": first}[str(self.policy)]
             yield (
                 f"kept outside B and A, {whose}, not scaled by weights or alpha: "
                 f"{preview(extra.name for extra in self.kept)}"
             )
         if self.dropped:
-            yield f"left out outside B and A, as extras='{self.policy}' says: {preview(self.dropped)}"
-        for task in self.empty:
+            yield f"left out outside B and A, as extras='{keeper or self.policy}' says: {preview(self.dropped)}"
+        for task in self.empty if self.policy != "drop" else ():
             yield (
                 f"adapter '{adapters[task].name}' lists trained modules, tokens or biases in its config, but holds no values "
                 "of them outside B and A: nothing of it is kept there; if it was trained with some, the checkpoint is incomplete"
@@ -116,7 +120,7 @@ def plan_extras(
                 )
             kept[name] = extra
     announcing = [task for task, source in enumerate(sources) if source.extras_reason and not source.extras]
-    plan = ExtrasPlan(policy, keeper, tuple(kept.values()), dropped, tuple(announcing) if policy != "drop" else ())
+    plan = ExtrasPlan(policy, keeper, tuple(kept.values()), dropped, tuple(announcing))
     _refuse_conflicts(plan, infos, modules)
     return plan
 
@@ -160,11 +164,17 @@ def _keeper(infos: Sequence[AdapterInfo], policy: str | None) -> int | None:
     """The adapter that a policy names, if it names one."""
     if policy is None or policy in POLICIES:
         return None
-    for index, info in enumerate(infos):
-        if policy in (info.name, info.location):
-            return index
-    names = [*POLICIES, *(info.name for info in infos)]
-    raise OptionError(unknown_name("policy for extras", str(policy), names))
+    found = [index for index, info in enumerate(infos) if policy == info.name]
+    found = found or [index for index, info in enumerate(infos) if policy in (info.location, info.whole_location)]
+    if len(found) > 1:
+        names = preview(infos[index].name for index in found)
+        raise OptionError(
+            f"extras is '{policy}', where several adapters come from: expected one of them by its name, {names}"
+        )
+    if not found:
+        names = [*POLICIES, *(info.name for info in infos)]
+        raise OptionError(unknown_name("policy for extras", str(policy), names))
+    return found[0]
 
 
 def _chosen(group: _Group, policy: str, keeper: int | None) -> list[int]:

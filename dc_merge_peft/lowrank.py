@@ -64,6 +64,10 @@ class LowRank:
         """The (m, n) delta itself. For tests and for writing into full weights; merging never needs it."""
         return self.B @ self.A
 
+    def rows(self, which: slice) -> Tensor:
+        """Some rows of the delta, so that all of it need not exist at once."""
+        return self.B[which] @ self.A
+
     def scaled(self, factor: float) -> LowRank:
         """``factor * dW``, shared out between both factors so that they stay balanced."""
         root = abs(factor) ** 0.5

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -133,6 +133,9 @@ def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo])
     """One finite weight an adapter, not all zero; ``None`` is 1 for each."""
     if weights is None:
         return (1.0,) * len(infos)
+    weights = weights.tolist() if isinstance(weights, torch.Tensor) else weights
+    if isinstance(weights, (str, Mapping)) or not hasattr(weights, "__len__"):
+        raise OptionError(f"weights is {weights!r}: expected a list with one number an adapter, as in [1.0, 0.5]")
     if len(weights) != len(infos):
         raise OptionError(f"found {len(weights)} weights for {len(infos)} adapters: expected one weight an adapter")
     for info, weight in zip(infos, weights, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -132,8 +133,8 @@ class MergeResult:
         Raises:
             OptionError: alpha is no finite number.
         """
-        if not math.isfinite(alpha):
-            raise OptionError(f"alpha is {alpha}: expected a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+            raise OptionError(f"alpha is {alpha!r}: expected a finite number")
         return dataclasses.replace(self, alpha=float(alpha), options={**self.options, "alpha": float(alpha)})
 
     @property

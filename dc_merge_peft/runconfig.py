@@ -12,6 +12,7 @@ import yaml
 
 from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.extras import POLICIES
 from dc_merge_peft.result import MergeResult
 
 FILE_NAME = "dc_merge.yaml"
@@ -64,8 +65,9 @@ class RunConfig:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
             elif values.get(name) is not None:
+                example = "[math-lora, code-lora]" if name == "adapters" else "[1, 0.5]"
                 raise OptionError(
-                    f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in [1, 0.5]"
+                    f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in {example}"
                 )
         if values.get("adapters") is not None:
             values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
@@ -84,7 +86,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
     """The exact configuration that made ``result``, in the form :meth:`RunConfig.read` takes, and under ``record`` what
     came of it. No time, so that the same merge gives the same bytes."""
     config = RunConfig(
-        adapters=tuple(info.location + (f"@{info.revision}" if info.revision else "") for info in result.adapters),
+        adapters=tuple(info.whole_location for info in result.adapters),
         weights=result.weights,
         method=result.method,
         options=dict(result.options),
@@ -111,8 +113,11 @@ def run_record(result: MergeResult) -> dict[str, Any]:
 
 
 def _policy(result: MergeResult) -> str | None:
-    """The policy for tensors outside B and A where there are any; an adapter by its name in this result."""
+    """The policy for tensors outside B and A where it matters; an adapter by what it will be called again."""
     plan = result.extras.plan
-    if not (plan.kept or plan.dropped):
+    if not plan.decides:
         return None
-    return plan.policy if plan.keeper is None else result.adapters[plan.keeper].name
+    if plan.keeper is None:
+        return plan.policy
+    keeper = result.adapters[plan.keeper]
+    return keeper.whole_location if keeper.revision or keeper.name in POLICIES else keeper.name

@@ -1,5 +1,5 @@
-"""Write the options and the source of every method into its page in docs/methods, and the list of all into the guide, from
-the methods themselves, so that no default is typed.
+"""Write the names, the options and the source of every method into its page in docs/methods, the list of all into the guide,
+and their classes into the page on Python, from the methods themselves, so that no default is typed.
 
 python examples/method_pages.py
 """
@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 
 from dc_merge_peft.cli.methods import describe_method
-from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.methods import METHODS
 
 FOLDER = Path(__file__).parent.parent / "docs/methods"
 GUIDE = FOLDER / "index.md"
+PYTHON = FOLDER.parent / "python.md"
 
 
 def options_block(name: str) -> str:
@@ -30,8 +30,10 @@ def options_block(name: str) -> str:
 
 def methods_block() -> str:
     """One row a method: name, title, its name in PEFT."""
-    names = {method: kind for kind, method in combination_types().items()}
-    rows = [f"| [`{name}`]({name}.md) | {_cell(method.title)} | `{names[name]}` |" for name, method in METHODS.items()]
+    rows = [
+        f"| [`{name}`]({name}.md) | {_cell(method.title)} | `{describe_method(name)['peft']}` |"
+        for name, method in METHODS.items()
+    ]
     return "\n" + "\n".join(["| method | what it does | in PEFT |", "| --- | --- | --- |", *rows]) + "\n\n"
 
 
@@ -48,10 +50,39 @@ def rendered(page: Path, word: str, block: str) -> str:
     return text
 
 
+def names_line(name: str) -> str:
+    """What the method is called in Python, on the command line and in PEFT: the first line of its page."""
+    peft = describe_method(name)["peft"]
+    return f'`method="{name}"`, `--method {name}`, `combination_type="{peft}"` in PEFT\n'
+
+
+def method_page(name: str) -> str:
+    """The page of one method as it should be."""
+    page = FOLDER / f"{name}.md"
+    text, count = re.subn(
+        r"^`method=[^\n]*\n", names_line(name), rendered(page, "options", options_block(name)), flags=re.M
+    )
+    if count != 1:
+        raise ValueError(f"{page} has {count} lines that start with `method=..`: expected one")
+    return text
+
+
+def reference_block() -> str:
+    """The class of every method and that of its options, for mkdocstrings."""
+    lines = []
+    for method in METHODS.values():
+        for described in (method, method.Config):
+            lines += [f"::: {described.__module__}.{described.__name__}", "    options:", "      members: false", ""]
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
-    texts = {FOLDER / f"{name}.md": rendered(FOLDER / f"{name}.md", "options", options_block(name)) for name in METHODS}
-    return texts | {GUIDE: rendered(GUIDE, "methods", methods_block())}
+    texts = {FOLDER / f"{name}.md": method_page(name) for name in METHODS}
+    return texts | {
+        GUIDE: rendered(GUIDE, "methods", methods_block()),
+        PYTHON: rendered(PYTHON, "reference", reference_block()),
+    }
 
 
 if __name__ == "__main__":

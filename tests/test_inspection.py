@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge
-from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError
+from dc_merge_peft.errors import IncompatibleAdaptersError, MergeWarning, OptionError, SourceError
 from dc_merge_peft.inspection import Inspection
 from dc_merge_peft.inspection.grouping import places
 
@@ -249,6 +249,22 @@ def test_a_task_left_behind_is_named() -> None:
     merged = DCMergeAdapter(method="ta").merge(sources, [1.0, 1.0, 0.05], progress=False)
     found = [finding.text for finding in inspect_merge(merged, sources, progress=False).findings]
     assert any("'task2' keeps far less of its directions" in text for text in found)
+
+
+def test_lost_directions_and_remarks_are_findings() -> None:
+    """One warning for all adapters that lost directions, the worst first, and whatever the merge itself remarks."""
+    sources = memory_sources({"layers.0.q": random_tasks(0, (30, 30), (4, 4), overlap=0.0)})
+    cut = DCMergeAdapter(method="ta").merge(sources, [0.4, 1.0], svd_rank=1, progress=False)
+    found = inspect_merge(cut, sources, progress=False)
+    (lost,) = [finding for finding in found.findings if "has lost directions" in finding.text]
+    kept = {name: kept.retained_energy for name, kept in found.overall.items()}
+    assert lost.level == "warning" and kept["task0"] < kept["task1"] < 0.9
+    assert f"{kept['task0']:.0%} of 'task0', {kept['task1']:.0%} of 'task1'. Raise svd_rank" in lost.text
+    with pytest.warns(MergeWarning):
+        ties = DCMergeAdapter(method="ties").merge(sources, progress=False)
+    notes = [finding for finding in inspect_merge(ties, sources, progress=False).findings if finding.level == "note"]
+    assert [note.text for note in notes] == list(ties.remarks)
+    assert "fuse it into the base model" in notes[0].text and notes[0].adapters == ("task0", "task1")
 
 
 # ------------------------------------------------------------------------------------------------ layers and kinds

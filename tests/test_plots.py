@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import itertools
 import math
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 
 from dc_merge_peft import inspect_adapters
 from dc_merge_peft.errors import OptionError, OutputError
@@ -133,6 +137,25 @@ def test_modules_that_an_adapter_lacks_are_grey() -> None:
     up, down = panels(dirsim_figure(sparse))[-2:]
     assert np.isnan(matrix(up)).tolist() == [[False, False], [False, True], [False, False]]
     assert np.isnan(matrix(down)).tolist() == [[False, False], [False, False], [True, True]]
+
+
+@pytest.mark.parametrize("names", [("vqa", "ocr"), ("a-long-name-of-an-adapter", "another-name-of-adapter")])
+def test_labels_are_whole(names: tuple[str, str]) -> None:
+    """Drawn once, as a file or a notebook does, square panels with their labels lie beside each other within the figure."""
+    inspection = inspected(2, 2, 7)
+    renamed = [
+        dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, name=name))
+        for adapter, name in zip(inspection.adapters, names, strict=True)
+    ]
+    figures = inspection_figures(dataclasses.replace(inspection, adapters=tuple(renamed)))
+    for figure, count in ((figures["overlap"], 4), (figures["cover"], 7)):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        boxes = [axes.get_tightbbox(canvas.get_renderer()) for axes in panels(figure)]
+        assert len(boxes) == count
+        whole = figure.bbox.padded(1)
+        assert all(whole.contains(*corner) for box in boxes for corner in box.corners())
+        assert not [pair for pair in itertools.combinations(boxes, 2) if Bbox.intersection(*pair) is not None]
 
 
 def test_files(tmp_path: Path) -> None:

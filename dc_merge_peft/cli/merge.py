@@ -67,7 +67,9 @@ def merge(
     ] = None,
     svd_rank: Annotated[
         int | None,
-        typer.Option(help="Rank of the merged adapter at most. Default: that of the adapters together.", rich_help_panel=_RUN),
+        typer.Option(
+            help="Rank of the merged adapter at most. Default: that of the adapters together.", rich_help_panel=_RUN
+        ),
     ] = None,
     dtype: Annotated[
         str | None,

@@ -254,10 +254,14 @@ def findings_after(overall: Mapping[str, Kept], missing: Mapping[str, Sequence[s
                 f"'{name}' keeps far less of its directions (projected DirSim {kept.projected_dir_sim:.2f}) than the others "
                 f"(median {statistics.median(others):.2f}): it is the first to lose accuracy. Give it a larger weight",
             )
-        if kept.retained_energy < LOST:
-            yield Finding(
-                "warning",
-                (name,),
-                f"only {kept.retained_energy:.0%} of the energy of '{name}' lies in directions that the merge still has: the "
-                "rank was cut or entries were trimmed. Raise svd_rank or density",
-            )
+    lost = {name: kept.retained_energy for name, kept in overall.items() if kept.retained_energy < LOST}
+    if lost:
+        listing = ", ".join(
+            f"{share:.0%} of '{name}'" for name, share in sorted(lost.items(), key=lambda item: item[1])
+        )
+        yield Finding(
+            "warning",
+            tuple(lost),
+            f"the merge has lost directions: of the energy of each adapter it still holds only {listing}. Raise svd_rank, or "
+            "let the method drop fewer entries (density, keep, ratio or drop, if it has one of these)",
+        )

@@ -13,11 +13,12 @@ from dc_merge_peft.adapter import progress_bar
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.engine import checked_device, checked_factors, compute_device
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
-from dc_merge_peft.inspection.data import Kept, MergeInspection
+from dc_merge_peft.inspection.data import Finding, Kept, MergeInspection
 from dc_merge_peft.inspection.findings import findings_after
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources import CheckpointSource, Source
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.opening import open_sources
@@ -50,10 +51,12 @@ def inspect_merge(
     given = _sources_of(merged) if sources is None else sources
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
-    opened = open_sources(given)
+    opened = open_sources(given, rename=_rename_of(merged))
+    found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
+    names = [info.name for info in uniquely_named(found)]
     target = merged if isinstance(merged, (MergeResult, Source)) else CheckpointSource(merged)
     try:
-        return _inspect(target, opened, where, progress)
+        return _inspect(target, opened, names, where, progress)
     finally:
         for source in (*opened, target):
             if isinstance(source, Source) and source is not merged and source not in given:
@@ -71,10 +74,21 @@ def _sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
     return [info.location + (f"@{info.revision}" if info.revision else "") for info in merged.adapters]
 
 
+def _rename_of(merged: MergeResult | str | Path | Source) -> str | None:
+    """The rename under which a merge has read its adapters; that of a directory stands in its record."""
+    if isinstance(merged, MergeResult):
+        return merged.rename
+    record = None if isinstance(merged, Source) else Path(merged) / FILE_NAME
+    return RunConfig.read(record).rename if record is not None and record.is_file() else None
+
+
 def _inspect(
-    merged: MergeResult | Source, sources: Sequence[Source], device: torch.device | None, progress: bool | None
+    merged: MergeResult | Source,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    device: torch.device | None,
+    progress: bool | None,
 ) -> MergeInspection:
-    names = [info.name for info in uniquely_named([source.info for source in sources])]
     modules: dict[str, dict[str, Kept]] = {}
     norms: dict[str, dict[str, float]] = {name: {} for name in names}
     missing: dict[str, list[str]] = {name: [] for name in names}
@@ -95,12 +109,15 @@ def _inspect(
             for name in tasks:
                 missing[name].append(module)
     overall = {name: _overall(name, norms[name], modules) for name in names}
+    remarks = (
+        [Finding("note", tuple(names), text) for text in merged.remarks] if isinstance(merged, MergeResult) else []
+    )
     return MergeInspection(
         merged=f"{merged.method} (alpha {merged.alpha:.3g})" if isinstance(merged, MergeResult) else merged.info.name,
         adapters=tuple(names),
         overall=overall,
         modules=modules,
-        findings=tuple(findings_after(overall, missing)),
+        findings=(*findings_after(overall, missing), *remarks),
     )
 
 

@@ -48,6 +48,6 @@ class ConsensusTA(SwitchedMethod):
             needed = torch.zeros(merged.shape, dtype=torch.int32, device=merged.device)
             for X in view.matrices():
                 needed += X.abs() > self.config.threshold * (merged - X).abs()
-            return merged.where(needed >= self.config.min_tasks, 0)
+            return merged.where(needed >= min(self.config.min_tasks, len(view.module.tasks) + 1), 0)
 
         return aggregate

@@ -58,9 +58,12 @@ def total(matrices: Iterable[Tensor]) -> Tensor:
 
 def elected_signs(matrices: Matrices) -> tuple[Tensor, Tensor]:
     """The sign of the sum entry by entry, 0 where it is none; and where it is none because entries cancel each other."""
-    sums, sizes = torch.zeros(()), torch.zeros(())
-    for X in matrices():
-        sums, sizes = sums.to(X) + X, sizes.to(X) + X.abs()
+    iterator = iter(matrices())
+    sums = next(iterator).clone()
+    sizes = sums.abs()
+    for X in iterator:
+        sums += X
+        sizes += X.abs()
     signs = sums.sign().where(sums.abs() > SAME * sizes, 0)
     return signs, (signs == 0) & (sizes > 0)
 

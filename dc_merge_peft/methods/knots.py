@@ -74,7 +74,7 @@ class KnotsTIES(KnotsMethod):
 
     def survey(self, views: Views) -> Aggregate:
         options = self.config
-        return sign_consensus(views, trimmer(views, options.density, options.scope), options.reduce)
+        return sign_consensus(views, trimmer(views, options.density, options.scope), options.reduce, options.scope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,7 @@ def check_config(config: Any) -> None:
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and ((low is not None and value < low) or (high is not None and value > high)):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise OptionError(f"option '{field.name}' is {value}: expected {bounds}")
+            raise OptionError(f"option '{field.name}' is {value}: expected {describe_bounds(low, high)}")
         object.__setattr__(config, field.name, value)
 
 
@@ -60,16 +59,24 @@ def coerce(name: str, value: Any, expected: Any) -> Any:
     raise OptionError(f"option '{name}' is {value!r}: expected {describe_type(expected)}")
 
 
-def describe_type(expected: Any) -> str:
-    """The allowed values in words: ``'linear', 'average' or 'none'``, ``a number or 'auto'``."""
+def describe_bounds(low: float | None, high: float | None) -> str:
+    """A closed range in words: ``at least 1``, ``from 0 to 1``; nothing where there is none."""
+    if low is None:
+        return "" if high is None else f"at most {high:g}"
+    return f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+
+
+def describe_type(expected: Any, bounds: str = "") -> str:
+    """The allowed values in words: ``'linear', 'average' or 'none'``, ``a number from 0 to 1 or 'auto'``."""
     words = []
     for kind in _alternatives(expected):
         if typing.get_origin(kind) is Literal:
             words += [repr(choice) for choice in typing.get_args(kind)]
+        elif kind in (int, float):
+            number = "a whole number" if kind is int else "a number"
+            words.append(f"{number} {'of ' * bounds.startswith('at')}{bounds}".strip())
         else:
-            words.append(
-                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "none")
-            )
+            words.append({bool: "true or false", str: "text"}.get(kind, "none"))
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 

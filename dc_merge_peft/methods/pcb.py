@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dc_merge_peft.dense import row_blocks
 from dc_merge_peft.methods.elementwise import total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.selection import order_statistics
@@ -33,7 +34,7 @@ class Range(NamedTuple):
 
     def share(self, X: Tensor) -> Tensor:
         """Where the entries of X, clamped, lie between low (0) and high (1)."""
-        return (X.clamp(self.low, self.high) - self.low) / ((self.high - self.low) or 1.0)
+        return X.clamp(self.low, self.high).sub_(self.low).div_((self.high - self.low) or 1.0)
 
 
 class PCBMerging(SwitchedMethod):
@@ -78,11 +79,11 @@ class PCBMerging(SwitchedMethod):
         tops = {task: Range(*values) for task, values in order_statistics(products, top).items()}
 
         def aggregate(view: View) -> Tensor:
-            merged = weight = torch.zeros(())
+            merged, weight = torch.zeros(()), torch.zeros(())
             for adapter, X, product in zip(view.module.adapters, view.matrices(), balanced(view, limits), strict=True):
                 scale = tops[adapter].share(product)
-                merged = merged.to(X) + scale * X.sign() * X.abs().clamp(*limits[adapter])
                 weight = weight.to(X) + scale
+                merged = merged.to(X) + scale.mul_(X.sign()).mul_(X.abs().clamp_(*limits[adapter]))
             return merged / weight.clamp(min=1e-12)
 
         return aggregate
@@ -91,10 +92,13 @@ class PCBMerging(SwitchedMethod):
 def balanced(view: View, limits: dict[int, Range]) -> Iterator[Tensor]:
     """Each task's intra-balancing times its inter-balancing, entry by entry, in float32.
 
-    exp and tanh are computed in float64: their last bit depends on where a thread's share of the entries begins.
+    exp and tanh are computed in float64, some rows at a time: their last bit depends on where a vector register begins.
     """
     merged = total(view.matrices())
     count = len(view.module.tasks)
     for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
-        intra = (count * limits[adapter].share(X.abs().to(torch.float64)).square()).exp()
-        yield (intra * (X * merged).to(torch.float64).tanh()).to(torch.float32)
+        product = torch.empty_like(X)
+        for rows in row_blocks((X.shape[0], X.shape[1])):
+            intra = limits[adapter].share(X[rows].abs().to(torch.float64)).square_().mul_(count).exp_()
+            product[rows] = intra.mul_((X[rows] * merged[rows]).to(torch.float64).tanh_())
+        yield product

@@ -7,7 +7,7 @@ import dataclasses
 from dc_merge_peft.methods.elementwise import total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, Views
-from dc_merge_peft.methods.ties import DENSITY_HELP, SCOPE_HELP, Scope, trimmer
+from dc_merge_peft.methods.ties import DENSITY_HELP, TRIM_SCOPE_HELP, Scope, trimmer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class MagnitudePruneConfig(SpaceConfig):
     """Options of magnitude pruning."""
 
     density: float = option(0.2, DENSITY_HELP, minimum=0, maximum=1)
-    scope: Scope = option("global", SCOPE_HELP)
+    scope: Scope = option("global", TRIM_SCOPE_HELP)
 
 
 class MagnitudePrune(SwitchedMethod):

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.dense import Delta, Dense, row_blocks
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
@@ -138,11 +138,15 @@ def smoothed_tasks(tasks: Sequence[Delta], config: CoverConfig) -> Sequence[Delt
 
 def parameter_view(module: ModuleTasks, config: CoverConfig) -> View:
     """The entries of dW: float32 (m, n) matrices, made when they are looked at. The product runs in float64, which
-    neither autocast nor TF32 settings reach."""
+    neither autocast nor TF32 settings reach, some rows at a time."""
     tasks = smoothed_tasks(module.tasks, config)
 
     def matrix(index: int) -> Tensor:
-        return (tasks[index].dense() * module.weights[index]).to(torch.float32)
+        task, weight = tasks[index], module.weights[index]
+        X = torch.empty(task.shape, dtype=torch.float32, device=task.rows(slice(0)).device)
+        for rows in row_blocks(task.shape):
+            X[rows] = task.rows(rows) * weight
+        return X
 
     return View(module, matrix, Dense)
 

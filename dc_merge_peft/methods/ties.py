@@ -21,7 +21,13 @@ Trim = Callable[[View, int], Tensor]
 
 DENSITY_HELP = "share of the entries kept of each task, those of the largest magnitude"
 REDUCE_HELP = "'mean' or 'sum' of the entries that agree with the elected sign"
-SCOPE_HELP = "which entries compete for being kept: those of the whole model (the official code), or of each module"
+TRIM_SCOPE_HELP = (
+    "which entries compete for being kept: those of the whole model (the official code), or of each module"
+)
+SCOPE_HELP = (
+    "which entries compete for being kept, and decide where tasks cancel: those of the whole model (the official code), or of "
+    "each module by itself"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,10 @@ class TIES(SwitchedMethod):
 
     Three steps: keep the entries of each task whose magnitude is at least the ``(d - floor(density d))``-th smallest of
     all its d entries, in the whole model; give every entry the sign of the sum of the tasks, where the sum is zero the
-    sign that most entries of the model have; average or add up the entries of that sign.
+    sign that most entries of the model have; average or add up the entries of that sign. Where as many entries are positive as
+    negative there is no such sign, and entries that cancel become zero: the official code would keep the negative ones.
+
+    The official threshold keeps one entry more than ``floor(density d)``, the largest one even at density 0.
     """
 
     name = "ties"
@@ -50,7 +59,7 @@ class TIES(SwitchedMethod):
     def survey(self, views: Views) -> Aggregate:
         options = self.config
         trim = trimmer(views, options.density, options.scope)
-        return sign_consensus(views, trim, options.reduce)
+        return sign_consensus(views, trim, options.reduce, options.scope)
 
 
 def trimmer(views: Views, density: float, scope: Scope) -> Trim:
@@ -73,7 +82,7 @@ def trimmer(views: Views, density: float, scope: Scope) -> Trim:
     return lambda view, task: keep_from(view.matrix(task), thresholds[view.module.adapters[task]][0])
 
 
-def sign_consensus(views: Views, trim: Trim, reduce: Reduce) -> Aggregate:
+def sign_consensus(views: Views, trim: Trim, reduce: Reduce, scope: Scope = "global") -> Aggregate:
     """The last two steps, for entries that are trimmed already."""
 
     def elected(view: View) -> tuple[Tensor, Tensor]:
@@ -85,13 +94,17 @@ def sign_consensus(views: Views, trim: Trim, reduce: Reduce) -> Aggregate:
     @functools.cache
     def majority() -> float:
         """The sign that most entries of the model have: another pass, for models where entries cancel exactly."""
-        balance = sum(float(elected(view)[0].sum()) for view in views())
-        return math.copysign(1.0, balance) if balance else 0.0
+        return sign(sum(float(elected(view)[0].sum()) for view in views()))
 
     def aggregate(view: View) -> Tensor:
         signs, cancelled = elected(view)
         if bool(cancelled.any()):
-            signs = signs.where(~cancelled, majority())
+            signs = signs.where(~cancelled, majority() if scope == "global" else sign(float(signs.sum())))
         return disjoint_merge(trimmed(view), signs, reduce)
 
     return aggregate
+
+
+def sign(balance: float) -> float:
+    """1, -1, or 0 for none."""
+    return math.copysign(1.0, balance) if balance else 0.0

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.dense import Delta, Dense, row_blocks
 from dc_merge_peft.linalg import null_threshold
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
+from dc_merge_peft.methods.elementwise import total
 from dc_merge_peft.methods.options import option
 
 # Adam's own constants, those of its paper and of torch.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
-# Entries of dW optimised at a time. Rows of W do not know each other, so that Adam's state need never exist for all of them.
-CHUNK = 1 << 21
 
 
 class Terms(NamedTuple):
@@ -51,7 +49,10 @@ class WUDIConfig(MethodConfig):
 
     steps: int = option(300, "steps of Adam, from the sum of the tasks", minimum=0)
     lr: float = option(
-        1e-5, "Adam's learning rate: about what a step changes in each entry of dW, an absolute number", minimum=0
+        1e-5,
+        "Adam's learning rate: about what a step changes in each entry of dW, an absolute number",
+        minimum=0,
+        maximum=1,
     )
 
 
@@ -88,27 +89,11 @@ class WUDI(Method):
         gradients = gradient_of(Terms(*(part.to(torch.float32) for part in terms)))
         merged = torch.empty(tasks[0].shape, dtype=torch.float32, device=terms.V.device)
         with torch.autocast(merged.device.type, enabled=False):
-            for rows in chunks(tasks[0].shape):
+            for rows in row_blocks(tasks[0].shape):
                 W = merged[rows]
-                W.copy_(sum_of_rows(tasks, weights, rows))
+                W.copy_(total(weight * task.rows(rows) for task, weight in zip(tasks, weights, strict=True)))
                 adam(W, gradients(rows), self.config.steps, self.config.lr)
         return Dense(merged)
-
-
-def chunks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Rows of an (m, n) matrix, about CHUNK entries at a time."""
-    count = max(CHUNK // max(shape[1], 1), 1)
-    return (slice(start, start + count) for start in range(0, shape[0], count))
-
-
-def sum_of_rows(tasks: Sequence[Delta], weights: Sequence[float], rows: slice) -> Tensor:  # (rows, n), float64
-    """Some rows of ``sum_i w_i dW_i``."""
-    total = 0.0
-    for task, weight in zip(tasks, weights, strict=True):
-        part = task.B[rows] @ task.A if isinstance(task, LowRank) else task.W[rows]
-        total = total + weight * part
-    assert isinstance(total, Tensor)
-    return total
 
 
 # The gradient of the loss at some rows of W, written into the second tensor.

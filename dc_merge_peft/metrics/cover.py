@@ -11,7 +11,7 @@ from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.methods.spaces import CoverConfig, cover_view
-from dc_merge_peft.metrics.decomposition import in_float64
+from dc_merge_peft.metrics.decomposition import in_float64, refuse_not_finite
 
 
 def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[int]]:
@@ -25,11 +25,12 @@ def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[in
         T matrices (k, k) float64 and the T ranks, of sum k: task i's own block is at ``sum(r_1 .. r_{i-1})``.
 
     Raises:
-        OptionError: no deltas, or different shapes.
+        OptionError: no deltas, different shapes, or NaN or Inf.
     """
     shapes = {tuple(delta.shape) for delta in deltas}
     if len(shapes) != 1:
         raise OptionError(f"found deltas of shapes {sorted(shapes)}: expected at least one delta, all of one module")
+    refuse_not_finite(*deltas)
     wide = [in_float64(delta) for delta in deltas]
     view = cover_view(ModuleTasks("", wide, [1.0] * len(wide), range(len(wide))), CoverConfig())
     return list(view.matrices()), list(view.ranks)
@@ -50,7 +51,7 @@ def sign_conflict(first: Delta, second: Delta) -> float:
         From 0 (no entry is shared, or the signs agree) to 1 (one is the negative of the other); 0 for zero deltas.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     (M_s, M_t), _ = cover_representation([first, second])
     mass = float(M_s.abs().sum() + M_t.abs().sum())
@@ -68,7 +69,7 @@ def cover_block_map(deltas: Sequence[Delta]) -> Tensor:
         of a zero delta, which has no entries.
 
     Raises:
-        OptionError: no deltas, or different shapes.
+        OptionError: no deltas, different shapes, or NaN or Inf.
     """
     M, ranks = cover_representation(deltas)
     sizes = torch.tensor(ranks, dtype=torch.float64, device=M[0].device)
@@ -87,7 +88,7 @@ def cover_block_energy(deltas: Sequence[Delta]) -> Tensor:
         is 0 for a zero delta.
 
     Raises:
-        OptionError: no deltas, or different shapes.
+        OptionError: no deltas, different shapes, or NaN or Inf.
     """
     M, ranks = cover_representation(deltas)
     energies = torch.stack([_block_sums(core.square(), ranks) for core in M])

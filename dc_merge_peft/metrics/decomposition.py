@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from dc_merge_peft.dense import Delta
+from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 
 
 def triplets(delta: Delta) -> SVD:
-    """The thin SVD in float64. Factors of half precision are decomposed in float32: torch has no QR for them."""
+    """The thin SVD in float64. Factors of half precision are decomposed in float32: torch has no QR for them.
+
+    Raises:
+        OptionError: NaN or Inf in the delta.
+    """
+    refuse_not_finite(delta)
     found = _dtypes(delta)
     if len(found) > 1 or not found <= {torch.float32, torch.float64}:
         delta = delta.to(torch.float64 if torch.float64 in found else torch.float32)
@@ -21,6 +27,17 @@ def triplets(delta: Delta) -> SVD:
 def in_float64(delta: Delta) -> Delta:
     """The delta in float64; itself, with an SVD that it may have, where it is."""
     return delta if _dtypes(delta) == {torch.float64} else delta.to(torch.float64)
+
+
+def refuse_not_finite(*deltas: Delta) -> None:
+    """Raise :class:`OptionError` for NaN and Inf, of which there is no measure."""
+    for delta in deltas:
+        parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.W,)
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise OptionError(
+                f"found NaN or Inf in a delta of shape {tuple(delta.shape)}: expected finite numbers; check the adapter, or the "
+                "dtype that it was converted to"
+            )
 
 
 def _dtypes(delta: Delta) -> set[torch.dtype]:

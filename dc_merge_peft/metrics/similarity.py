@@ -14,7 +14,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta, inner
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD, null_threshold
-from dc_merge_peft.metrics.decomposition import triplets
+from dc_merge_peft.metrics.decomposition import refuse_not_finite, triplets
 
 
 class Overlap(NamedTuple):
@@ -35,9 +35,10 @@ def cos_sim(first: Delta, second: Delta) -> float:
         From -1 to 1; 0 where either delta is zero.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     _refuse_shapes(first, second)
+    refuse_not_finite(first, second)
     norms = first.norm() * second.norm()
     return _bounded(inner(first, second) / norms) if norms > 0 else 0.0
 
@@ -56,7 +57,7 @@ def direction_matrix(first: Delta, second: Delta) -> Tensor:
         (r_s, r_t) float64, each entry from -1 to 1; components at the level of rounding noise have no row or column.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     return _consistency(*_pair(first, second))
 
@@ -74,7 +75,7 @@ def dir_sim(first: Delta, second: Delta) -> float:
         From -1 to 1; 0 where either delta is zero. Of a delta with itself 1.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     return _dir_sim(*_pair(first, second))
 
@@ -93,7 +94,7 @@ def projected_dir_sim(task: Delta, merged: Delta) -> float:
         From -1 to 1; 0 where either is zero, or where nothing of the merged delta is in the task's column space.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     t, m = _pair(task, merged)
     return _dir_sim(t, _projected(t, m))
@@ -124,7 +125,7 @@ def subspace_overlap(first: Delta, second: Delta) -> Overlap:
         Both from 0 (orthogonal) to 1 (one contains the other); 0 where either delta is zero.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     s, t = _pair(first, second)
     smaller = min(len(s.S), len(t.S))
@@ -149,7 +150,7 @@ def retained_energy(task: Delta, merged: Delta) -> float:
         From 0 to 1; 0 where either is zero.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     t, m = _pair(task, merged)
     kept = ((m.U.mT @ t.U) * t.S) @ (t.Vh @ m.Vh.mT)
@@ -170,7 +171,7 @@ def strength(task: Delta, merged: Delta) -> float:
         Any number; 0 where the task is zero.
 
     Raises:
-        OptionError: different shapes.
+        OptionError: different shapes, or NaN or Inf.
     """
     t, m = _pair(task, merged)
     energy = float(t.S.square().sum())

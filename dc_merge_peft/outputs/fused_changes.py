@@ -88,7 +88,9 @@ def find_changes(
 
 def _keys_of_all_holders(model: FiledModel, name: str) -> Iterator[str]:
     """The stored tensors of a parameter, under whichever of the names that it is known by; none may be left unchanged."""
-    holders = dict.fromkeys([name, *(other for group in sharing_parameters(model.model) if name in group for other in group)])
+    holders = dict.fromkeys(
+        [name, *(other for group in sharing_parameters(model.model) if name in group for other in group)]
+    )
     found = False
     for holder in holders:
         if not model.has(holder):

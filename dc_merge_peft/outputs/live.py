@@ -21,6 +21,7 @@ from torch import nn
 from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
 from dc_merge_peft.layers import place_of
 from dc_merge_peft.offload import Offloaded, Offloading
+from dc_merge_peft.outputs.extras import lora_biases
 from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
@@ -34,6 +35,10 @@ _HOLDERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
     """Add ``result`` to a ``PeftModel`` in place, or wrap a base model in one; see :meth:`MergedAdapter.add_to`."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"found a {type(model).__name__} to add the adapter to: expected a PeftModel or a base model in memory"
+        )
     if not isinstance(model, (PeftModel, PeftMixedModel)):
         check_name(adapter_name, ())
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -128,7 +133,8 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
 
 
 def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> None:
-    """Replace the freshly made parameters of the adapter by the merged factors, on the devices of their layers.
+    """Replace the freshly made parameters of the adapter by the merged factors, and biases on lora_B, on the devices of their
+    layers.
 
     On an offloaded layer PEFT makes them meta tensors. The merged ones are real: nothing would bring their numbers.
 
@@ -141,10 +147,14 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
         difference = sorted(set(layers) ^ expected)
         raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
     offloading = Offloading(model)
+    biases = lora_biases(result)
     hooked: list[tuple[Offloaded, nn.Parameter]] = []
     for path, _, *factors in stored_factors(result):
         layer = layers[path]
-        for (holder, key), factor in zip(factor_holders(layer, adapter_name), factors, strict=True):
+        holders = [*factor_holders(layer, adapter_name)]
+        if path in biases:
+            holders, factors = [*holders, (layer.lora_B[adapter_name], "bias")], [*factors, biases[path]]
+        for (holder, key), factor in zip(holders, factors, strict=True):
             fresh: nn.Parameter = getattr(holder, key)
             if fresh.shape != factor.shape:
                 raise OutputError(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.extra_values import MergedExtra
-from dc_merge_peft.outputs.extras import lora_biases
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.live import lora_layers
 
 
 def check_extras(result: MergeResult, model: nn.Module, *, shared: bool) -> None:
@@ -54,7 +51,8 @@ def check_extras(result: MergeResult, model: nn.Module, *, shared: bool) -> None
 
 
 def write_extras(result: MergeResult, model: nn.Module, adapter_name: str) -> None:
-    """Write every tensor into the room that PEFT has made for the adapter; values of the base model come last."""
+    """Write every tensor into the room that PEFT has made for the adapter; values of the base model come last. Biases on lora_B
+    are written with the factors."""
     with torch.no_grad():
         for name, extra in result.extras.of_kind("module").items():
             wrapper = _module_at(model, extra.spec.module)
@@ -65,21 +63,25 @@ def write_extras(result: MergeResult, model: nn.Module, adapter_name: str) -> No
             wrapper = _module_at(model, extra.spec.module)
             assert isinstance(wrapper, TrainableTokensWrapper)
             wrapper.token_adapter.trainable_tokens_delta[adapter_name].requires_grad_(False).copy_(extra.value)
-        layers: dict[str, LoraLayer] = lora_layers(model, adapter_name)
-        for name, bias in lora_biases(result).items():
-            holder: nn.Parameter = layers[name].lora_B[adapter_name].bias  # type: ignore[assignment]
-            holder.data = bias.to(holder.device)
-            holder.requires_grad_(False)
         for name, extra in result.extras.of_kind("base").items():
             _parameter(model, name).copy_(extra.value)
 
 
 def _check_shape(name: str, extra: MergedExtra, found: Tensor) -> None:
-    if found.shape != extra.spec.shape or found.is_meta:
-        where = "offloaded (a meta tensor)" if found.is_meta else f"of shape {tuple(found.shape)}"
+    _refuse_offloaded(name, found)
+    if found.shape != extra.spec.shape:
         raise OutputError(
-            f"'{name}' is {where} in the model, of shape {extra.spec.shape} in the merged adapter: expected the base model of the "
-            "adapters in memory, with embeddings of the same size (model.resize_token_embeddings)"
+            f"'{name}' is of shape {tuple(found.shape)} in the model, of shape {extra.spec.shape} in the merged adapter: expected the "
+            "base model of the adapters, with embeddings of the same size (model.resize_token_embeddings)"
+        )
+
+
+def _refuse_offloaded(name: str, found: object) -> None:
+    if isinstance(found, Tensor) and found.is_meta:
+        raise OutputError(
+            f"'{name}' is offloaded in the model (a meta tensor), and the merged adapter has a value for it: expected it in memory; "
+            "keep that module in memory by the device map, add the adapter before the model is offloaded, or leave such values "
+            "out (extras='drop')"
         )
 
 
@@ -87,12 +89,13 @@ def _check_tokens(model: nn.Module, extra: MergedExtra) -> None:
     owner = extra.spec.module
     _refuse_other_wrapper(model, owner, TrainableTokensWrapper)
     weight = getattr(_original(_module_at(model, owner)), "weight", None)
-    fits = isinstance(weight, Tensor) and not weight.is_meta and weight.shape[1:] == extra.spec.shape[1:]
+    _refuse_offloaded(f"{owner}.weight", weight)
+    fits = isinstance(weight, Tensor) and weight.shape[1:] == extra.spec.shape[1:]
     if not fits or max(extra.spec.tokens) >= weight.shape[0]:  # type: ignore[union-attr]
         found = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise OutputError(
             f"'{owner}' has a weight of shape {found} in the model, the merged adapter tokens up to {max(extra.spec.tokens)} of "
-            f"width {extra.spec.shape[1]}: expected the base model of the adapters in memory, with embeddings of the same size "
+            f"width {extra.spec.shape[1]}: expected the base model of the adapters, with embeddings of the same size "
             "(model.resize_token_embeddings)"
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.inspection.data import Inspection, MergeInspection
 from dc_merge_peft.inspection.grouping import places
-from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, new_figure
+from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, new_figure, settled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,8 @@ def overlap_figure(inspection: Inspection) -> Figure:
     """Every pair of adapters: CosSim, overlap of the column and row spaces, sign conflict."""
     names, count = inspection.names, len(inspection.adapters)
     side = min(max(0.42 * count + 1.6, 3.2), 12)
-    figure = new_figure(2 * side + 1.2, 2 * (side - 0.5 + label_height(names)))
+    labels = label_height(names)  # upright below a panel, lying on its left
+    figure = new_figure(2 * (side + labels) + 0.6, 2 * (side - 0.5 + labels))
     panels = {
         "cos_sim": "CosSim of all shared modules",
         "sign_conflict": "sign conflict: magnitude that cancels",
@@ -75,7 +76,7 @@ def overlap_figure(inspection: Inspection) -> Figure:
         axes.set_title(title, loc="left", fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle("How adapters lie to each other", x=0.01, ha="left", fontsize=11)
-    return figure
+    return settled(figure)
 
 
 def cover_figure(inspection: Inspection) -> Figure:
@@ -108,7 +109,7 @@ def cover_figure(inspection: Inspection) -> Figure:
     assert image is not None
     figure.colorbar(image, ax=grid, shrink=0.8).set_label("mean magnitude of entries, largest block 1", fontsize=8)
     figure.suptitle("Adapters of norm 1 in their cover space, block by block", x=0.01, ha="left", fontsize=11)
-    return figure
+    return settled(figure)
 
 
 def dirsim_figure(merge: MergeInspection) -> Figure:

@@ -39,6 +39,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def settled(figure: Figure) -> Figure:
+    """The figure with its layout done once: square panels shrink in the first pass, and the room for their labels is right
+    in the second one only, which is the one that is drawn."""
+    figure.draw_without_rendering()
+    return figure
+
+
 def heat_map(
     axes: Any,
     matrix: Sequence[Sequence[float]],

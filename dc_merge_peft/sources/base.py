@@ -145,6 +145,11 @@ class AdapterInfo:
     same_base: bool = True  # whether the modules are those of base_model itself, and not of a converted copy
 
     @property
+    def whole_location(self) -> str:
+        """The location with the commit, which opens the same adapter again."""
+        return f"{self.location}@{self.revision}" if self.revision else self.location
+
+    @property
     def fitting_base(self) -> str | None:
         """The base model whose modules are named as the adapter's are; None where it has no name, or an unknown one."""
         return self.base_model if self.same_base else None

@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dc_merge_peft.errors import SourceError
+from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 
@@ -24,7 +24,14 @@ class BaseModel:
             base: A model directory, a Hub id, or a model.
             token: For the Hub; by default that of the environment or login.
             trust_remote_code: Run the Python code that the repository or directory brings along.
+
+        Raises:
+            OptionError: ``base`` is none of these.
         """
+        if not isinstance(base, (str, Path, nn.Module)):
+            raise OptionError(
+                f"base is a {type(base).__name__}: expected a model directory, a Hub id or a model in memory"
+            )
         self.base = base
         self._options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
 
@@ -48,8 +55,19 @@ class BaseModel:
         return self.base if isinstance(self.base, nn.Module) else load_base(self.base, **self._options)
 
     def weight(self, path: str) -> object:
-        """The weight of the layer at a path of the model; None where it has none."""
-        return getattr(self.model.get_submodule(path), "weight", None)
+        """The weight of the layer at a path of the model, read where it is offloaded; None where it has none.
+
+        Raises:
+            SourceError: it is not where accelerate has put it.
+        """
+        layer = self.model.get_submodule(path)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            from dc_merge_peft.offload import Offloading  # imports accelerate, which few merges need
+
+            place = Offloading(self.model).find(layer, "weight")
+            return weight if place is None else place.read(weight, f"the base weight of '{path}'")
+        return weight
 
 
 def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote_code: bool = False) -> nn.Module:

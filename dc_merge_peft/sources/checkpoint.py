@@ -46,7 +46,7 @@ class CheckpointSource(Source):
             UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's.
         """
         files = locate(source, token)
-        self.name = name or files.directory.name if files.revision is None else name or files.location
+        self.name = name or (files.directory.name if files.revision is None else files.location)
         self.config = _read_config(files, self.name)
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)  # by path of the PEFT layer

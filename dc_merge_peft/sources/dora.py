@@ -205,10 +205,12 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
         UnsupportedAdapterError: the weight is quantised, or not in memory.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
-        found = "offloaded" if isinstance(weight, Tensor) and weight.is_meta else "quantised"
+        empty = isinstance(weight, Tensor) and weight.is_meta
+        found = "a meta tensor without numbers" if empty else "quantised"
+        remedy = "load the base model with its weights" if empty else "give the unquantised base model"
         raise UnsupportedAdapterError(
             f"the base weight of '{module}', a {type(layer).__name__}, is {found}: adapter '{adapter}' is DoRA, whose delta "
-            "depends on it; expected a floating-point weight in memory: give the unquantised base model"
+            f"depends on it; expected a floating-point weight: {remedy}"
         )
     layout, shape = layer_layout(module, layer), delta_shape(layer)
     if layout != spec.layout or shape != spec.shape:

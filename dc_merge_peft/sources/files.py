@@ -44,7 +44,9 @@ def open_weights(directory: Path, name: str) -> Tensors:
 # Before this version a pickle could run code in spite of ``weights_only=True`` (CVE-2025-32434, CVE-2026-24747).
 SAFE_PICKLES = "2.10"
 
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+}  # fmt: skip
 
 
 class SafetensorsFile:
@@ -58,7 +60,7 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, adapter, error) from error
         self.shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
-        self.dtypes = {key: _float_dtype(piece.get_dtype(), key, adapter) for key, piece in slices.items()}
+        self.dtypes = {key: _plain_dtype(piece.get_dtype(), key, adapter) for key, piece in slices.items()}
 
     def read(self, key: str) -> Tensor:
         try:
@@ -98,7 +100,7 @@ class PickleFile:
             )
         self._state: dict[str, Tensor] = {str(key): value for key, value in state.items()}
         self.shapes = {key: tuple(value.shape) for key, value in self._state.items()}
-        self.dtypes = {key: _float_dtype(value.dtype, key, adapter) for key, value in self._state.items()}
+        self.dtypes = {key: _plain_dtype(value.dtype, key, adapter) for key, value in self._state.items()}
 
     def read(self, key: str) -> Tensor:
         return self._state[key]
@@ -121,9 +123,10 @@ def _is_plain(key: object, value: object) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def _float_dtype(found: str | torch.dtype, key: str, adapter: str) -> torch.dtype:
+def _plain_dtype(found: str | torch.dtype, key: str, adapter: str) -> torch.dtype:
+    """The dtype of a tensor that is not quantised: a float, or beside the factors a count, which batch norm keeps."""
     dtype = _SAFETENSORS_DTYPES.get(found) if isinstance(found, str) else found
-    if dtype not in _SAFETENSORS_DTYPES.values():
+    if dtype not in _SAFETENSORS_DTYPES.values() or (dtype == torch.int64 and ".lora_" in key):
         raise SourceError(
             f"adapter '{adapter}' stores '{key}' as {found}: expected float64, float32, float16 or bfloat16; save the "
             "adapter unquantised"

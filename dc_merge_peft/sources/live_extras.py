@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -61,10 +62,11 @@ def _wrapped(model: nn.Module, adapter: str) -> Iterator[tuple[str, LiveExtra]]:
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter in wrapper.modules_to_save:
             copy = wrapper.modules_to_save[adapter]
-            if any(isinstance(module, LoraLayer) for module in copy.modules()):
+            if any(isinstance(module, BaseTunerLayer) for module in copy.modules()):
                 raise UnsupportedAdapterError(
-                    f"adapter '{adapter}' has LoRA layers inside '{path}', which it trains in full: expected one of the two for "
-                    "a module; train it without that entry of modules_to_save"
+                    f"adapter '{adapter}' trains '{path}' in full, and in there are layers of this or another adapter: expected "
+                    "one of the two for a module; train it without that entry of modules_to_save, or the other one without "
+                    "layers there"
                 )
             for key, value in copy.state_dict().items():
                 yield f"{path}.{key}", LiveExtra(ExtraSpec("module", path, tuple(value.shape), value.dtype), value)

@@ -24,6 +24,12 @@ def open_sources(
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     sources = list(sources)  # it is gone through twice
+    strangers = [type(source).__name__ for source in sources if not isinstance(source, (str, Path, Source))]
+    if strangers:
+        raise OptionError(
+            f"found a {strangers[0]} among the adapters: expected directories and Hub ids; adapters of a model in "
+            "memory are merged by its add_weighted_adapter"
+        )
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
     if rename is not None:
         rename_named(rename)  # before anything is opened or downloaded
@@ -35,8 +41,13 @@ def open_sources(
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each path or Hub id its shortest ending that no other one shares."""
+    """For each path or Hub id its shortest ending that no other one shares. A revision counts only where two of one
+    repository meet, so that an adapter has the same name by its branch and by its commit."""
+    paths = list(paths)
     parts = {path: _parts(path) for path in paths}
+    plain = {path: _parts(path, revision=False) for path in paths}
+    if len({tuple(pieces) for pieces in plain.values()}) == len(plain):
+        parts = plain
     names = {}
     for path, pieces in parts.items():
         others = [tuple(other) for key, other in parts.items() if key != path]
@@ -48,10 +59,12 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _parts(path: str) -> list[str]:
+def _parts(path: str, *, revision: bool = True) -> list[str]:
     """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
     try:
         folder = Path(path).expanduser()
-        return list(folder.resolve().parts[1:]) if folder.is_dir() else path.split("/")
+        if folder.is_dir():
+            return list(folder.resolve().parts[1:])
+        return (path if revision else path.partition("@")[0]).split("/")
     except (OSError, RuntimeError, ValueError):
         return [path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source, Targets
+from dc_merge_peft.sources.experts import parameters_at, unmatched_parameters
 from dc_merge_peft.sources.renames import RENAMES, new_path, rename_named
 
 
@@ -48,7 +49,8 @@ class RenamedSource(Source):
         specs = {new: source.extras[old] for new, old in self._old_extras.items()}
         self.extras = {new: replace(spec, module=module_path(spec.module), beside=False) for new, spec in specs.items()}
         self.extras_reason, self.is_dora = source.extras_reason, source.is_dora
-        self.info, self.config = _renamed_info(source.info, name), source.config
+        parameters = _renamed_parameters(source, self._old)
+        self.info, self.config = _renamed_info(source.info, name, parameters), source.config
 
     def scaling(self, module: str) -> float:
         return self._source.scaling(self._old[module])
@@ -98,10 +100,23 @@ def _by_new_name(olds: Iterable[str], new_name: Callable[[str], str], name: str,
     return found
 
 
-def _renamed_info(info: AdapterInfo, name: str) -> AdapterInfo:
+def _renamed_parameters(source: Source, old_names: Mapping[str, str]) -> frozenset[str]:
+    """The targeted parameters by their whole new paths; those that no module belongs to stay as they are."""
+    targets = source.info.target_parameters
+    layouts = {new: source.modules[old].layout for new, old in old_names.items()}
+    holders = {
+        layout.base_path(new): layout.base_path(old_names[new])
+        for new, layout in layouts.items()
+        if layout.kind == "expert"
+    }
+    renamed = {f"{new}.{parameter}" for new, old in holders.items() for parameter in parameters_at(old, targets)}
+    return frozenset(renamed).union(unmatched_parameters(targets, source.modules))
+
+
+def _renamed_info(info: AdapterInfo, name: str, parameters: frozenset[str]) -> AdapterInfo:
     """The targets of the config are about the old paths, and may hit more in the new model: the original LLaVA's
     ``q_proj`` also the vision tower's. A converted copy of the base model has another name and class."""
-    renamed = replace(info, rename=name, targets=Targets())
+    renamed = replace(info, rename=name, targets=Targets(), target_parameters=parameters)
     if RENAMES[name].other_base:
         return replace(renamed, same_base=False, base_revision=None, auto_mapping=None)
     return renamed

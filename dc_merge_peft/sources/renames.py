@@ -116,7 +116,7 @@ def rename_named(name: str) -> Rename:
     Raises:
         OptionError: no such rename.
     """
-    if name not in RENAMES:
+    if not isinstance(name, str) or name not in RENAMES:
         raise OptionError(unknown_name("rename", name, RENAMES))
     return RENAMES[name]
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.cli import app
+from dc_merge_peft.methods import METHODS
 from tests.support.golden import golden_cases, golden_file, write_golden_adapters
 from tests.support.workspace import make_workspace
 
@@ -253,13 +254,30 @@ def test_golden_parity(tmp_path: Path, case: tuple[str, str]) -> None:
 
 
 def test_methods_lists_every_option() -> None:
-    """Every method with its options, for people and as JSON."""
+    """A method with its options and their ranges, for people and as JSON."""
     listed = json.loads(run("methods", "--json").stdout)
     assert {"dc", "ta", "average"} <= set(listed)
     names = {option["name"] for option in listed["dc"]["options"]}
     assert {"smoothing", "rho", "tau", "rank", "density", "aggregation", "mask", "mask_size", "alpha"} <= names
+    assert {option["name"]: option["type"] for option in listed["dare_ties"]["options"]}[
+        "drop"
+    ] == "a number from 0 to 0.99"
+    own = [option["name"] for option in listed["dare_ties"]["options"]][:4]
+    assert set(own) == {"alpha", "drop", "seed", "reduce"}, "a method's own options come first"
     shown = run("methods", "dc").stdout
     assert all(name in shown for name in names) and "CVPR 2026" in shown
+    shown = run("methods", "ties").stdout
+    assert 'combination_type="ties_dw"' in shown and "of at least 1 or none" in " ".join(shown.split())
+
+
+def test_methods_in_one_view() -> None:
+    """Without a name one line a method, with its name in PEFT."""
+    shown = run("methods").stdout
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
+    for name, method in METHODS.items():
+        assert method.title.split()[0] in lines[name]
+    assert lines["ties"].rstrip().endswith("ties_dw") and "dc-merge methods NAME" in shown
+    assert "mask_size" not in shown and len(shown.splitlines()) < len(METHODS) + 8
 
 
 def test_version_and_help() -> None:

@@ -72,8 +72,8 @@ def quantised(model: Any) -> None:
     model.encoder.layer[0].attention.self.query = Quantised()
 
 
-def offloaded(model: Any) -> None:
-    """A query on the meta device."""
+def empty(model: Any) -> None:
+    """A query on the meta device, and no hook that brings its numbers."""
     model.encoder.layer[0].attention.self.query.to("meta")
 
 
@@ -87,7 +87,7 @@ BASES: dict[str, tuple[Callable[[Any], None], type[Exception], tuple[str, ...]]]
     "shape": (other_shape, IncompatibleAdaptersError, ("(8, 16)", "(16, 16)", "'sentiment'", "expected the base model")),
     "type": (other_type, IncompatibleAdaptersError, ("type embedding", "linear and (16, 16)", "expected the base model")),
     "quantised": (quantised, UnsupportedAdapterError, ("is quantised", "expected a floating-point", "unquantised")),
-    "offloaded": (offloaded, UnsupportedAdapterError, ("is offloaded", "expected a floating-point weight in memory")),
+    "empty": (empty, UnsupportedAdapterError, ("meta tensor without numbers", "expected a floating-point", "with its weights")),
     "NaN": (not_a_number, SourceError, ("holds NaN or Inf", "'sentiment'", "expected finite", "no row", "all zero")),
 }  # fmt: skip
 

@@ -240,3 +240,23 @@ def test_command_line(three: list[Path]) -> None:
         assert (root / "one-out" / file).read_bytes() == (root / "again" / file).read_bytes()
     dry = run("merge", *paths, "--dry-run", "--extras", "drop")
     assert dry.exit_code == 0 and "left out outside B and A" in " ".join(dry.stdout.split())
+
+
+@pytest.mark.filterwarnings("ignore:.*lists trained modules:dc_merge_peft.errors.MergeWarning")
+@pytest.mark.parametrize("policy", ["average", "drop", "first/first"])
+def test_records_that_make_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """A policy is recorded where the merge would be refused without it, though no value is there; and an adapter that is called
+    like a policy by its directory."""
+    monkeypatch.chdir(tmp_path)
+    values = {"second": 3.0, "first/first": 1.0}
+    for name, value in values.items():
+        A, B = models.factors(6, 5, 2)
+        head = {"head.weight": torch.full((2, 2), value)} if policy in values else {}
+        tensors = {"enc.q.lora_A.weight": A, "enc.q.lora_B.weight": B, **head}
+        models.write_checkpoint(Path(name), tensors, target_modules=["q"], modules_to_save=["head"])
+    assert run("merge", *values, "-o", "out", "--extras", policy).exit_code == 0
+    again = run("merge", "--config", "out/dc_merge.yaml", "-o", "again")
+    assert again.exit_code == 0, again.output
+    files = [sorted(Path(folder).iterdir()) for folder in ("out", "again")]
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
+    assert [value.tolist() for value in beside(Path("out")).values()] == [[[1, 1], [1, 1]]] * (policy in values)

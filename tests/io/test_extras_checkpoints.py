@@ -11,10 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dc_merge_peft import DCMergeAdapter, MergeWarning
+from dc_merge_peft import DCMergeAdapter, MergeWarning, SourceError
 from tests.support import models
 from tests.support.extras import IGNORE, beside, save_extras
 from tests.support.models import factors, write_checkpoint
+from tests.support.refused import refused
 
 pytestmark = IGNORE
 
@@ -87,6 +88,43 @@ def test_widest_dtype(tmp_path: Path) -> None:
         DCMergeAdapter(method="ta").merge(folders, extras="first", dtype="float32").save_pretrained(tmp_path / "first")
     )
     assert beside(out)["classifier.weight"].dtype == torch.float16
+
+
+class Normed(nn.Module):
+    """A layer under a head with batch norm, which counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.fc(x)))
+
+
+def normed() -> Normed:
+    """Always the same weights."""
+    return models.seeded(Normed, 0)
+
+
+def test_counts(tmp_path: Path) -> None:
+    """A head with batch norm comes back with its running numbers, saved, in memory and fused; factors are no counts."""
+    model = models.with_lora(normed(), {"task": {"r": 2, "target_modules": ["fc"], "modules_to_save": ["head"]}})
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    model.train()(x)
+    folders = models.save_adapters(model.eval(), tmp_path)
+    merged = DCMergeAdapter(method="ta", alpha=1.0).merge(folders, extras="average")
+    loaded = PeftModel.from_pretrained(normed(), str(merged.save_pretrained(tmp_path / "out")))
+    model.add_weighted_adapter(["task"], [1.0], "alone", combination_type="ta", alpha=1.0, extras="average")
+    expected = model(x)
+    model.set_adapter("alone")
+    fused = DCMergeAdapter(method="ta", alpha=1.0).fuse(normed(), folders, extras="average")
+    for found in (loaded, model, merged.add_to(normed()), fused):
+        torch.testing.assert_close(found.eval()(x), expected, atol=1e-6, rtol=1e-6)
+        counts = [value for name, value in found.state_dict().items() if name.endswith("num_batches_tracked")]
+        assert torch.tensor(1) in counts
+    keys = {"enc.q.lora_A.weight": torch.ones(2, 5), "enc.q.lora_B.weight": torch.ones(6, 2, dtype=torch.int64)}
+    with refused(SourceError, "stores 'enc.q.lora_B.weight' as I64", "expected float64", "unquantised"):
+        DCMergeAdapter().merge([write_checkpoint(tmp_path / "counts", keys)])
 
 
 def test_missing_values_are_said(tmp_path: Path) -> None:

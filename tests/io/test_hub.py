@@ -14,7 +14,14 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
 
-from dc_merge_peft import DCMergeAdapter, IncompatibleAdaptersError, MergedAdapter, OutputError, SourceError
+from dc_merge_peft import (
+    DCMergeAdapter,
+    IncompatibleAdaptersError,
+    MergedAdapter,
+    OptionError,
+    OutputError,
+    SourceError,
+)
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources import CheckpointSource
 from tests.support import models
@@ -96,6 +103,35 @@ def test_revisions(server: HubServer, tmp_path: Path) -> None:
         assert difference(merge(source).delta("enc.q"), deltas_of(tmp_path / "made" / made)) < 1e-6
     both = merge(ONE, f"{ONE}@v1.0")
     assert len({info.name for info in both.adapters}) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*outside B and A:dc_merge_peft.errors.MergeWarning")
+def test_adapters_named_by_their_revision(server: HubServer, tmp_path: Path) -> None:
+    """The name of an adapter is that of its repository, by whichever revision: an adapter whose values are kept is found again
+    by the record, and the same bytes come out. Two revisions of one repository are told apart."""
+    A, B = models.factors(6, 5, 2)
+    for name in ("org/head", "org/other"):
+        tensors = {"enc.q.lora_A.weight": A, "enc.q.lora_B.weight": B, "head.weight": torch.ones(2, 2)}
+        fields = {"target_modules": ["q"], "modules_to_save": ["head"]}
+        folder = write_checkpoint(tmp_path / "made" / name, tensors, **fields)
+        server.add_repo(name, listing(folder))
+    merger, sources = DCMergeAdapter(method="ta"), ["org/head@main", "org/other"]
+    merged = merger.merge(sources, extras="head")
+    assert [info.name for info in merged.adapters] == ["head", "other"]
+    out = merged.save_pretrained(tmp_path / "out")
+    run = RunConfig.read(out / "dc_merge.yaml")
+    again = merger.merge(run.adapters, run.weights, extras=run.extras).save_pretrained(tmp_path / "again")
+    assert listing(out) == listing(again)
+    server.add_tag("org/head", "v1", server.commits("org/head")[-1].sha)
+    server.add_repo("org/head", {**listing(tmp_path / "made" / "org" / "head"), "README.md": b"newer"})
+    sources = ["org/head@v1", "org/head"]
+    merged = merger.merge(sources, extras="head@v1")
+    assert [info.name for info in merged.adapters] == ["head@v1", "head"]
+    with refused(OptionError, "extras is 'org/head'", "several adapters come from", "'head@v1', 'head'"):
+        merger.merge(sources, extras="org/head")
+    run = RunConfig.read(merged.save_pretrained(tmp_path / "two") / "dc_merge.yaml")
+    again = merger.merge(run.adapters, extras=run.extras)
+    assert again.extras.plan.keeper == 0
 
 
 @pytest.mark.parametrize("other", [ONE, f"{ONE}@main", "{commit}"], ids=["same", "branch", "commit"])

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dc_merge_peft import DCMergeAdapter, MergeWarning
+from dc_merge_peft import DCMergeAdapter, MergeWarning, inspect_merge
 from tests.support import llava as tiny
 from tests.support import models
 from tests.support.families import answer
@@ -138,3 +138,15 @@ def test_transformers_layout(tmp_path: Path, method: str) -> None:
     found = models.deltas(loaded, "default")
     assert set(found) == set(merged.modules) and all("language_model" in module for module in found)
     assert all(difference(delta, merged.delta(module)) < 1e-6 for module, delta in found.items())
+
+
+def test_renamed_adapters_are_inspected_as_they_were_read(tmp_path: Path) -> None:
+    """Under the rename of the merge, in memory or from its record on disk, and under the names of the merge."""
+    tiny.make_llava_workspace(tmp_path)
+    adapters = [tmp_path / "LLaVA_text_vqa", tmp_path / "LLaVA_text_ocr"]
+    merged = DCMergeAdapter(method="ta").merge(adapters, rename="llava-hf")
+    merged.save_pretrained(tmp_path / "out")
+    for inspected in (inspect_merge(merged), inspect_merge(tmp_path / "out", adapters)):
+        assert list(inspected.overall) == ["LLaVA_text_vqa", "LLaVA_text_ocr"]
+        assert all(kept.projected_dir_sim > 0.5 for kept in inspected.overall.values())
+        assert all(module.startswith("model.language_model.layers.") for module in inspected.modules)

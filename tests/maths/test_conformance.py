@@ -104,17 +104,20 @@ def test_deterministic(name: str, case: str) -> None:
 
 @every_method
 def test_any_thread_count(name: str) -> None:
-    """The same bytes with one thread and with two, on matrices large enough for torch to share them out."""
-    tasks = random_tasks(21, (160, 128), (6, 6, 6))
+    """The same bytes with one thread and with two, on a module of so many rows and directions that BLAS and LAPACK give
+    other last bits with two threads. The number of threads is as it was afterwards."""
+    tasks = random_tasks(21, (1200, 48), (12, 12, 12))
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
             results.append(merged(method_named(name), tasks))
+            assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0].B, results[1].B) and torch.equal(results[0].A, results[1].A)
+    assert torch.get_num_threads() == threads
 
 
 @every_pair
@@ -209,6 +212,16 @@ def test_entries_leave_the_span(name: str) -> None:
     assert relative(cut.delta("q") / cut.alpha, U[:, :4] * S[:4] @ Vh[:4]) <= FLOAT32
 
 
+@pytest.mark.parametrize("name", methods_that("any_factors"))
+def test_full_weights(name: str) -> None:
+    """Deltas without factors, as full fine-tuning leaves them, alone or beside adapters: the same result."""
+    tasks, weights, method = random_tasks(22, SHAPE, (4, 4, 4)), [1.0, 0.7, -0.5], method_named(name)
+    expected = dense(merge_module(method, tasks, weights, 20)[0])
+    whole = [Dense(task.to(torch.float64).dense()) for task in tasks]
+    for given in (whole, [tasks[0], whole[1], tasks[2]]):
+        assert relative(dense(merge_module(method, given, weights, 20)[0]), expected) <= FLOAT32
+
+
 @every_method
 def test_a_method_describes_itself(name: str) -> None:
     """Name, title and reference, which listings and model cards show."""
@@ -224,3 +237,23 @@ def test_nothing_left_is_an_error() -> None:
         plan = plan_merge(sources, method)
         with pytest.raises(MergeError, match=f"method '{name}' leaves nothing of these adapters: .* zero everywhere"):
             run_merge(plan, sources, method)
+
+
+@every_method
+def test_numbers_beyond_float32_are_an_error(name: str) -> None:
+    """Factors that float32 holds, and a product that it doesn't: neither Inf, nor a module that is missing because Inf less
+    Inf has no sign, nor a message of LAPACK's."""
+    huge = [LowRank(task.B * 1e30, task.A * 1e15) for task in random_tasks(19, SHAPE, (3, 3))]
+    sources, method = memory_sources({"v": random_tasks(20, SHAPE, (3, 3)), "q": huge}), method_named(name)
+    plan = plan_merge(sources, method, svd_rank=20)
+    expected = rf"weighted delta of module 'q' is beyond float32: .*'{name}'.*; look for an adapter with huge factors"
+    with pytest.raises(MergeError, match=expected):
+        run_merge(plan, sources, method)
+
+
+@pytest.mark.parametrize("fuse_weight", [1e30, 1e300])
+def test_options_beyond_float32_are_an_error(fuse_weight: float) -> None:
+    """Ordinary adapters with an option that makes numbers too large."""
+    tasks = random_tasks(19, SHAPE, (3, 3))
+    with pytest.raises(MergeError, match=r"merged delta of module '' is beyond float32: .*'robust'.* weight or option"):
+        merged(method_named("robust", {"fuse_weight": fuse_weight}), tasks)

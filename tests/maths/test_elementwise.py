@@ -22,7 +22,7 @@ from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.result import MergeResult
 
 from ..support import oracle_elementwise as oracle
-from ..support.strategies import QUICK, dense, memory_sources, random_tasks, relative
+from ..support.strategies import QUICK, MemorySource, dense, memory_sources, random_tasks, relative
 
 FLOAT32 = 2e-5
 WEIGHTS = [1.0, 0.7, 1.3]
@@ -40,10 +40,12 @@ def weighted(modules: dict[str, list[LowRank]]) -> list[list[np.ndarray]]:
     return [[weight * dense(task) for weight, task in zip(WEIGHTS, tasks, strict=False)] for tasks in modules.values()]
 
 
-def merge(name: str, modules: dict[str, list[LowRank]], **options: Any) -> MergeResult:
+def merge(
+    name: str, modules: dict[str, list[LowRank]], weights: Sequence[float] = WEIGHTS, **options: Any
+) -> MergeResult:
     """Through the engine, untruncated."""
     sources, method = memory_sources(modules), method_named(name, {"alpha": 1.0, **options})
-    weights = WEIGHTS[: len(sources)]
+    weights = weights[: len(sources)]
     return run_merge(plan_merge(sources, method, weights, svd_rank=100), sources, method)
 
 
@@ -152,6 +154,38 @@ def test_entries_that_cancel_take_the_majority_sign() -> None:
     # Rows 0 and 3 cancel, rows 1 and 2 say plus: plus wins there too.
     assert relative(result.delta("q"), np.ones((4, 3))) <= 1e-6
     check(result, oracle.on_model(lambda X: oracle.ties(X, 1.0), [[dense(task) for task in tasks]]))
+
+
+def test_the_majority_of_a_module() -> None:
+    """With ``scope="module"`` entries that cancel go by their own module, as if it were the model; without a majority they are
+    zero."""
+    row = torch.ones(1, 3)
+    pairs = {"plus": ([1.0, 1.0], [-1.0, 1.0]), "minus": ([1.0, -1.0], [-1.0, -1.0]), "none": ([1.0], [-1.0])}
+    columns = {name: [torch.tensor(column)[:, None] for column in pair] for name, pair in pairs.items()}
+    modules = {name: [LowRank(column, row) for column in pair] for name, pair in columns.items()}
+    expected = {"plus": np.ones((2, 3)), "minus": -np.ones((2, 3)), "none": np.zeros((1, 3))}
+    apart = merge("ties", modules, [1.0, 1.0], density=1.0, scope="module")
+    for name, delta in expected.items():
+        assert relative(apart.delta(name), delta) <= 1e-6
+    # Over the whole model as many say plus as minus: what cancels is zero, the rest is as it was.
+    whole = merge("ties", modules, [1.0, 1.0], density=1.0)
+    assert relative(whole.delta("plus"), [[0.0] * 3, [1.0] * 3]) <= 1e-6
+    assert relative(whole.delta("minus"), [[0.0] * 3, [-1.0] * 3]) <= 1e-6
+
+
+def test_modules_that_some_adapters_lack() -> None:
+    """A task's threshold is over the entries that it has, and a module's merge over the tasks that have it."""
+    q, v = model().values()
+    modules = [{"q": q[0], "v": v[0]}, {"q": q[1]}, {"v": v[2]}]
+    sources = [MemorySource(f"task{index}", deltas) for index, deltas in enumerate(modules)]
+    method = method_named("ties", {"density": 0.3})
+    result = run_merge(plan_merge(sources, method, svd_rank=100), sources, method)
+    trimmed: dict[str, list[np.ndarray]] = {"q": [], "v": []}
+    for deltas in modules:
+        parts = [[dense(delta)] for delta in deltas.values()]
+        for name, part in zip(deltas, oracle.on_model(lambda X: oracle.trim(X, 0.3)[0], parts), strict=True):
+            trimmed[name].append(part)
+    check(result, [oracle.on_model(oracle.elect, [parts])[0] for parts in trimmed.values()])
 
 
 # ------------------------------------------------------------------------------------------------ random dropping

@@ -272,3 +272,17 @@ def test_refusals(use: Callable[[LowRank, LowRank], Any], words: str) -> None:
     (first,), (second,) = random_tasks(1, (9, 7), (2,)), random_tasks(1, (8, 7), (2,))
     with pytest.raises(OptionError, match=words):
         use(first, second)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@every_pairwise
+def test_numbers_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    """Not measured as 1, which a bounded cosine of NaN would be, nor left to LAPACK."""
+    task, other = random_tasks(3, (9, 8), (2, 2))
+    B = task.B.clone()
+    B[0, 0] = bad
+    for pair in ((LowRank(B, task.A), other), (other, LowRank(B, task.A))):
+        with pytest.raises(
+            OptionError, match=r"found NaN or Inf in a delta of shape \(9, 8\): expected finite numbers"
+        ):
+            PAIRWISE[name][0](*pair)

@@ -86,4 +86,4 @@ def test_truncation_loses_energy(kept: dict[str, MergeInspection]) -> None:
     found = inspect_merge(small, progress=False)
     for name in found.adapters:
         assert found.overall[name].retained_energy < 0.9 < kept["DC-Merge"].overall[name].retained_energy
-    assert any("Raise svd_rank or density" in finding.text for finding in found.findings)
+    assert any("Raise svd_rank, or let the method drop fewer entries" in finding.text for finding in found.findings)

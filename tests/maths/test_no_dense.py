@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge, metrics
 from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.lowrank import LowRank, concatenate
-from dc_merge_peft.methods import method_named
+from dc_merge_peft.methods import METHODS, method_named
+from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.methods.rescaling import fit_alpha
 from dc_merge_peft.methods.selection import BINS
 from dc_merge_peft.plan import plan_merge
@@ -206,3 +208,38 @@ def test_a_slice_of_a_dense_matrix_counts(tasks: list[LowRank]) -> None:
     with LargestTensor() as guard:
         result.delta("q")
     assert guard.entries >= M * N
+
+
+class LiveMatrices(TorchDispatchMode):
+    """How many bytes of m x n tensors and larger ones are alive at a time, at most. Views count with what they look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+            if storage is not None and storage.nbytes() >= M * N * 4 and storage.data_ptr() not in self.live:
+                self.live[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(leaf, self.live.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in methods_that("in_span")])
+def test_dense_methods_hold_few_matrices(name: str, tasks: list[LowRank], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method on entries makes the tasks' m x n matrices one after the other: what it holds is the same for eight tasks as for
+    three, and float64 exists in blocks of rows. In matrices of float32."""
+    for bound in ("dense.BLOCK", "methods.selection._CHUNK"):
+        monkeypatch.setattr(f"dc_merge_peft.{bound}", 64 * N)
+    options = {"steps": 3} if name == "wudi" else {}
+    peaks = []
+    for count in (3, 8):
+        module = ModuleTasks("q", [task.to(torch.float64) for task in (tasks * 2)[:count]], [1.0] * count, range(count))
+        with LiveMatrices() as guard:
+            method_named(name, options).prepare(lambda module=module: iter([module]))(module)
+        peaks.append(guard.most / (M * N * 4))
+    assert 1 <= peaks[0] == peaks[1] <= 9

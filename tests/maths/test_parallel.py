@@ -10,20 +10,10 @@ import torch
 
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.parallel import in_parallel
+from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.plan import plan_merge
 
 from ..support.strategies import memory_sources, random_tasks
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """torch with two threads, whatever the tests run with."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("method", ["dc", "ties", "tsvm"])
@@ -45,7 +35,6 @@ def test_same_bytes_with_any_number_of_threads(method: str) -> None:
         assert all(torch.equal(other.delta(name), first.delta(name)) for name in modules)
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_workers() -> None:
     """Results come in order; work runs outside the calling thread, on one thread, without gradients."""
     seen = []
@@ -54,28 +43,26 @@ def test_workers() -> None:
         seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
         return item * item
 
-    assert list(in_parallel(work, range(20), count=20, on_cpu=lambda item: True)) == [n * n for n in range(20)]
+    assert list(in_parallel(work, range(20), workers=2, on_cpu=lambda item: True)) == [n * n for n in range(20)]
     assert {(name.startswith("dc-merge"), threads, grad) for name, threads, grad in seen} == {(True, 1, False)}
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_other_devices_stay_in_the_calling_thread() -> None:
-    """In order with what runs beside it; so does a single item."""
+    """In order with what runs beside it; so does all of it with one worker."""
     names: dict[int, str] = {}
 
     def work(item: int) -> int:
         names[item] = threading.current_thread().name
         return item
 
-    assert list(in_parallel(work, range(9), count=9, on_cpu=lambda item: item % 3 > 0)) == list(range(9))
+    assert list(in_parallel(work, range(9), workers=2, on_cpu=lambda item: item % 3 > 0)) == list(range(9))
     assert all(name.startswith("dc-merge") == (item % 3 > 0) for item, name in names.items())
-    assert list(in_parallel(work, [5], count=1, on_cpu=lambda item: True)) == [5]
+    assert list(in_parallel(work, [5], workers=1, on_cpu=lambda item: True)) == [5]
     assert names[5] == threading.current_thread().name
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_an_error_ends_it() -> None:
-    """The error itself comes out, later items are not begun, and torch has its threads back."""
+    """The error itself comes out, and later items are not begun."""
     begun = []
 
     def work(item: int) -> int:
@@ -85,11 +72,10 @@ def test_an_error_ends_it() -> None:
         return item
 
     with pytest.raises(ValueError, match="three"):
-        list(in_parallel(work, range(100), count=100, on_cpu=lambda item: True))
+        list(in_parallel(work, range(100), workers=2, on_cpu=lambda item: True))
     assert max(begun) < 10
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_few_items_wait() -> None:
     """Items are read as they are needed: factors of a large model do not pile up."""
     drawn, done = 0, 0
@@ -101,6 +87,24 @@ def test_few_items_wait() -> None:
             assert drawn - done <= 5
             yield item
 
-    for _ in in_parallel(lambda item: item, items(), count=30, on_cpu=lambda item: True):
+    for _ in in_parallel(lambda item: item, items(), workers=2, on_cpu=lambda item: True):
         done += 1
     assert done == 30
+
+
+def test_one_thread() -> None:
+    """It says how many there were, and gives them back, after an error too."""
+
+    def fail() -> None:
+        with one_thread() as threads:
+            assert threads == 3 and torch.get_num_threads() == 1
+            raise ValueError("inside")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="inside"):
+            fail()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dc_merge_peft import dense as dense_deltas
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import merge_module
-from dc_merge_peft.methods import method_named, wudi
+from dc_merge_peft.methods import method_named
 
 from ..support import oracle_factors
 from ..support.strategies import dense, random_tasks, relative, zero_task
@@ -66,12 +67,12 @@ def test_wudi_moves_and_lowers_its_loss() -> None:
         assert oracle_factors.wudi_loss(best + step, deltas) > lowest
 
 
-def test_wudi_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wudi_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are independent: a few at a time give the same, and only W itself is ever m x n."""
     tasks = [task.to(torch.float64) for task in random_tasks(8, (96, 80), (4, 4))]
     method = method_named("wudi", {"steps": 20})
     whole = method.merge(tasks, [1.0, 1.0])
-    monkeypatch.setattr(wudi, "CHUNK", 7 * 80)
+    monkeypatch.setattr(dense_deltas, "BLOCK", 7 * 80)
 
     class Count(LargestTensor):
         """Counts new tensors of m x n entries."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError, UnsupportedAdapterError
@@ -186,6 +186,12 @@ def offloaded_head(model: Any) -> Any:
     return model
 
 
+def offloaded_tokens(model: Any) -> Any:
+    """A vocabulary on the meta device."""
+    model.bert.embeddings.word_embeddings.to("meta")
+    return model
+
+
 def few_tokens(model: Any) -> Any:
     """A vocabulary that is too small."""
     model.bert.embeddings.word_embeddings = nn.Embedding(5, 16)
@@ -203,7 +209,8 @@ MODELS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "more parameters": (HEAD, with_one_more, ("'classifier' has 'scale' in the model", "no values for", "expected the base")),
     "other shape": (HEAD, with_three_labels, ("(3,) in the model", "(2,) in the merged adapter", "expected the base")),
     "no head": (HEAD, without_head, ("no module 'classifier'", "expected the base model", "its class may differ")),
-    "offloaded": (HEAD, offloaded_head, ("is offloaded (a meta tensor)", "expected the base model of the adapters in memory")),
+    "offloaded": (HEAD, offloaded_head, ("'classifier.bias' is offloaded in the model", "expected it in memory", "by the device map")),
+    "offloaded tokens": (TOKENS, offloaded_tokens, ("word_embeddings.weight' is offloaded in the model", "expected it in memory")),
     "few tokens": (TOKENS, few_tokens, ("(5, 16) in the model", "tokens up to 9", "resize_token_embeddings")),
 }  # fmt: skip
 
@@ -257,8 +264,22 @@ def test_lora_inside_a_saved_module() -> None:
     model = models.with_lora(models.bert(), {"sentiment": {**fields, "modules_to_save": ["pooler"]}, "topic": QUERY})
     base = model.base_model.model
     base.pooler.modules_to_save["sentiment"].dense = base.encoder.layer[0].intermediate.dense
-    words = ("'sentiment' has LoRA layers inside 'pooler'", "in full", "expected one of the two", "modules_to_save")
+    words = (
+        "'sentiment' trains 'pooler' in full",
+        "layers of this or another",
+        "expected one of the two",
+        "modules_to_save",
+    )
     still_refused(model, UnsupportedAdapterError, *words, extras="average")
+
+
+def test_other_layers_inside_a_saved_module() -> None:
+    """In a mixed model the copy of a module may hold layers of another kind of adapter."""
+    mixed: Any = get_peft_model(models.bert(), LoHaConfig(r=2, target_modules=["pooler.dense"]), "loha", mixed=True)
+    for name in ("sentiment", "topic"):
+        mixed.add_adapter(name, LoraConfig(**QUERY, modules_to_save=["pooler"], init_lora_weights=False))
+    words = ("'sentiment' trains 'pooler' in full", "layers of this or another", "expected one of the two")
+    still_refused(mixed, UnsupportedAdapterError, *words, extras="average")
 
 
 def test_dora_with_a_bias() -> None:
