@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.engine import checked_device
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
+from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.outputs.publish import check_repository

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import typer
 
-from dc_merge_peft.adapter import MergedAdapter
 from dc_merge_peft.cli.show import bytes_in_words, console, say, table
+from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.runconfig import RunConfig, run_record
