@@ -73,6 +73,7 @@ def save_fused(
     base: str | Path | None,
     overwrite: bool = False,
     token: str | bool | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Save a fused transformers model with the tokenizer and processor files of its base, whole or not at all.
 
@@ -89,7 +90,8 @@ def save_fused(
             "device_map=...; or take the hooks off first, with accelerate.hooks.remove_hook_from_submodules(model)"
         )
     with whole_directory(out, overwrite=overwrite) as building:
-        model.save_pretrained(building)  # type: ignore[operator]
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(building, **sizes)  # type: ignore[operator]
         if base is not None:
             copy_companions(_folder(base, token), building, COMPANIONS)
         write_papers(result, building)

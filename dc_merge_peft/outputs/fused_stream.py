@@ -19,7 +19,7 @@ from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
 from dc_merge_peft.outputs.fused_targets import Target
 from dc_merge_peft.outputs.shards import plan_shards, write_at, write_headers
-from dc_merge_peft.parallel import in_parallel
+from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel
@@ -75,8 +75,9 @@ def stream_fused(
         pieces = _Pieces(model, changes, result, places)
         units = [*model.files.tensors, *changes.groups]
         work = (piece for unit in progress(units, "fusing") for piece in pieces.of(unit))
-        for _ in in_parallel(Piece.carry_out, work, count=len(units), on_cpu=lambda _: True):
-            pass
+        with one_thread() as threads:
+            for _ in in_parallel(Piece.carry_out, work, workers=threads, on_cpu=lambda _: True):
+                pass
         shutil.copyfile(model.files.folder / CONFIG, building / CONFIG)
         code = ("*.py",) if model.files.config.get("auto_map") else ()
         copy_companions(model.files.folder, building, (*COMPANIONS, *code))
