@@ -25,6 +25,10 @@ class KnotsMethod(ElementwiseMethod):
 
     ``[dW_1 .. dW_T] = U S [V_1 .. V_T]``: U is common to all tasks, and the k x n matrices ``S V_i = U^T dW_i`` are merged
     entry by entry; U times the result is the merged delta. All of it from the factors.
+
+    What counts as null in S is an absolute number, as in the official code: beside singular values of some hundreds the
+    rounding of near copies counts as directions, and as entries that compete. Then a common factor on all weights, which
+    moves S across that number, is not quite a factor on the result.
     """
 
     @property
