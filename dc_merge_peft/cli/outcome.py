@@ -45,9 +45,10 @@ def print_fuse_plan(plan: FusePlan, run: RunConfig, *, as_json: bool) -> None:
     _print_adapters(out, plan.merge)
     if plan.tensors:
         files = "1 file" if plan.shards == 1 else f"{plan.shards} files"
+        out.print()
         say(
             out,
-            f"\n{summary['modules']} modules; {plan.changed} of {plan.tensors} tensors of {plan.base} would change "
+            f"{summary['modules']} modules; {plan.changed} of {plan.tensors} tensors of {plan.base} would change "
             f"({bytes_in_words(plan.changed_bytes)} of {bytes_in_words(plan.total_bytes)}), written to {files}",
         )
     _print_remarks(out, plan.remarks)

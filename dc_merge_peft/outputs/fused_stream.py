@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.engine import Progress, silent
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.outputs.directory import whole_directory
@@ -24,11 +25,29 @@ from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel
 
-# Entries of a piece. Its product, sum and rounding take place in a few MB that stay in the processor's cache; smaller ones
-# would be many.
-PIECE = 2**20
+# Entries of a piece of a matrix: its product, sum and rounding take place in 2 MB that stay in the processor's cache.
+PIECE = 2**19
 # Bytes of a piece that is copied.
-COPY = 2**23
+COPY = 2**22
+
+# Changes numbers, flat, in place.
+Change = Callable[[Tensor, "Scratch"], object]
+
+
+class Scratch(threading.local):
+    """Memory that each thread uses again: new pages for every piece would cost as much as its arithmetic."""
+
+    def __init__(self) -> None:
+        self._bytes, self._floats = bytearray(COPY), torch.empty(PIECE)
+
+    def bytes(self, count: int) -> memoryview:
+        """Room for so many bytes."""
+        return memoryview(self._bytes if count <= len(self._bytes) else bytearray(count))[:count]
+
+    def floats(self, like: Tensor) -> Tensor:
+        """A float32 tensor of the same shape."""
+        count = like.numel()
+        return (self._floats if count <= len(self._floats) else torch.empty(count))[:count].view(like.shape)
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,14 @@ class Piece:
     count: int
     file: Path
     offset: int
-    edit: Callable[[Tensor], object] | None = None  # changes the numbers, flat, in place
+    edit: Change | None = None
 
-    def carry_out(self) -> None:
+    def carry_out(self, scratch: Scratch) -> None:
         """Read, change, write."""
-        content = self.tensor.bytes_at(self.start, self.count)
-        if self.edit is not None and content:
-            self.edit(torch.frombuffer(content, dtype=self.tensor.torch_dtype or torch.uint8))
+        content = scratch.bytes(self.count)
+        self.tensor.read_into(content, self.start)
+        if self.edit is not None and self.count:
+            self.edit(torch.frombuffer(content, dtype=self.tensor.torch_dtype or torch.uint8), scratch)
         write_at(self.file, self.offset, content)
 
 
@@ -76,7 +96,9 @@ def stream_fused(
         units = [*model.files.tensors, *changes.groups]
         work = (piece for unit in progress(units, "fusing") for piece in pieces.of(unit))
         with one_thread() as threads:
-            for _ in in_parallel(Piece.carry_out, work, workers=threads, on_cpu=lambda _: True):
+            for _ in in_parallel(
+                partial(Piece.carry_out, scratch=Scratch()), work, workers=threads, on_cpu=lambda _: True
+            ):
                 pass
         shutil.copyfile(model.files.folder / CONFIG, building / CONFIG)
         code = ("*.py",) if model.files.config.get("auto_map") else ()
@@ -103,7 +125,7 @@ class _Pieces:
         elif unit not in self.changes.keys:
             yield from self._copied(unit, 0, self.model.files.tensors[unit].size)
 
-    def _piece(self, key: str, start: int, count: int, edit: Callable[[Tensor], object] | None = None) -> Piece:
+    def _piece(self, key: str, start: int, count: int, edit: Change | None = None) -> Piece:
         file, offset = self.places[key]
         return Piece(self.model.files.tensors[key], start, count, file, offset + start, edit)
 
@@ -133,17 +155,17 @@ class _Pieces:
         for first in range(0, rows.count, step):
             last = min(first + step, rows.count)
             yield self._piece(
-                key, start + first * bytes_a_row, (last - first) * bytes_a_row, partial(_add, rows, first, last)
+                key, start + first * bytes_a_row, (last - first) * bytes_a_row, partial(rows.add, first, last)
             )
 
-    def _whole(self, edit: Edit, shape: Sequence[int], numbers: Tensor) -> None:
+    def _whole(self, edit: Edit, shape: Sequence[int], numbers: Tensor, scratch: Scratch) -> None:
         whole = numbers.view(tuple(shape))
         for change in edit.extras:
             change.apply(whole, self.result.extras.values[change.name].value)
         for target in edit.targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
             part = whole[target.place.layout.number(target.name)] if _is_stack(target, shape) else whole
-            _add(rows, 0, rows.count, part.view(-1))
+            rows.add(0, rows.count, part.view(-1), scratch)
 
     def _of_group(self, group: Group) -> Iterator[Piece]:
         deltas = {name: self._delta(name, targets) for name, targets in group.parameters.items()}
@@ -152,11 +174,11 @@ class _Pieces:
 
     def _delta(self, name: str, targets: Sequence[Target]) -> Tensor:
         """The float32 delta of a whole parameter, zero in experts that are not merged."""
-        whole = torch.zeros(self.model.shape(name))
+        whole, scratch = torch.zeros(self.model.shape(name)), Scratch()
         for target in targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
             part = whole[target.place.layout.number(target.name)] if _is_stack(target, whole.shape) else whole
-            part.copy_(rows.between(0, rows.count).view(part.shape))
+            rows.add(0, rows.count, part.view(-1), scratch)
         return whole
 
 
@@ -172,10 +194,19 @@ class _RowsOf:
         m, n = delta.shape
         self.count, self.width = (n, m) if flipped else (m, n)
 
-    def between(self, first: int, last: int) -> Tensor:
-        """Rows as float32."""
-        rows = self._left[first:last]
-        return rows if self._right is None else rows @ self._right
+    def add(self, first: int, last: int, numbers: Tensor, scratch: Scratch) -> None:
+        """Add these rows to as many rows of a weight, in float32, or in float64 to such numbers, and round once."""
+        weight, left = numbers.view(last - first, self.width), self._left[first:last]
+        if weight.dtype == torch.float64:
+            weight.add_(left if self._right is None else left @ self._right)
+            return
+        wide = weight if weight.dtype == torch.float32 else scratch.floats(weight).copy_(weight)
+        if self._right is None:
+            wide.add_(left)
+        else:
+            wide.addmm_(left, self._right)
+        if wide is not weight:
+            weight.copy_(wide)
 
 
 def _is_stack(target: Target, shape: Sequence[int]) -> bool:
@@ -183,14 +214,7 @@ def _is_stack(target: Target, shape: Sequence[int]) -> bool:
     return target.place.layout.kind == "expert" and len(shape) == 3
 
 
-def _add(rows: _RowsOf, first: int, last: int, numbers: Tensor) -> None:
-    _add_tensor(rows.between(first, last), numbers)
-
-
-def _add_tensor(delta: Tensor, numbers: Tensor) -> None:
-    """Add in float32, or in float64 to such numbers, and round once."""
-    delta = delta.reshape(-1)
-    if numbers.dtype in (torch.float32, torch.float64):
-        numbers.add_(delta)
-    else:
-        numbers.copy_(numbers.to(torch.float32).add_(delta))
+def _add_tensor(delta: Tensor, numbers: Tensor, scratch: Scratch) -> None:
+    """The same with a delta in the shape of the stored tensor."""
+    whole = _RowsOf(Dense(delta.reshape(1, -1)), flipped=False)
+    whole.add(0, 1, numbers, scratch)

@@ -81,13 +81,13 @@ def write_headers(shards: list[Shard], folder: Path) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_at(file: Path, offset: int, content: bytearray) -> None:
+def write_at(file: Path, offset: int, content: memoryview) -> None:
     """Write bytes to their place in a file that exists."""
-    view, done = memoryview(content), 0
+    done = 0
     with file.open("r+b", buffering=0) as opened:
         opened.seek(offset)
         while done < len(content):
-            done += opened.write(view[done:]) or 0
+            done += opened.write(content[done:]) or 0
 
 
 def _shard(name: str, names: list[str], tensors: Mapping[str, StoredTensor]) -> Shard:

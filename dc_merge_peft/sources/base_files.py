@@ -64,26 +64,29 @@ class StoredTensor:
             SourceError: the file has become shorter.
         """
         assert self.torch_dtype is not None
-        return torch.frombuffer(self.bytes_at(0, self.size), dtype=self.torch_dtype).view(self.shape)
+        content = bytearray(self.size)
+        self.read_into(memoryview(content), 0)
+        numbers = (
+            torch.frombuffer(content, dtype=self.torch_dtype) if content else torch.empty(0, dtype=self.torch_dtype)
+        )
+        return numbers.view(self.shape)
 
-    def bytes_at(self, start: int, count: int) -> bytearray:
-        """Bytes ``start`` to ``start + count`` of the tensor.
+    def read_into(self, content: memoryview, start: int) -> None:
+        """As many of the tensor's bytes as ``content`` has, from ``start`` on.
 
         Raises:
             SourceError: the file has become shorter, or can't be read.
         """
-        content = bytearray(count)
-        view, done = memoryview(content), 0
+        done = 0
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset + start)
-                while done < count and (got := file.readinto(view[done:])):
+                while done < len(content) and (got := file.readinto(content[done:])):
                     done += got
         except OSError as error:
             raise _unreadable(self.file, first_line(error)) from error
-        if done < count:
+        if done < len(content):
             raise _unreadable(self.file, "it has become shorter")
-        return content
 
 
 @dataclass(frozen=True)

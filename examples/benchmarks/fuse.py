@@ -14,24 +14,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+
+R = TypeVar("R")
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def make_base(folder: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """A random Llama on disk; the shapes of its linear layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 11 // 4,
@@ -118,19 +124,24 @@ def fuse(base: Path, adapters: list[Path], out: Path, args: argparse.Namespace) 
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def apart(function: Callable[..., R], *arguments: object) -> R:
+    """The function in a process of its own: a process that is started counts the memory of the one that starts it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def runs(args: argparse.Namespace) -> Iterator[tuple[dict[str, float], float, int, int]]:
     """For each repetition the floor, the seconds, the memory, and the size of the largest shard."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        base = folder / "base"
-        shapes = make_base(base, args)
-        adapters = make_adapters(folder, shapes, args)
+        base, out = folder / "base", folder / "out"
+        shapes = apart(make_base, base, args)
+        adapters = apart(make_adapters, folder, shapes, args)
         largest = max(file.stat().st_size for file in base.glob("*.safetensors"))
-        for number in range(args.repeat):
-            least = floor(base, folder, shapes, args)
-            seconds, memory = fuse(base, adapters, folder / f"out-{number}", args)
-            for file in (folder / f"out-{number}").iterdir():
-                file.unlink()
+        for _ in range(args.repeat):
+            least = apart(floor, base, folder, shapes, args)
+            seconds, memory = fuse(base, adapters, out, args)
+            shutil.rmtree(out)
             yield least, seconds, memory, largest
 
 
