@@ -162,9 +162,9 @@ def fuse_to_disk(
         return _fuse_streamed(merge, plan, base, destination, progress, trust_remote_code, options)
     except NotStreamable as found:
         reason = _in_memory(base, found)
-    warnings.warn(reason, MergeWarning, stacklevel=3)
     whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
     _, merged, url = fuse_in_memory(merge, whole, destination, **options)
+    warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
     path = None if destination.out is None else Path(destination.out).expanduser()
     return FusedModel(path, url, merged, (*merged.remarks, reason))
 
@@ -253,4 +253,4 @@ def _planning(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_memory(base: str | Path, found: NotStreamable) -> str:
-    return f"the base model '{base}' is loaded into memory as a whole, since {found}"
+    return f"the base model '{base}' has to be in memory as a whole, since {found}"

@@ -94,7 +94,7 @@ def save_fused(
         model.save_pretrained(building, **sizes)  # type: ignore[operator]
         if base is not None:
             copy_companions(_folder(base, token), building, COMPANIONS)
-        write_papers(result, building)
+        write_papers(result, building, base)
     return Path(out).expanduser()
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,9 +17,15 @@ from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 
 
-def write_papers(result: MergeResult, building: Path) -> None:
-    """The record of the merge and the model card."""
+def fused_record(result: MergeResult, base: str | Path | None) -> dict[str, Any]:
+    """The record of a merge with the base model that it was fused into, so that the record makes the model again."""
     record = run_record(result)
+    return record if base is None else {"base": str(base), **record}
+
+
+def write_papers(result: MergeResult, building: Path, base: str | Path | None) -> None:
+    """The record of the merge and the model card."""
+    record = fused_record(result, base)
     (building / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (building / "README.md").write_text(fused_card(result, record, base_facts(result)), encoding="utf-8")
 

@@ -103,7 +103,7 @@ def stream_fused(
         shutil.copyfile(model.files.folder / CONFIG, building / CONFIG)
         code = ("*.py",) if model.files.config.get("auto_map") else ()
         copy_companions(model.files.folder, building, (*COMPANIONS, *code))
-        write_papers(result, building)
+        write_papers(result, building, model.files.base)
     return Path(out).expanduser()
 
 

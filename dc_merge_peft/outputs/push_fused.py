@@ -13,10 +13,12 @@ from dc_merge_peft.errors import OutputError
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.fused import save_fused
+from dc_merge_peft.outputs.fused_papers import fused_record
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.runconfig import FILE_NAME
+from dc_merge_peft.sources.hub import HubId
 
 # Where transformers and tokenizers note which directory they were loaded from.
 _PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
@@ -56,7 +58,8 @@ def push_fused(
     """
     facts = base_facts(result, token=token, ask_hub=True)
     public = public_copy(result)
-    record = run_record(public)
+    known = base is not None and HubId.parse(str(base)) is not None and not Path(base).exists()
+    record = fused_record(public, base if known else None)
     card = fused_card(public, record, facts, repo_id if is_hub_id(repo_id) else None)
     own: dict[str, Path | bytes] = {
         "README.md": card.encode(),

@@ -22,14 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
-
-R = TypeVar("R")
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -125,22 +122,20 @@ def fuse(base: Path, adapters: list[Path], out: Path, args: argparse.Namespace) 
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def apart(function: Callable[..., R], *arguments: object) -> R:
-    """The function in a process of its own: a process that is started counts the memory of the one that starts it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def runs(args: argparse.Namespace) -> Iterator[tuple[dict[str, float], float, int, int]]:
-    """For each repetition the floor, the seconds, the memory, and the size of the largest shard."""
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+    """For each repetition the floor, the seconds, the memory, and the size of the largest shard.
+
+    Everything large is in a helper process: a process that is started counts the memory of the one that starts it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(dir=args.folder) as name, spawn.Pool(1) as helper:
         folder = Path(name)
         base, out = folder / "base", folder / "out"
-        shapes = apart(make_base, base, args)
-        adapters = apart(make_adapters, folder, shapes, args)
+        shapes = helper.apply(make_base, (base, args))
+        adapters = helper.apply(make_adapters, (folder, shapes, args))
         largest = max(file.stat().st_size for file in base.glob("*.safetensors"))
         for _ in range(args.repeat):
-            least = apart(floor, base, folder, shapes, args)
+            least = helper.apply(floor, (base, folder, shapes, args))
             seconds, memory = fuse(base, adapters, out, args)
             shutil.rmtree(out)
             yield least, seconds, memory, largest

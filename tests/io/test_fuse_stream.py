@@ -214,7 +214,7 @@ def test_values_beside_factors(tmp_path: Path, build: Any, fields: dict[str, Any
     folders = save_extras(build, tmp_path / "in", {"one": fields, "two": {**fields, "lora_alpha": 12}})
     build().save_pretrained(tmp_path / "base")
     done = TA.fuse_to_disk(tmp_path / "base", folders, tmp_path / "out", extras="average")
-    assert all("into memory" not in remark for remark in done.remarks)
+    assert all("in memory" not in remark for remark in done.remarks)
     expected: Any = TA.fuse(build(), folders, extras="average").eval()
     loaded: Any = type(build()).from_pretrained(tmp_path / "out").eval()
     assert difference(models.output(loaded), models.output(expected)) < 1e-6
