@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
-from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.parallel import in_parallel, one_thread, workers
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
@@ -77,7 +78,7 @@ def run_merge(
         return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
 
     with one_thread() as threads:
-        merged, fit = _merged_modules(plan, method, read, progress, keep_dense=keep_dense, workers=threads)
+        merged, fit = _merged_modules(plan, method, read, progress, keep_dense=keep_dense, threads=threads)
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
             f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
@@ -109,12 +110,17 @@ def _merged_modules(
     progress: Progress,
     *,
     keep_dense: bool,
-    workers: int,
+    threads: int,
 ) -> tuple[dict[str, MergedModule], AlphaFit]:
     """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
+    reading = threading.Lock()
+
+    def read_alone(module: PlannedModule) -> ModuleTasks:
+        with reading:  # a method may sweep in the thread of one module while this one reads the next
+            return read(module)
 
     def sweep() -> Iterator[ModuleTasks]:
-        return (_seen_by(method, read(module))[0] for module in progress(plan.modules, "surveying"))
+        return (_seen_by(method, read_alone(module))[0] for module in progress(plan.modules, "surveying"))
 
     merge = method.prepare(sweep)
 
@@ -123,8 +129,8 @@ def _merged_modules(
 
     results = in_parallel(
         merge_one,
-        map(read, progress(plan.modules, "merging")),
-        workers=min(workers, len(plan.modules)),
+        map(read_alone, progress(plan.modules, "merging")),
+        workers=workers(method, plan, threads),
         on_cpu=lambda module: module.tasks[0].device.type == "cpu",
     )
     merged: dict[str, MergedModule] = {}
@@ -188,9 +194,8 @@ def _merge_one(
     merged = merge(seen)
     norm = merged.norm()
     _refuse_overflow(norm, "merged delta", module.name, method)
-    if (
-        norm <= FLOAT32_EPS * largest
-    ):  # nothing but rounding, as of adapters that cancel: noise must not become an adapter
+    # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
+    if norm <= FLOAT32_EPS * largest:
         (m, n), like = merged.shape, merged.svd.U
         merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
     fit = fit_alpha(seen.tasks, seen.weights, merged)

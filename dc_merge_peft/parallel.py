@@ -6,6 +6,7 @@ where other programs want the cores; whole modules side by side do not.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +15,15 @@ from typing import TypeVar
 
 import torch
 
+from dc_merge_peft.methods import Method
+from dc_merge_peft.plan import MergePlan
+
 X = TypeVar("X")
 Y = TypeVar("Y")
+
+# Bytes for the m x n matrices of all modules that a method on entries merges at a time, and float32 matrices that one such
+# module takes, at most: measured.
+ROOM, MATRICES = 4 << 30, 13
 
 
 @contextmanager
@@ -74,3 +82,12 @@ def in_parallel(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def workers(method: Method, plan: MergePlan, threads: int) -> int:
+    """How many modules are merged at a time: one a thread, and of methods on entries no more than there is room for."""
+    most = min(threads, len(plan.modules))
+    if method.equivariant:
+        return most
+    largest = max(math.prod(module.shape) for module in plan.modules)
+    return max(min(most, ROOM // (MATRICES * 4 * largest)), 1)

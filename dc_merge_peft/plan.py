@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, UnsupportedAdapterError, preview
 from dc_merge_peft.extras import ExtrasPlan, plan_extras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
@@ -86,7 +86,8 @@ def plan_merge(
     Raises:
         OptionError: no adapters, wrong weights, rank, dtype or policy for extras.
         IncompatibleAdaptersError: repeated adapters, different base models, shapes or layer types, no common module.
-        UnsupportedAdapterError: a DoRA adapter without its base model, or tensors outside B and A without a policy.
+        UnsupportedAdapterError: a DoRA adapter without its base model, tensors outside B and A without a policy, or layers that
+            PEFT can't have in one adapter.
     """
     if not sources:
         raise OptionError("found no adapters to merge: expected at least one")
@@ -100,6 +101,7 @@ def plan_merge(
     if not allow_different_bases:
         _refuse_different_bases(infos)
     modules = _plan_modules(sources)
+    _refuse_transposed(infos, modules)
     planned = plan_extras(sources, infos, [module.layout.base_path(module.name) for module in modules], extras)
     return MergePlan(
         modules=modules,
@@ -230,6 +232,19 @@ def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule
                 f"{preview(source.modules, 2)}, '{other.info.name}' has {preview(other.modules, 2)}; expected adapters of one "
                 "base model, under the same module names"
             )
+
+
+def _refuse_transposed(infos: Sequence[AdapterInfo], modules: Sequence[PlannedModule]) -> None:
+    """``fan_in_fan_out``, which Conv1D layers need and PEFT has for a whole adapter, beside layers that it spoils."""
+    transposed = next((info for info in infos if info.fan_in_fan_out), None)
+    spoilt = next((module for module in modules if module.layout.kind in ("out_proj", "expert")), None)
+    if transposed and spoilt:
+        attention = spoilt.layout.kind == "out_proj"
+        what = "transposes the delta of an attention's output projection" if attention else "has no LoRA on parameters"
+        raise UnsupportedAdapterError(
+            f"adapter '{transposed.name}' has fan_in_fan_out=True, with which PEFT {what}, and '{spoilt.name}' is one of the "
+            "merged modules: expected fan_in_fan_out=False where there are no Conv1D layers, or merges without such modules"
+        )
 
 
 def _output_dtype(dtype: torch.dtype | str | None, sources: Sequence[Source]) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -91,10 +92,16 @@ def sign_consensus(views: Views, trim: Trim, reduce: Reduce, scope: Scope = "glo
     def trimmed(view: View) -> Matrices:
         return lambda: (trim(view, task) for task in range(len(view.module.tasks)))
 
+    counting = threading.Lock()  # modules are merged side by side, and one count is enough for all
+
     @functools.cache
+    def balance() -> float:
+        return sum(float(elected(view)[0].sum()) for view in views())
+
     def majority() -> float:
         """The sign that most entries of the model have: another pass, for models where entries cancel exactly."""
-        return sign(sum(float(elected(view)[0].sum()) for view in views()))
+        with counting:
+            return sign(balance())
 
     def aggregate(view: View) -> Tensor:
         signs, cancelled = elected(view)

@@ -169,6 +169,11 @@ class LiveSource(Source):
                 f"'{name}' is the output projection of an attention module, whose forward pass never calls it, so that LoRA there "
                 "does nothing; expected LoRA on the attention module itself: train the adapter with that in target_modules"
             )
+        if layout.kind == "out_proj" and layer.fan_in_fan_out:  # type: ignore[attr-defined]
+            raise UnsupportedAdapterError(
+                f"'{name}' is the output projection of an attention module in a model with Conv1D layers, for which PEFT has set "
+                "fan_in_fan_out, and so transposes the projection's delta: expected adapters on one of the two kinds of layers"
+            )
         return layout
 
     def _refuse_unreadable(self, name: str, layer: LoraLayer, layout: Layout) -> None:

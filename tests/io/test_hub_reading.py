@@ -15,6 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.hub_errors import TRIES
+from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources import CheckpointSource, base_model
 from tests.support import models
 from tests.support.hub_adapters import ONE, TWO, adapter_hub, merge
@@ -48,6 +49,42 @@ def test_private_by_token(server: HubServer, monkeypatch: pytest.MonkeyPatch, tm
     with refused(SourceError, "the base model can't be loaded", "no Hub repository 'org/base'", "private"):
         base_model.load_base("org/base")
     assert isinstance(base_model.load_base("org/base", token=token), type(models.bert()))
+
+
+@pytest.mark.filterwarnings("ignore:.*(outside B and A|is DoRA):dc_merge_peft.errors.MergeWarning")
+def test_private_adapters_of_every_kind(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DoRA with its base model, a trained head, and an original LLaVA's projector come from private repositories as from
+    directories: the record, the base in it included, makes the same again."""
+    head: dict[str, Any] = {"r": 2, "target_modules": ["query"], "use_dora": True, "modules_to_save": ["classifier"]}
+    models.bert_classifier().save_pretrained(tmp_path / "base")
+    folders = models.save_adapters(models.with_lora(models.bert_classifier(), {"rated": head}), tmp_path)
+    A, B = models.factors(6, 5, 2)
+    path = "base_model.model.model.layers.0.q"
+    llava = write_checkpoint(tmp_path / "llava", {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B})
+    torch.save({"base_model.model.model.mm_projector.0.weight": B}, llava / "non_lora_trainables.bin")
+    token = server.add_token("hf_by_hand", "org")
+    repos = {"org/base": tmp_path / "base", "org/rated": folders[0], "org/llava": llava}
+    for repo, folder in repos.items():
+        server.add_repo(repo, listing(folder), private=True)
+    point_client_at(monkeypatch, server, tmp_path / "anonymous", token=None)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("org/rated", {"base": "org/base", "dora_rank": 16, "extras": "average"}),
+        ("org/llava", {"extras": "first", "rename": "llava-hf"}),
+    ]
+    for repo, options in cases:
+        with refused(SourceError, "no Hub repository", "private"):
+            merge(repo, **options)
+        found = merge(repo, token=token, **options)
+        local = merge(repos[repo], **{**options, **({"base": tmp_path / "base"} if "base" in options else {})})
+        assert all(torch.equal(found.delta(module), local.delta(module)) for module in found.modules)
+        values = {name: extra.value for name, extra in local.extras.values.items()}
+        assert values and all(torch.equal(found.extras.values[name].value, value) for name, value in values.items())
+        run = RunConfig.read(found.save_pretrained(tmp_path / "out", overwrite=True) / "dc_merge.yaml")
+        assert (run.base, run.extras, run.rename) == tuple(options.get(key) for key in ("base", "extras", "rename"))
+        again = DCMergeAdapter(method="ta").merge(
+            run.adapters, base=run.base, dora_rank=run.dora_rank, extras=run.extras, rename=run.rename, token=token
+        )
+        assert listing(again.save_pretrained(tmp_path / "again", overwrite=True)) == listing(tmp_path / "out")
 
 
 def test_a_token_of_nobody(server: HubServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from dc_merge_peft import DCMergeAdapter, SourceError, UnsupportedAdapterError
+from dc_merge_peft.sources import CheckpointSource
 from tests.support import models
 from tests.support.models import write_checkpoint
-from tests.support.refused import merge_refused
+from tests.support.refused import merge_refused, refused
 
 OTHER_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "LoHa": (lambda: peft.LoHaConfig(r=2, target_modules=["query"]), ("LOHA", "convert_to_lora")),
@@ -142,3 +144,19 @@ def test_pissa_after_conversion_is_accepted(tmp_path: Path) -> None:
     saved = json.loads((out / "adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True and saved["r"] == 4
     assert len(DCMergeAdapter(method="ta").merge([out]).modules) == 2
+
+
+def test_a_directory_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system says no where it is asked about a file in it."""
+    folder, is_file = write_checkpoint(tmp_path / "task"), Path.is_file
+
+    def guarded(path: Path) -> bool:
+        if path.name == "adapter_config.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", guarded)
+    with refused(
+        SourceError, "'task' can't be looked at (Permission denied)", "expected a directory that you may read"
+    ):
+        CheckpointSource(folder)

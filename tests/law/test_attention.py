@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dc_merge_peft import DCMergeAdapter, OutputError, SourceError, UnsupportedAdapterError
 from tests.law.adapters import assert_same, deltas, separately, weighted_sum
 from tests.law.matrix import REFUSED_LAYERS
-from tests.law.nets import LAYERS, WIDTH
+from tests.law.nets import LAYERS, WIDTH, Experts
 from tests.support.models import factors, randomize, write_checkpoint
 from tests.support.refused import merge_refused, refused
 
@@ -134,3 +135,40 @@ def test_a_failure_leaves_the_base_model(monkeypatch: pytest.MonkeyPatch, saved:
         DCMergeAdapter(method="ta").merge(saved[0]).add_to(net, "added")
     assert set(net.state_dict()) == keys and all(value.requires_grad for value in net.parameters())
     assert not [module for module in net.modules() if hasattr(module, "lora_A")]
+
+
+class Both(nn.Module):
+    """A Conv1D, an attention and experts: layers that PEFT can't have in one adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.attention = Conv1D(WIDTH, WIDTH), nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.experts = Experts()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_beside_conv1d(tmp_path: Path) -> None:
+    """``fan_in_fan_out`` is one setting for a whole adapter: PEFT then adds the transposed delta to an output projection, and
+    takes no experts. Refused on disk and in memory; a wrong setting, without Conv1D, can be corrected."""
+    targets: dict[str, dict[str, Any]] = {
+        "attention": {"target_modules": ["attention"]},
+        "both": {"target_modules": ["c", "attention"]},
+        "experts": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    }
+    models: dict[str, Any] = {}
+    for name, fields in targets.items():
+        net: Any = Both()
+        models[name] = get_peft_model(net, LoraConfig(r=2, init_lora_weights=False, **fields), adapter_name=name)
+        models[name].save_pretrained(str(tmp_path))
+    words = (
+        "fan_in_fan_out=True, with which PEFT transposes",
+        "'attention.out_proj'",
+        "where there are no Conv1D layers",
+    )
+    merge_refused(tmp_path, [tmp_path / "both", tmp_path / "attention"], UnsupportedAdapterError, "'both' has", *words)
+    config = tmp_path / "experts" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": True}))
+    words = ("'experts' has fan_in_fan_out=True, with which PEFT has no LoRA on parameters", "'experts[0]'", "expected")
+    merge_refused(tmp_path, [tmp_path / "experts"], UnsupportedAdapterError, *words)
+    with refused(UnsupportedAdapterError, "'attention.base_layer.out_proj'", "Conv1D layers", "transposes", "expected"):
+        models["both"].add_weighted_adapter(["both"], [1.0], "new", combination_type="ta")

@@ -266,3 +266,13 @@ def test_real_mixtures(tmp_path: Path, name: str) -> None:
         dense.get_parameter(path).data += delta.float()
     assert difference(output(loaded, IDS), output(dense, IDS)) < 1e-5
     assert json.loads((out / "adapter_config.json").read_text())["target_parameters"] == sorted(TARGETS)
+
+
+def test_factors_of_a_convolution(tmp_path: Path) -> None:
+    """Parameters have matrices: factors of four dimensions are no experts'."""
+    shapes = {"A": (4, 3, 1, 1), "B": (5, 4, 1, 1)}
+    tensors = {f"mlp.experts.lora_{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    fields = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    folder = write_checkpoint(tmp_path / "one", tensors, **fields)
+    words = ("(4, 3, 1, 1)", "'mlp.experts' for a parameter", "expected two dimensions in both", "damaged")
+    merge_refused(tmp_path, [folder], SourceError, *words)

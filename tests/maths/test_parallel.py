@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from dc_merge_peft import parallel
 from dc_merge_peft.engine import run_merge
+from dc_merge_peft.errors import MergeError
+from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.parallel import in_parallel, one_thread, workers
 from dc_merge_peft.plan import plan_merge
 
-from ..support.strategies import memory_sources, random_tasks
+from ..support.strategies import MemorySource, memory_sources, random_tasks
 
 
 @pytest.mark.parametrize("method", ["dc", "ties", "tsvm"])
@@ -33,6 +38,54 @@ def test_same_bytes_with_any_number_of_threads(method: str) -> None:
     for other in others:
         assert list(other.modules) == list(first.modules) and other.alpha == first.alpha
         assert all(torch.equal(other.delta(name), first.delta(name)) for name in modules)
+
+
+class OneReader(MemorySource):
+    """Fails where two threads read at a time: PEFT's models and offloaded weights are not made for that."""
+
+    turn = threading.Lock()
+
+    def factors(self, module: str) -> LowRank:
+        assert self.turn.acquire(blocking=False), "two threads read adapters at the same time"
+        try:
+            time.sleep(0.002)
+            return super().factors(module)
+        finally:
+            self.turn.release()
+
+
+def test_only_one_thread_reads() -> None:
+    """TIES goes through the model once more where entries cancel exactly, which a worker finds while others merge: it reads
+    alone, and once for all modules that need it."""
+    modules = {name: [task, task.scaled(-1.0)] for name in "abcdef" for task in random_tasks(1, (12, 10), (3,))}
+    sources = [OneReader(f"task{i}", {name: pair[i] for name, pair in modules.items()}) for i in range(2)]
+    method = method_named("ties", {"density": 1.0})
+    passes: list[str] = []
+
+    def progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+        passes.append(what)
+        return items
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        plan = plan_merge(sources, method, svd_rank=10)
+        with pytest.raises(MergeError, match="leaves nothing"):
+            run_merge(plan, sources, method, progress=progress)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(passes) == ["merging", "surveying"]
+
+
+@pytest.mark.parametrize(("name", "side_by_side"), [("ties", 3), ("dc", 8)])
+def test_methods_on_entries_have_bounded_memory(name: str, side_by_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many modules at a time as there is room for their m x n matrices; in factor space as many as there are threads."""
+    modules = {str(index): random_tasks(index, (64, 32), (2, 2)) for index in range(9)}
+    sources, method = memory_sources(modules), method_named(name)
+    monkeypatch.setattr(parallel, "ROOM", 3 * parallel.MATRICES * 64 * 32 * 4)
+    assert workers(method, plan_merge(sources, method), 8) == side_by_side
+    monkeypatch.setattr(parallel, "ROOM", 0)
+    assert workers(method_named("ties"), plan_merge(sources, method), 8) == 1
 
 
 def test_workers() -> None:

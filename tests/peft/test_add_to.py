@@ -183,3 +183,26 @@ def test_convolution_that_peft_computes_otherwise(tmp_path: Path) -> None:
     merged = DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "task", tensors)])
     with refused(UnsupportedAdapterError, "'fc'", "dilation=(2, 2)", "expected groups=1, dilation 1"):
         merged.add_to(Other(nn.Conv2d(4, 4, 1, dilation=2)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_another_peft_would_do_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    """Should PEFT wrap other modules or lay factors out in another way than today's, the model is left as it was."""
+    merged = merged_on(tmp_path, "bert")
+
+    def fails(*words: str) -> None:
+        model = models.bert()
+        model = models.with_lora(model, {"own": {"r": 2, **BUILDERS["bert"][1]}}) if wrapped else model
+        keys = set(model.state_dict())
+        with refused(OutputError, *words):
+            merged.add_to(model, "both")
+        assert set(model.state_dict()) == keys and not [name for name, _ in model.named_modules() if "both" in name]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "lora_fields", lambda *_: {"peft_type": "LORA", "r": 5, "target_modules": ["query"]})
+        fails("PEFT wrapped other modules than the merged ones: 'encoder.layer.0.attention.self.value'", "differ")
+    factors_of = live.stored_factors
+    monkeypatch.setattr(
+        live, "stored_factors", lambda result: ((*row[:2], row[3], row[2]) for row in factors_of(result))
+    )
+    fails("takes factors of shape (5, 16) in the model, the merged adapter has (16, 5)", "expected", "lays them out")
