@@ -69,7 +69,7 @@ class DCMergeAdapter:
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
         extras: str | None = None,
-        keep_dense: bool = False,
+        keep_dense: bool | Path = False,
         progress: bool | None = None,
         token: str | bool | None = None,
     ) -> MergedAdapter:
@@ -94,7 +94,7 @@ class DCMergeAdapter:
                 weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
                 default adapters that hold any are refused.
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
-                weights, as :meth:`fuse` does.
+                weights, as :meth:`fuse` does; given a folder, its numbers lie in files there instead of in memory.
             progress: Show a progress bar; by default on a terminal only.
             token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from dc_merge_peft.engine import Progress
-from dc_merge_peft.errors import MergeWarning, OutputError
+from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import MergeResult
@@ -79,7 +79,7 @@ class FusedModel:
 
     path: Path | None  # None where it was pushed alone
     url: str | None  # of the commit or pull request
-    merged: MergeResult  # what was added to the base model
+    merged: MergeResult  # what was added to the base model; deltas of full rank are no longer at hand
     remarks: tuple[str, ...]  # of the merge, and why the model had to be in memory, if it had
 
 
@@ -211,14 +211,33 @@ def _fuse_streamed(
     from dc_merge_peft.outputs.fused_stream import stream_fused
 
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
-    merged = merge(**{"base": model, **_whole(options)})
-    with destination.directory() as out:
+    # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
+    with destination.directory() as out, _shelf(out) as shelf:
+        whole = _whole(options)
+        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and shelf})
         saved = stream_fused(
             model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
             progress=progress,
         )  # fmt: skip
         url = destination.push(None, merged, base, saved)
     return FusedModel(saved if destination.out is not None else None, url, merged, merged.remarks)
+
+
+@contextmanager
+def _shelf(out: Path) -> Iterator[Path]:
+    """A folder beside the output, deleted in the end.
+
+    Raises:
+        OutputError: there is no room.
+    """
+    parent = next(parent for parent in out.resolve().parents if parent.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}.deltas.", dir=parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"can't write beside '{out}' ({first_line(error)}): nothing new was left there; make room or choose another place"
+        ) from error
 
 
 def _located(

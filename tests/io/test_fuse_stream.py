@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel, MixtralForCausalLM
 
-from dc_merge_peft import DCMergeAdapter, OutputError
+from dc_merge_peft import DCMergeAdapter, MergeError, OutputError
+from dc_merge_peft.dense import Dense, FiledDense
 from dc_merge_peft.outputs import fused_stream
 from tests.support import models
 from tests.support.dora import save_dora
@@ -236,14 +238,44 @@ def test_dora_reads_the_same_files(tmp_path: Path) -> None:
 
 
 def test_methods_of_full_rank_are_whole(tmp_path: Path) -> None:
-    """What a method makes of the entries of dW is added whole, as in memory; with a rank it is cut, as asked for."""
+    """What a method makes of the entries of dW is added whole, as in memory; with a rank it is cut, as asked for. Until then
+    it lies on disk, and is gone in the end."""
     fields = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
     base, folders = saved(tmp_path, models.gpt2(), fields)
     merger = DCMergeAdapter(method="ties", density=0.5)
     for options in ({}, {"svd_rank": 2}):
-        merger.fuse_to_disk(base, folders, tmp_path / "out", overwrite=True, **options)
+        done = merger.fuse_to_disk(base, folders, tmp_path / "out", overwrite=True, **options)
         merged = merger.merge(folders, keep_dense=not options, **options)
         before, after = tensors(base), tensors(tmp_path / "out")
         for name in merged.modules:
             change = (after[f"{name}.weight"] - before[f"{name}.weight"]).mT
             assert difference(change, merged.delta(name)) < 1e-5
+            assert isinstance(done.merged.modules[name].delta, FiledDense) == (not options)
+            if not options:
+                with refused(MergeError, "kept on disk while a model was written", "merge again"):
+                    done.merged.delta(name)
+        assert done.merged.report() == merged.report()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in", "out"]
+
+
+def test_no_room_for_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full before the model is written is told as such, too."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FiledDense, "__init__", full)
+    with refused(OutputError, f"can't write beside '{tmp_path / 'out'}' (No space left on device)", "make room"):
+        DCMergeAdapter(method="ties").fuse_to_disk(base, folders, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (700, 3100), (1, 1)])
+def test_deltas_in_files(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """The same numbers and answers as in memory, also of a matrix that is no whole one in memory."""
+    W = torch.randn(shape[1], shape[0], generator=torch.Generator().manual_seed(0)).mT
+    plain, filed = Dense(W), FiledDense(Dense(W), tmp_path)
+    assert torch.equal(filed.W, W) and torch.equal(filed.dense(), W) and torch.equal(filed.rows(slice(1, 3)), W[1:3])
+    assert (filed.shape, filed.rank, filed.device) == (plain.shape, plain.rank, plain.device)
+    assert math.isclose(filed.norm(), plain.norm()) and torch.equal(filed.scaled(0.5).W, W * 0.5)
