@@ -111,10 +111,11 @@ def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFi
     folder = Path(base).expanduser()
     hub_id = None if folder.is_dir() else HubId.parse(str(base))
     if hub_id is not None:
-        folder = _fetched(hub_id, (CONFIG, INDEX, *COMPANIONS), token)
-    config, index = _json(folder / CONFIG), _json(folder / INDEX)
+        folder = _fetched(hub_id, (CONFIG, SINGLE, INDEX, *COMPANIONS), token)
+    config = _json(folder / CONFIG)
     if config is None:
         raise NotStreamable(f"'{base}' has no {CONFIG}")
+    index = None if (folder / SINGLE).is_file() else _json(folder / INDEX)  # transformers' own order
     names = _weight_files(index, folder)
     if hub_id is not None:
         code = ("*.py",) if config.get("auto_map") else ()

@@ -113,6 +113,17 @@ def test_damaged_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: 
     assert listing(tmp_path) == before
 
 
+def test_one_file_beside_several(tmp_path: Path) -> None:
+    """Where both are there the single file counts, as for transformers."""
+    base, folders = saved(tmp_path, models.bert(seed=1), BERT, **SHARDS)
+    models.bert(seed=2).save_pretrained(tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", base / "model.safetensors")
+    TA.fuse_to_disk(base, folders, tmp_path / "out")
+    fused: Any = type(models.bert()).from_pretrained(tmp_path / "out").eval()
+    in_memory: Any = TA.fuse(base, folders).eval()
+    assert difference(models.output(fused), models.output(in_memory)) < 1e-6
+
+
 def test_a_file_that_shrinks_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that changes underneath is noticed; nothing is left of what was written."""
     base, folders = saved(tmp_path, models.bert(), BERT)
