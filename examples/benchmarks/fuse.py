@@ -81,7 +81,8 @@ def make_adapters(folder: Path, shapes: dict[str, tuple[int, int]], args: argpar
 
 
 def floor(base: Path, scratch: Path, shapes: dict[str, tuple[int, int]], args: argparse.Namespace) -> dict[str, float]:
-    """Seconds to read the files, to form and add the products, and to write as many bytes."""
+    """Seconds to read the files, to form and add the products, and to write as many bytes, all of which stay until the end."""
+    scratch.mkdir()
     seconds = {"read": 0.0, "products": 0.0, "write": 0.0}
     for file in sorted(base.glob("*.safetensors")):
         start = time.perf_counter()
@@ -97,7 +98,6 @@ def floor(base: Path, scratch: Path, shapes: dict[str, tuple[int, int]], args: a
             while done < len(content):
                 done += opened.write(memoryview(content)[done:])
         seconds["write"] += time.perf_counter() - start
-        (scratch / file.name).unlink()
     k = args.tasks * args.rank
     for m, n in shapes.values():
         weight, B, A = torch.zeros(m, n, dtype=torch.bfloat16), torch.randn(m, k), torch.randn(k, n)
@@ -105,6 +105,7 @@ def floor(base: Path, scratch: Path, shapes: dict[str, tuple[int, int]], args: a
         start = time.perf_counter()
         weight.copy_(wide.copy_(weight).addmm_(B, A))
         seconds["products"] += time.perf_counter() - start
+    shutil.rmtree(scratch)
     return seconds
 
 
@@ -135,7 +136,7 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[dict[str, float], float, in
         adapters = helper.apply(make_adapters, (folder, shapes, args))
         largest = max(file.stat().st_size for file in base.glob("*.safetensors"))
         for _ in range(args.repeat):
-            least = helper.apply(floor, (base, folder, shapes, args))
+            least = helper.apply(floor, (base, folder / "floor", shapes, args))
             seconds, memory = fuse(base, adapters, out, args)
             shutil.rmtree(out)
             yield least, seconds, memory, largest
