@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dc_merge_peft import metrics
 from dc_merge_peft._version import __version__
-from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import (
     IncompatibleAdaptersError,
     MergeError,
@@ -20,6 +20,7 @@ from dc_merge_peft.errors import (
 )
 from dc_merge_peft.inspection import inspect_adapters, inspect_merge
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
 

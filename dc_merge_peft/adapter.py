@@ -1,8 +1,9 @@
-"""The front door: ``DCMergeAdapter(...).merge([...])``, and what can be done with the result."""
+"""The front door: ``DCMergeAdapter(...).merge([...])`` and ``.fuse(...)``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,10 +12,10 @@ from tqdm.auto import tqdm
 
 from dc_merge_peft.engine import Progress, checked_device, run_merge
 from dc_merge_peft.errors import OptionError
+from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
+from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
-from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
 from dc_merge_peft.plan import MergePlan, plan_merge
-from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
@@ -22,63 +23,6 @@ from dc_merge_peft.sources.opening import open_sources
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-class MergedAdapter(MergeResult):
-    """A merged adapter in memory: a :class:`MergeResult` with ways out."""
-
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a PEFT adapter directory that ``PeftModel.from_pretrained(base, directory)`` loads as it is.
-
-        Raises:
-            OutputError: the directory exists (pass ``overwrite=True``), or can't be written.
-        """
-        return write_adapter(self, directory, overwrite=overwrite)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload to the root of a Hub repository in one commit, without local paths; returns the commit's URL.
-
-        Args:
-            repo_id: ``owner/name``, or a name under the user's own account; created if need be.
-            private: Of a new repository; by default as the account has it. ``True`` refuses one that exists and is public.
-            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
-            commit_message: Title of the commit or pull request.
-            create_pr: Propose a pull request instead of committing to the main branch.
-
-        Raises:
-            OutputError: the Hub refuses, fails or can't be reached. No file is published then; a repository that was
-                created for it stays, empty, which the error says.
-        """
-        return push_adapter(
-            self, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
-        )
-
-    def add_to(self, model: nn.Module, adapter_name: str = "merged", *, activate: bool = True) -> nn.Module:
-        """Add the adapter to a model in memory.
-
-        Args:
-            model: A ``PeftModel``, changed in place, or a base model, which gets wrapped in one.
-            adapter_name: Its name there.
-            activate: Make it the active adapter; otherwise the active one stays.
-
-        Returns:
-            The ``PeftModel``.
-
-        Raises:
-            OptionError: the name is taken or holds a dot.
-            OutputError: a merged module is missing from the model, or has another shape.
-        """
-        from dc_merge_peft.outputs.live import install
-
-        return install(self, model, adapter_name, activate=activate)
 
 
 class DCMergeAdapter:
@@ -125,7 +69,7 @@ class DCMergeAdapter:
         base: str | Path | nn.Module | BaseModel | None = None,
         dora_rank: int | None = None,
         extras: str | None = None,
-        keep_dense: bool = False,
+        keep_dense: bool | Path = False,
         progress: bool | None = None,
         token: str | bool | None = None,
     ) -> MergedAdapter:
@@ -150,7 +94,7 @@ class DCMergeAdapter:
                 weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
                 default adapters that hold any are refused.
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
-                weights, as :meth:`fuse` does.
+                weights, as :meth:`fuse` does; given a folder, its numbers lie in files there instead of in memory.
             progress: Show a progress bar; by default on a terminal only.
             token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
@@ -230,7 +174,7 @@ class DCMergeAdapter:
         trust_remote_code: bool = False,
         **merge_options: Any,
     ) -> nn.Module:
-        """Merge adapters and add the result to the base model's own weights: a full model without PEFT.
+        """Merge adapters and add the result to the base model's own weights, in memory: a full model without PEFT.
 
         Args:
             base: A model directory, a Hub id (``org/name``, ``org/name@revision``), or a model in memory (changed in
@@ -246,39 +190,83 @@ class DCMergeAdapter:
             **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
-            The fused model.
+            The fused model. Where it is not needed, :meth:`fuse_to_disk` takes less memory and time.
 
         Raises:
             OutputError: a module is missing from the base, has another shape or shares its weight with another one, or
                 the model can't be saved or pushed.
             SourceError: the base model can't be loaded.
         """
-        from dc_merge_peft.outputs.directory import check_target
-        from dc_merge_peft.outputs.fused import fuse_into, save_fused
-        from dc_merge_peft.outputs.publish import check_repository
-        from dc_merge_peft.outputs.push_fused import push_fused
+        destination = Destination(
+            out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
+            create_pr=create_pr, token=token,
+        )  # fmt: skip
+        merge = partial(self.merge, sources, weights, token=token)
+        found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
+        return fuse_in_memory(merge, found, destination, **merge_options)[0]
 
-        if push_to is not None:
-            check_repository(push_to)
-        if out is not None:
-            check_target(out, overwrite=overwrite)
-        found = BaseModel(
-            base, token=token, trust_remote_code=trust_remote_code
-        )  # once, for DoRA adapters and the result
-        whole = {"base": found, "keep_dense": merge_options.get("svd_rank") is None, **merge_options}
-        merged = self.merge(sources, weights, token=token, **whole)
-        in_memory = not isinstance(base, (str, Path))
-        model = found.model
-        fuse_into(model, merged)
-        place, saved = None if in_memory else base, None
-        if out is not None:
-            saved = save_fused(model, merged, out, base=place, overwrite=overwrite, token=token)
-        if push_to is not None:
-            push_fused(
-                model, merged, push_to, base=place, saved=saved,
-                private=private, token=token, commit_message=commit_message, create_pr=create_pr,
-            )  # fmt: skip
-        return model
+    def fuse_to_disk(
+        self,
+        base: str | Path,
+        sources: Sequence[str | Path | Source],
+        out: str | Path | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        max_shard_size: int | str | None = None,
+        trust_remote_code: bool = False,
+        progress: bool | None = None,
+        overwrite: bool = False,
+        push_to: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        **merge_options: Any,
+    ) -> FusedModel:
+        """What :meth:`fuse` makes, written straight from the base model's safetensors files, a few rows of a tensor at a time.
+
+        Tensors that no adapter changes, and the config, are those of the base model, byte for byte. A base model whose files
+        don't allow this (pickles, conversions that can't be turned round) is fused in memory, with a warning.
+
+        Args:
+            base: A model directory or a Hub id.
+            sources: As for :meth:`merge`.
+            out: Where to write it; only ``push_to`` may stand in its place.
+            weights: As for :meth:`merge`.
+            max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
+            trust_remote_code: Run the Python code that the base model brings along.
+            progress: Show progress bars; by default on a terminal only.
+            overwrite: As for :meth:`fuse`, and so are all others.
+        """
+        destination = Destination(
+            out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
+            create_pr=create_pr, token=token, max_shard_size=max_shard_size,
+        )  # fmt: skip
+        return fuse_to_disk(
+            partial(self.merge, sources, weights, token=token, progress=progress),
+            partial(self.plan, sources, weights, token=token),
+            base,
+            destination,
+            progress_bar(progress),
+            trust_remote_code=trust_remote_code,
+            **merge_options,
+        )
+
+    def plan_fused(
+        self,
+        base: str | Path,
+        sources: Sequence[str | Path | Source],
+        weights: Sequence[float] | None = None,
+        *,
+        max_shard_size: int | str | None = None,
+        trust_remote_code: bool = False,
+        token: str | bool | None = None,
+        **merge_options: Any,
+    ) -> FusePlan:
+        """Everything :meth:`fuse_to_disk` checks before it reads factors, and what it would write: a dry run."""
+        plan = partial(self.plan, sources, weights, token=token)
+        destination = Destination(token=token, max_shard_size=max_shard_size)
+        return plan_fused(plan, base, destination, trust_remote_code=trust_remote_code, **merge_options)
 
 
 def progress_bar(show: bool | None) -> Progress:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from dc_merge_peft.errors import MergeError
 from dc_merge_peft.linalg import SVD, svd_of_matrix
 from dc_merge_peft.lowrank import LowRank, concatenate
 
@@ -84,6 +87,53 @@ class Dense:
     def norm(self) -> float:
         """Frobenius norm, in float64."""
         return float(torch.linalg.norm(self.W.to(torch.float64)))
+
+
+class FiledDense(Dense):
+    """A dense delta whose numbers lie in a file, and are in memory only while they are looked at.
+
+    Raises:
+        MergeError: on any look at the numbers once the file is deleted.
+    """
+
+    def __init__(self, delta: Dense, folder: Path) -> None:
+        """
+        Args:
+            delta: Its numbers, written as float32.
+            folder: Where a file is made for them, which is the caller's to delete.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        content = bytearray(4 * min(delta.W.numel(), BLOCK))
+        block = torch.frombuffer(content, dtype=torch.float32)
+        with open(descriptor, "wb", buffering=0) as file:
+            for part in delta.W.reshape(-1).split(len(block)):
+                block[: len(part)].copy_(part)
+                view = memoryview(content)[: 4 * len(part)]
+                while view:
+                    view = view[file.write(view) :]
+        object.__setattr__(self, "_file", Path(name))
+        object.__setattr__(self, "_shape", delta.shape)
+
+    @property
+    def W(self) -> Tensor:  # type: ignore[override]
+        """The (m, n) numbers, mapped from the file for as long as this tensor is held."""
+        m, n = self.shape
+        if not self._file.exists():  # type: ignore[attr-defined]
+            raise MergeError(
+                "this delta was kept on disk while a model was written, and is gone: expected to be read before; merge again to look at it"
+            )
+        return torch.from_file(str(self._file), size=m * n, dtype=torch.float32).view(m, n)  # type: ignore[attr-defined]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape  # type: ignore[attr-defined]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
 
 Delta: TypeAlias = LowRank | Dense

@@ -7,13 +7,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.completion import completed
-from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.dense import Delta, Dense, FiledDense
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
 from dc_merge_peft.linalg import FLOAT32_EPS, compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
@@ -50,7 +51,7 @@ def run_merge(
     *,
     device: torch.device | str | None = None,
     allow_zero: bool = False,
-    keep_dense: bool = False,
+    keep_dense: bool | Path = False,
     progress: Progress = silent,
 ) -> MergeResult:
     """Merge module by module: read the factors of every task, merge, keep the result, let the factors go.
@@ -60,7 +61,8 @@ def run_merge(
     Args:
         device: Where to compute; ``None`` is where each module's first factors are stored.
         allow_zero: Merge adapters with an all-zero factor, the usual sign of a failed load, instead of refusing them.
-        keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it.
+        keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it; in a folder, its
+            numbers lie in files there.
         progress: Shows how far the merge is.
 
     Raises:
@@ -109,7 +111,7 @@ def _merged_modules(
     read: Callable[[PlannedModule], ModuleTasks],
     progress: Progress,
     *,
-    keep_dense: bool,
+    keep_dense: bool | Path,
     threads: int,
 ) -> tuple[dict[str, MergedModule], AlphaFit]:
     """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
@@ -125,7 +127,10 @@ def _merged_modules(
     merge = method.prepare(sweep)
 
     def merge_one(module: ModuleTasks) -> tuple[Delta, Tensor | None, AlphaFit]:
-        return _merge_one(method, merge, module, plan.svd_rank, keep_dense=keep_dense)
+        delta, S, fit = _merge_one(method, merge, module, plan.svd_rank, keep_dense=bool(keep_dense))
+        if isinstance(keep_dense, Path) and isinstance(delta, Dense):
+            delta = FiledDense(delta, keep_dense)
+        return delta, S, fit
 
     results = in_parallel(
         merge_one,

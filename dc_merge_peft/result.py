@@ -110,7 +110,15 @@ class MergeResult:
         Raises:
             OptionError: no such module was merged.
         """
-        return self._module(module).delta.scaled(self.alpha).dense()
+        return self.scaled(module).dense()
+
+    def scaled(self, module: str) -> Delta:
+        """The merged delta of a module as it is held, as float32 factors or dense, ``alpha`` applied.
+
+        Raises:
+            OptionError: no such module was merged.
+        """
+        return self._module(module).delta.scaled(self.alpha)
 
     def _module(self, name: str) -> MergedModule:
         if name not in self.modules:

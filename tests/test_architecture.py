@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layers", "offload", "sources.*"),
     ("extras", "extra_values", "plan", "result", "completion", "engine", "parallel", "runconfig", "combination_types"),
     ("outputs.*",),
-    ("adapter", "peft_plugin"),
+    ("merged", "fusing", "adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
     ("plots.*",),
@@ -116,8 +116,8 @@ def test_the_reading_of_imports() -> None:
     """Lazy imports and ``from package import module`` are seen, and told apart from those at import time."""
     assert {"errors", "linalg", "lowrank", "methods.dc", "sources.live", "adapter", ""} <= set(sources())
     assert internal(imports("lowrank")) == {"linalg"} and external(imports("lowrank")) == {"torch"}
-    assert "outputs.live" in internal(imports("adapter"))
-    assert "outputs.live" not in internal(imports("adapter", all_of_them=False))
+    assert "outputs.live" in internal(imports("merged"))
+    assert "outputs.live" not in internal(imports("merged", all_of_them=False))
     assert "peft_plugin" in internal(imports("registration"))
 
 

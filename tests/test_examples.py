@@ -27,3 +27,10 @@ def test_training_script_explains_itself() -> None:
     """``--help`` lists tasks and defaults without data or the optional reader."""
     text = run("train_adapters.py", "--help")
     assert "--data" in text and "language" in text
+
+
+def test_benchmark_of_fusing() -> None:
+    """A small base model through the whole process; ratio and memory are whatever this machine gives."""
+    size = ["--layers", "1", "--hidden", "64", "--tasks", "2", "--rank", "4", "--repeat", "1", "--shard", "2MB"]
+    outcome = json.loads(run("benchmarks/fuse.py", *size, "--json"))
+    assert outcome["ratio"] > 0 and 0 < outcome["largest_shard_bytes"] < outcome["peak_memory_bytes"] < 2e9

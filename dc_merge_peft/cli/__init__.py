@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dc_merge_peft.cli.demo import demo
+from dc_merge_peft.cli.fuse import fuse
 from dc_merge_peft.cli.inspect import inspect
 from dc_merge_peft.cli.merge import merge
 from dc_merge_peft.cli.methods import methods
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(merge)
+app.command()(fuse)
 app.command()(inspect)
 app.command()(methods)
 app.command()(demo)

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli.inspect_tables import print_findings, print_inspection, print_merge
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import console, reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
 from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
+from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.plots import FORMATS, dirsim_figure, inspection_figures, require_matplotlib, save_figures
 from dc_merge_peft.runconfig import RunConfig

@@ -1,16 +1,21 @@
-"""What ``dc-merge merge`` says when it is done, or would do: for people, or as one JSON object."""
+"""What ``dc-merge merge`` and ``dc-merge fuse`` say when they are done, or would do: for people, or as one JSON object."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
+from rich.console import Console
 
-from dc_merge_peft.adapter import MergedAdapter
 from dc_merge_peft.cli.show import bytes_in_words, console, say, table
+from dc_merge_peft.fusing import FusedModel, FusePlan
+from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules
 from dc_merge_peft.plan import MergePlan
+from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import RunConfig, run_record
 
 
@@ -18,14 +23,85 @@ def print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
     """What would be merged, from configs and headers alone."""
     summary = plan.summary()
     if as_json:
-        adapters = [
-            {"name": info.name, "location": info.location, "base_model": info.base_model} for info in plan.adapters
-        ]
-        typer.echo(
-            json.dumps({"dry_run": True, **run.to_dict(), **summary, "sources": adapters, "remarks": plan.remarks})
-        )
+        typer.echo(json.dumps({**_planned(plan, run), **summary, "remarks": plan.remarks}))
         return
     out = console()
+    _print_adapters(out, plan)
+    out.print(
+        f"\n{summary['modules']} modules, {summary['shared_by_all']} of them in every adapter; merged rank at most "
+        f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
+    )
+    _print_remarks(out, plan.remarks)
+    out.print("dry run: nothing was merged or written")
+
+
+def print_fuse_plan(plan: FusePlan, run: RunConfig, *, as_json: bool) -> None:
+    """What would be fused, and how large it would be."""
+    summary = plan.summary()
+    if as_json:
+        typer.echo(json.dumps({**_planned(plan.merge, run), **summary, "remarks": plan.remarks}))
+        return
+    out = console()
+    _print_adapters(out, plan.merge)
+    if plan.tensors:
+        files = "1 file" if plan.shards == 1 else f"{plan.shards} files"
+        out.print()
+        say(
+            out,
+            f"{summary['modules']} modules; {plan.changed} of {plan.tensors} tensors of {plan.base} would change "
+            f"({bytes_in_words(plan.changed_bytes)} of {bytes_in_words(plan.total_bytes)}), written to {files}",
+        )
+    _print_remarks(out, plan.remarks)
+    out.print("dry run: nothing was merged or written")
+
+
+def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, seconds: float, *, as_json: bool) -> None:
+    """The summary: modules by kind, ranks, truncation error, time, and how to go on."""
+    if as_json:
+        typer.echo(json.dumps(_done(merged, output, url, merged.remarks, seconds)))
+        return
+    out = console()
+    _print_merged(out, merged, seconds)
+    _print_remarks(out, merged.remarks)
+    if output is not None:
+        say(out, f"written to {output} ({_size_of(output)}): PeftModel.from_pretrained(base, '{output}')")
+    if url is not None:
+        say(out, f"uploaded: {url}")
+
+
+def print_fused(fused: FusedModel, output: str | None, seconds: float, *, as_json: bool) -> None:
+    """The same of a full model."""
+    if as_json:
+        typer.echo(json.dumps(_done(fused.merged, output, fused.url, fused.remarks, seconds)))
+        return
+    out = console()
+    _print_merged(out, fused.merged, seconds)
+    _print_remarks(out, fused.remarks)
+    if output is not None:
+        say(out, f"written to {output} ({_size_of(output)}): a full model, which transformers loads by its path")
+    if fused.url is not None:
+        say(out, f"uploaded: {fused.url}")
+
+
+def _planned(plan: MergePlan, run: RunConfig) -> dict[str, Any]:
+    adapters = [{"name": info.name, "location": info.location, "base_model": info.base_model} for info in plan.adapters]
+    return {"dry_run": True, **run.to_dict(), "sources": adapters}
+
+
+def _done(
+    merged: MergeResult, output: str | None, url: str | None, remarks: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    return {
+        **run_record(merged),
+        "output": output,
+        "url": url,
+        "remarks": remarks,
+        "seconds": {"merge": merged.seconds, "total": seconds},
+        "modules": merged.report(),
+    }
+
+
+def _print_adapters(out: Console, plan: MergePlan) -> None:
     counts = [sum(index in module.tasks for module in plan.modules) for index in range(len(plan.adapters))]
     ranks = [
         sorted({module.ranks[module.tasks.index(i)] for module in plan.modules if i in module.tasks})
@@ -43,29 +119,9 @@ def print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
     ]
     columns = ("adapter", "base model", "modules", "rank", "weight")
     out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))
-    out.print(
-        f"\n{summary['modules']} modules, {summary['shared_by_all']} of them in every adapter; merged rank at most "
-        f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
-    )
-    for remark in plan.remarks:
-        say(out, f"note: {remark}")
-    out.print("dry run: nothing was merged or written")
 
 
-def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, seconds: float, *, as_json: bool) -> None:
-    """The summary: modules by kind, ranks, truncation error, time, and how to go on."""
-    if as_json:
-        outcome = {
-            **run_record(merged),
-            "output": output,
-            "url": url,
-            "remarks": merged.remarks,
-            "seconds": {"merge": merged.seconds, "total": seconds},
-            "modules": merged.report(),
-        }
-        typer.echo(json.dumps(outcome))
-        return
-    out = console()
+def _print_merged(out: Console, merged: MergeResult, seconds: float) -> None:
     out.print(table("Merged modules", GROUP_COLUMNS, grouped_modules(merged), right=GROUP_COLUMNS[1:]))
     out.print(
         f"\n{len(merged.adapters)} adapters, method {merged.method}, alpha {merged.alpha:.4g}"
@@ -73,10 +129,13 @@ def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, se
         f"truncation error {merged.truncation_error:.2%}, {merged.seconds:.2f} s to read and merge, {seconds:.2f} s in all",
         markup=False,
     )
-    for remark in merged.remarks:
+
+
+def _print_remarks(out: Console, remarks: Sequence[str]) -> None:
+    for remark in remarks:
         say(out, f"note: {remark}")
-    if output is not None:
-        size = sum(file.stat().st_size for file in Path(output).expanduser().iterdir() if file.is_file())
-        say(out, f"written to {output} ({bytes_in_words(size)}): PeftModel.from_pretrained(base, '{output}')")
-    if url is not None:
-        say(out, f"uploaded: {url}")
+
+
+def _size_of(folder: str) -> str:
+    files = Path(folder).expanduser().iterdir()
+    return bytes_in_words(sum(file.stat().st_size for file in files if file.is_file()))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dc_merge_peft.adapter import DCMergeAdapter, MergedAdapter
+from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.demo.encoder import load_base
 from dc_merge_peft.demo.tasks import Task, load_tasks
+from dc_merge_peft.merged import MergedAdapter
 
 # One grid for every method. It reaches beyond the paper's 3.0: an average of T adapters wants T times the sum's alpha.
 ALPHA_GRID = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)

@@ -35,6 +35,8 @@ _USE_MODEL = """from transformers import {model_class}
 
 model = {model_class}.from_pretrained("{place}")"""
 
+_MERGE_AGAIN = ("merge", "merges the adapters again")
+
 _CARD = """---
 {header}
 ---
@@ -55,7 +57,7 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 
 ## Configuration
 
-`dc-merge merge --config dc_merge.yaml -o OUT` merges the adapters again. Made with {versions}.
+`dc-merge {command} --config dc_merge.yaml -o OUT` {again}. Made with {versions}.
 
 {configuration}
 
@@ -93,10 +95,21 @@ def fused_card(
         model_class=model_class(result) or "AutoModel", place=code(place or "path/or/id/of/this/model")
     )
     header = metadata(result, base or CardFacts(), library="transformers", relation="merge")
-    return _card(result, record, header, what="The base model with several LoRA adapters inside", usage=usage)
+    again = ("fuse", "makes the model again") if "base" in record else _MERGE_AGAIN
+    return _card(
+        result, record, header, what="The base model with several LoRA adapters inside", usage=usage, again=again
+    )
 
 
-def _card(result: MergeResult, record: Mapping[str, Any], header: Mapping[str, Any], *, what: str, usage: str) -> str:
+def _card(
+    result: MergeResult,
+    record: Mapping[str, Any],
+    header: Mapping[str, Any],
+    *,
+    what: str,
+    usage: str,
+    again: tuple[str, str] = _MERGE_AGAIN,
+) -> str:
     """The card's common frame, filled in."""
     method = METHODS.get(result.method)
     if model_class(result) is None:
@@ -106,6 +119,8 @@ def _card(result: MergeResult, record: Mapping[str, Any], header: Mapping[str, A
         header=yaml.safe_dump(dict(header), sort_keys=True).strip(),
         count=len(result.adapters),
         what=what,
+        command=again[0],
+        again=again[1],
         method=text(result.method),
         title=method.title if method else "a custom method",
         reference=_reference(method.reference, method.link) if method else "no reference",

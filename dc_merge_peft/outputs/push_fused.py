@@ -13,22 +13,25 @@ from dc_merge_peft.errors import OutputError
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.fused import save_fused
+from dc_merge_peft.outputs.fused_papers import fused_record
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.runconfig import FILE_NAME
+from dc_merge_peft.sources.hub import HubId
 
 # Where transformers and tokenizers note which directory they were loaded from.
 _PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
 
 
 def push_fused(
-    model: nn.Module,
+    model: nn.Module | None,
     result: MergeResult,
     repo_id: str,
     *,
     base: str | Path | None,
     saved: Path | None = None,
+    keeps: bool = True,
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str | None = None,
@@ -39,11 +42,12 @@ def push_fused(
     Local paths of adapters and base model are left out of what is published.
 
     Args:
-        model: A transformers model that holds the merged delta.
+        model: A transformers model that holds the merged delta; none where it is saved already.
         result: What was merged.
         repo_id: The repository, created if need be.
         base: The base model, whose tokenizer and processor files come along.
         saved: Where the model has been saved by :func:`save_fused` already; by default it is saved for the upload.
+        keeps: Whether what is saved stays there, so that an error may say where the model is.
         private: Of a new repository.
         token: For the Hub; by default that of the environment or login.
         commit_message: Title of the commit.
@@ -54,14 +58,15 @@ def push_fused(
     """
     facts = base_facts(result, token=token, ask_hub=True)
     public = public_copy(result)
-    record = run_record(public)
+    known = base is not None and HubId.parse(str(base)) is not None and not Path(base).exists()
+    record = fused_record(public, base if known else None)
     card = fused_card(public, record, facts, repo_id if is_hub_id(repo_id) else None)
     own: dict[str, Path | bytes] = {
         "README.md": card.encode(),
         FILE_NAME: yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     }
     with tempfile.TemporaryDirectory() as folder:
-        place = saved or save_fused(model, result, Path(folder) / "model", base=base, token=token)
+        place = saved or save_fused(_given(model), result, Path(folder) / "model", base=base, token=token)
         files = {file.relative_to(place).as_posix(): _public(file) for file in place.rglob("*") if file.is_file()}
         try:
             return publish(
@@ -74,7 +79,14 @@ def push_fused(
                 create_pr=create_pr,
             )
         except OutputError as error:
-            raise OutputError(f"{error}; the fused model is in '{saved}'" if saved else str(error)) from error.__cause__
+            raise OutputError(
+                f"{error}; the fused model is in '{saved}'" if saved and keeps else str(error)
+            ) from error.__cause__
+
+
+def _given(model: nn.Module | None) -> nn.Module:
+    assert model is not None, "neither a model nor where it is saved"
+    return model
 
 
 def _public(file: Path) -> Path | bytes:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
@@ -54,6 +54,21 @@ class BaseModel:
         """
         return self.base if isinstance(self.base, nn.Module) else load_base(self.base, **self._options)
 
+    def weight(self, path: str) -> object:
+        """The weight of the layer at a path of the model, read where it is offloaded; None where it has none.
+
+        Raises:
+            SourceError: it is not where accelerate has put it.
+        """
+        layer = self.model.get_submodule(path)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            from dc_merge_peft.offload import Offloading  # imports accelerate, which few merges need
+
+            place = Offloading(self.model).find(layer, "weight")
+            return weight if place is None else place.read(weight, f"the base weight of '{path}'")
+        return weight
+
 
 def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model in the class its own config names, in the dtype it is stored in.
@@ -75,13 +90,13 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
-        return _model_class(config).from_pretrained(place, dtype="auto", **options)
+        return model_class(config).from_pretrained(place, dtype="auto", **options)
     except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
         known = secrets(token)
-        raise SourceError(_cannot_load(error, base, hub_id, known)) from harmless(error, known)
+        raise SourceError(cannot_load(error, base, hub_id, known)) from harmless(error, known)
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The model class that a config names, of transformers or of the code that comes with it."""
     import transformers
 
@@ -98,7 +113,8 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def _cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
+def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known: tuple[str, ...]) -> str:
+    """Why a base model can't be loaded, and what to do; ``known`` are secrets to leave out."""
     if "trust_remote_code" in str(error):
         return (
             f"the base model '{base}' brings Python code of its own, which is not run unasked: expected a model class of "

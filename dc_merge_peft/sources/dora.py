@@ -193,14 +193,7 @@ def _weight_in(base: BaseModel, module: str, spec: ModuleSpec, adapter: str) -> 
             f"the base model, a {type(model).__name__}, has no module '{module}', which adapter '{adapter}' changes: expected "
             "the base model of the adapters; give the model object of the class they were trained with"
         )
-    layer = model.get_submodule(path)
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta:
-        from dc_merge_peft.offload import Offloading  # imports accelerate, which few merges need
-
-        place = Offloading(model).find(layer, "weight")
-        weight = weight if place is None else place.read(weight, f"the base weight of '{module}'")
-    return matrix_of(module, layer, weight, spec, adapter)
+    return matrix_of(module, model.get_submodule(path), base.weight(path), spec, adapter)
 
 
 def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, adapter: str) -> Tensor:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter
 from tests.support import models
-from tests.support.families import FAMILIES, Family, answer
+from tests.support.families import FAMILIES, V5, Family, answer
+from tests.support.fused import changed, nothing_is_loaded
 from tests.support.models import difference
 
 WEIGHTS = [1.0, -0.5]
+TA = DCMergeAdapter(method="ta")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,22 @@ def test_disk_memory_and_fused_agree(trained: Trained, tmp_path: Path, method: s
     fused = trained.answer(fuse_and_load(trained, merger, tmp_path))
     assert difference(fused, answer) < 1e-5
     assert difference(trained.answer(trained.base), answer) > 1e-3
+
+
+@pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+def test_fused_without_loading(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written from the base's files into several new ones, under the names that they have there: the answer of the PEFT model
+    with the merged adapter, nothing missing and nothing left over, and no tensor changed that no adapter changes."""
+    if not hasattr(trained.base, "save_pretrained"):
+        pytest.skip("no model of transformers")
+    trained.base.save_pretrained(tmp_path / "base")
+    nothing_is_loaded(monkeypatch)
+    done = TA.fuse_to_disk(tmp_path / "base", trained.folders, tmp_path / "fused", WEIGHTS, max_shard_size="20KB")
+    assert done.remarks == () and len(changed(tmp_path / "base", tmp_path / "fused")) == trained.family.modules
+    out = TA.merge(trained.folders, WEIGHTS).save_pretrained(tmp_path / "out")
+    model, report = type(trained.base).from_pretrained(tmp_path / "fused", output_loading_info=True)
+    assert not any(report.values()), report
+    assert difference(trained.answer(model.eval()), trained.answer(trained.loaded(out))) < 1e-5
 
 
 def fuse_and_load(trained: Trained, merger: DCMergeAdapter, folder: Path) -> Any:

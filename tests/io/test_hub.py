@@ -23,8 +23,9 @@ from dc_merge_peft import (
     SourceError,
 )
 from dc_merge_peft.runconfig import RunConfig
-from dc_merge_peft.sources import CheckpointSource
+from dc_merge_peft.sources import CheckpointSource, base_model
 from tests.support import models
+from tests.support.families import V5
 from tests.support.hub_server import HubServer, hub_server, point_client_at
 from tests.support.models import difference, write_checkpoint
 from tests.support.refused import listing, refused
@@ -169,7 +170,7 @@ def test_a_mix_with_directories(server: HubServer, tmp_path: Path, monkeypatch: 
     assert len(server.requests) == before
 
 
-def test_fuse_with_a_base_from_the_hub(server: HubServer, tmp_path: Path) -> None:
+def test_fuse_with_a_base_from_the_hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base model and tokenizer files come from the Hub, too."""
     models.bert().save_pretrained(tmp_path / "base")
     server.add_repo("org/base", {**listing(tmp_path / "base"), "tokenizer.json": b"{}", "notes.txt": b"x"})
@@ -179,6 +180,11 @@ def test_fuse_with_a_base_from_the_hub(server: HubServer, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}" and not (tmp_path / "out" / "notes.txt").exists()
     fused = type(models.bert()).from_pretrained(tmp_path / "out").eval()
     assert difference(models.output(fused), models.output(model)) < 1e-5
+    monkeypatch.setattr(base_model, "load_base", lambda *_, **__: pytest.fail("loaded")) if V5 else None
+    DCMergeAdapter(method="ta").fuse_to_disk("org/base", folders, tmp_path / "streamed")
+    assert set(listing(tmp_path / "streamed")) == set(listing(tmp_path / "out"))
+    streamed = type(models.bert()).from_pretrained(tmp_path / "streamed").eval()
+    assert difference(models.output(streamed), models.output(model)) < 1e-5
 
 
 def test_push(server: HubServer, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, constants
 
-from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError
+from dc_merge_peft import MergedAdapter, OutputError
 from dc_merge_peft.hub_errors import TRIES
-from tests.support import models
 from tests.support.hub_adapters import MERGED, ONE, PUBLISHED, TWO, adapter_hub, merge, statuses
 from tests.support.hub_server import HubServer, point_client_at
-from tests.support.refused import listing, refused
+from tests.support.refused import refused
 
 
 @pytest.fixture
@@ -206,62 +204,6 @@ def test_no_connection(merged: MergedAdapter, server: HubServer, monkeypatch: py
     with refused(OutputError, f"can't push to '{MERGED}'", "Connection refused", "try again later"):
         merged.push_to_hub(MERGED)
     assert not server.sleeps
-
-
-@pytest.fixture
-def base(server: HubServer, tmp_path: Path) -> tuple[Path, list[Path]]:
-    """A base model with a tokenizer that knows where it was loaded from, and two adapters."""
-    folder = tmp_path / "jane.doe" / "base"
-    models.bert().save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(folder), "model_max_length": 32}))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": str(folder)}))
-    fields = {"r": 2, "target_modules": ["query"]}
-    model = models.with_lora(models.bert(), {"first": fields, "second": fields})
-    return folder, models.save_adapters(model, tmp_path / "jane.doe" / "in")
-
-
-@pytest.mark.parametrize("saved", [True, False], ids=["saved too", "pushed only"])
-def test_a_fused_model(server: HubServer, base: tuple[Path, list[Path]], tmp_path: Path, saved: bool) -> None:
-    """One commit with a model that loads from the Hub, and no local path in it."""
-    folder, adapters = base
-    out = tmp_path / "out" if saved else None
-    options: dict[str, Any] = {"push_to": MERGED, "private": True, "commit_message": "A whole model"}
-    model = DCMergeAdapter(method="ta").fuse(folder, adapters, out, **options)
-    files = server.files(MERGED)
-    assert {
-        "config.json",
-        "model.safetensors",
-        "README.md",
-        "dc_merge.yaml",
-        "tokenizer_config.json",
-        "tokenizer.json",
-    } == set(files)
-    assert server.store.repos[MERGED].private and server.commits(MERGED, "main")[-1].title == "A whole model"
-    assert len(server.made("POST", "/commit/")) == 1
-    assert not [name for name, data in files.items() if b"jane.doe" in data]
-    loaded = type(models.bert()).from_pretrained(MERGED).eval()
-    assert models.difference(models.output(loaded), models.output(model.eval())) == 0
-    assert (
-        b'from_pretrained("org/merged")' in files["README.md"]
-        and json.loads(files["tokenizer_config.json"])["model_max_length"] == 32
-    )
-    if out is not None:
-        assert listing(out)["model.safetensors"] == files["model.safetensors"]
-
-
-def test_a_fused_model_that_can_not_be_pushed(server: HubServer, base: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """A name that is none stops before the work; a failure after saving says where the model is."""
-    folder, adapters = base
-    merger = DCMergeAdapter(method="ta")
-    with refused(OutputError, "can't push to 'org/a b'", "check the name"):
-        merger.fuse(folder, adapters, tmp_path / "out", push_to="org/a b")
-    assert not (tmp_path / "out").exists()
-    server.fail("POST", "/commit/", 500, times=99)
-    with refused(OutputError, "can't push to 'org/merged'", f"the fused model is in '{tmp_path / 'out'}'"):
-        merger.fuse(folder, adapters, tmp_path / "out", push_to=MERGED)
-    assert server.files(MERGED) == {} and (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_many_shards_are_one_commit(server: HubServer, tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""``dc-merge fuse``: a base model and adapters in, one full model out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.cli import options as shared
+from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
+from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.show import reports_errors
+from dc_merge_peft.engine import checked_device
+from dc_merge_peft.errors import MergeWarning, OptionError
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.outputs.directory import check_target
+
+
+@reports_errors
+def fuse(
+    base: Annotated[
+        str | None, typer.Argument(help="Base model: a directory or a Hub id (org/name, org/name@revision).")
+    ] = None,
+    adapters: shared.Adapters = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Directory for the full model.", rich_help_panel=shared.OUT)
+    ] = None,
+    weights: shared.Weights = None,
+    method: shared.MethodName = None,
+    smoothing: shared.Smoothing = None,
+    rho: shared.Rho = None,
+    density: shared.Density = None,
+    alpha: shared.Alpha = None,
+    option: shared.MethodOptions = None,
+    rename: shared.RenameName = None,
+    svd_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of what is added at most. Default: nothing is cut.", rich_help_panel=shared.RUN),
+    ] = None,
+    device: shared.Device = None,
+    dora_rank: shared.DoraRank = None,
+    extras: shared.Extras = None,
+    config: shared.ConfigFile = None,
+    allow_different_bases: shared.AllowDifferentBases = False,
+    allow_zero: shared.AllowZero = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code of the base model's own.", rich_help_panel=shared.RUN
+        ),
+    ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=shared.OUT),
+    ] = None,
+    push_to: shared.PushTo = None,
+    private: shared.Private = False,
+    commit_message: shared.CommitMessage = None,
+    create_pr: shared.CreatePr = False,
+    overwrite: shared.Overwrite = False,
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Merge LoRA adapters and add the result to their base model: a full model that needs no PEFT.
+
+    The base model's files are read and written a few rows at a time; it is never in memory as a whole.
+
+    Example: dc-merge fuse org/base org/lora-a ./lora-b -o fused
+    """
+    start = time.perf_counter()
+    shortcuts = {"smoothing": smoothing, "rho": rho, "density": density, "alpha": alpha}
+    run = run_settings(
+        config,
+        adapters=tuple(adapters) if adapters else None,
+        output=output,
+        weights=numbers(weights) if weights is not None else None,
+        method=method,
+        options=dict(assignments(option or [], shortcuts)),
+        rename=rename,
+        svd_rank=svd_rank,
+        device=device,
+        base=base,
+        dora_rank=dora_rank,
+        extras=extras,
+    )
+    if run.base is None:
+        raise OptionError("found no base model: expected a directory or Hub id first; see dc-merge fuse --help")
+    if not run.adapters:
+        raise OptionError(
+            f"found no adapters to fuse into '{run.base}': expected directories or Hub ids after the base model; see dc-merge "
+            "fuse --help"
+        )
+    push = shared.checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
+    if run.output is None and push_to is None and not dry_run:
+        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
+    if run.output is not None:
+        check_target(run.output, overwrite=overwrite)
+    checked_device(run.device)
+    merger = DCMergeAdapter(method_named(run.method, run.options).config)
+    settings: dict[str, Any] = {
+        "max_shard_size": int(max_shard_size) if max_shard_size and max_shard_size.isdecimal() else max_shard_size,
+        "trust_remote_code": trust_remote_code,
+        "svd_rank": run.svd_rank,
+        "allow_different_bases": allow_different_bases,
+        "rename": run.rename,
+        "dora_rank": run.dora_rank,
+        "extras": run.extras,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
+        if dry_run:
+            print_fuse_plan(merger.plan_fused(run.base, run.adapters, run.weights, **settings), run, as_json=as_json)
+            return
+        fused = merger.fuse_to_disk(
+            run.base, run.adapters, run.output, run.weights, device=run.device, allow_zero=allow_zero,
+            overwrite=overwrite, push_to=push_to, **push, **settings,
+        )  # fmt: skip
+    print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)

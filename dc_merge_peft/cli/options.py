@@ -1,0 +1,105 @@
+"""Options that the commands which merge have in common: one text and one place in the help for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dc_merge_peft.errors import OptionError
+from dc_merge_peft.outputs.publish import check_repository
+from dc_merge_peft.sources.renames import RENAMES
+
+METHOD, RUN, OUT = "Method", "Run", "Output"
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
+]
+Weights = Annotated[
+    str | None, typer.Option(help="One number an adapter, as in 1,0.5,1. Default: all 1.", rich_help_panel=METHOD)
+]
+MethodName = Annotated[
+    str | None, typer.Option("--method", "-m", help="See `dc-merge methods`. Default: dc.", rich_help_panel=METHOD)
+]
+Smoothing = Annotated[
+    str | None,
+    typer.Option(help="Of singular values: linear, average or none. Default: linear.", rich_help_panel=METHOD),
+]
+Rho = Annotated[
+    str | None, typer.Option(help="Largest ratio after linear smoothing. Default: 5.", rich_help_panel=METHOD)
+]
+Density = Annotated[
+    str | None, typer.Option(help="Share of entries TIES keeps, or auto. Default: auto.", rich_help_panel=METHOD)
+]
+Alpha = Annotated[
+    str | None,
+    typer.Option(help="Factor on the merged delta, or auto. Default: the method's.", rich_help_panel=METHOD),
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-O", help="Any option of the method, as in -O mask=false.", rich_help_panel=METHOD),
+]
+RenameName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.", rich_help_panel=RUN
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=RUN)]
+DoraRank = Annotated[
+    int | None,
+    typer.Option(help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=RUN),
+]
+Extras = Annotated[
+    str | None,
+    typer.Option(help="Trained values beside LoRA: average, first, drop or an adapter's name.", rich_help_panel=RUN),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file with these settings; what is given here wins.", rich_help_panel=RUN),
+]
+AllowDifferentBases = Annotated[
+    bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=RUN)
+]
+AllowZero = Annotated[bool, typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=RUN)]
+PushTo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.", rich_help_panel=OUT)]
+Private = Annotated[
+    bool, typer.Option("--private", help="Make that repository private if it is new.", rich_help_panel=OUT)
+]
+CommitMessage = Annotated[str | None, typer.Option(help="Title of that commit or pull request.", rich_help_panel=OUT)]
+CreatePr = Annotated[
+    bool, typer.Option("--create-pr", help="Propose a pull request instead of committing.", rich_help_panel=OUT)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUT)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=OUT)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=OUT)]
+
+
+def checked_push(repo_id: str | None, *, private: bool, commit_message: str | None, create_pr: bool) -> dict[str, Any]:
+    """The options of an upload, for a repository where something is said about one.
+
+    Raises:
+        OptionError: an empty name or title, or options without a repository.
+        OutputError: no repository's name.
+    """
+    if repo_id is not None and not repo_id.strip():
+        raise OptionError("--push-to is empty: expected a Hub repository, as in me/merged")
+    if commit_message is not None and not commit_message.strip():
+        raise OptionError("--commit-message is empty: expected a title, or leave it out")
+    if repo_id is not None:
+        check_repository(repo_id)
+    options: Mapping[str, Any] = {
+        "private": private or None, "commit_message": commit_message, "create_pr": create_pr,
+    }  # fmt: skip
+    given = next((name for name, value in options.items() if value), None)
+    if repo_id is None and given is not None:
+        flag = f"--{given.replace('_', '-')}"
+        raise OptionError(
+            f"{flag} is given without --push-to: expected a Hub repository for it, as in --push-to me/merged"
+        )
+    return dict(options)

@@ -1,0 +1,69 @@
+"""A merged adapter, and the ways out of it: to disk, to the Hub, into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
+from dc_merge_peft.result import MergeResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class MergedAdapter(MergeResult):
+    """A merged adapter in memory: a :class:`MergeResult` with ways out."""
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a PEFT adapter directory that ``PeftModel.from_pretrained(base, directory)`` loads as it is.
+
+        Raises:
+            OutputError: the directory exists (pass ``overwrite=True``), or can't be written.
+        """
+        return write_adapter(self, directory, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload to the root of a Hub repository in one commit, without local paths; returns the commit's URL.
+
+        Args:
+            repo_id: ``owner/name``, or a name under the user's own account; created if need be.
+            private: Of a new repository; by default as the account has it. ``True`` refuses one that exists and is public.
+            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
+            commit_message: Title of the commit or pull request.
+            create_pr: Propose a pull request instead of committing to the main branch.
+
+        Raises:
+            OutputError: the Hub refuses, fails or can't be reached. No file is published then; a repository that was
+                created for it stays, empty, which the error says.
+        """
+        return push_adapter(
+            self, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+        )
+
+    def add_to(self, model: nn.Module, adapter_name: str = "merged", *, activate: bool = True) -> nn.Module:
+        """Add the adapter to a model in memory.
+
+        Args:
+            model: A ``PeftModel``, changed in place, or a base model, which gets wrapped in one.
+            adapter_name: Its name there.
+            activate: Make it the active adapter; otherwise the active one stays.
+
+        Returns:
+            The ``PeftModel``.
+
+        Raises:
+            OptionError: the name is taken or holds a dot.
+            OutputError: a merged module is missing from the model, or has another shape.
+        """
+        from dc_merge_peft.outputs.live import install
+
+        return install(self, model, adapter_name, activate=activate)

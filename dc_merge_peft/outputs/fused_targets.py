@@ -1,0 +1,133 @@
+"""Where merged modules belong in a base model, and which of its modules share their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
+from dc_merge_peft.layers import Place, place_of
+from dc_merge_peft.layout import Layout
+from dc_merge_peft.sources.base_model import path_in_model
+from dc_merge_peft.sources.renames import fitting_rename
+
+
+@dataclass(frozen=True)
+class Target:
+    """The layer of one merged module."""
+
+    name: str  # of the merged module
+    path: str  # of the layer in the base model
+    module: nn.Module  # the layer
+    place: Place
+
+    @property
+    def parameter(self) -> Any:
+        """The parameter that the delta is added to."""
+        return getattr(self.module, self.place.parameter)
+
+    @property
+    def parameter_name(self) -> str:
+        """Its name in the base model."""
+        return f"{self.path}.{self.place.parameter}"
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the parameter holds the (m, n) delta as (n, m)."""
+        return self.place.layout.kind == "embedding" or self.place.transposed
+
+
+def find_targets(
+    model: nn.Module,
+    wanted: Mapping[str, tuple[Layout, tuple[int, int]]],
+    rename: str | None,
+    unreadable: Callable[[Target], str | None],
+) -> Iterator[Target]:
+    """The layer of every merged module and the place of its delta there, checked.
+
+    Args:
+        model: A base model.
+        wanted: The merged modules with their layouts and the shapes (m, n) of their deltas.
+        rename: Under which the adapters were read.
+        unreadable: What keeps the weight of a target from being changed; None where nothing does.
+
+    Raises:
+        OutputError: a module is missing, has another shape or layer type, or shares its weight with another module.
+        UnsupportedAdapterError: a weight that can't be changed.
+    """
+    shared = sharing(model)
+    for name, (layout, shape) in wanted.items():
+        base_path = layout.base_path(name)
+        path = path_in_model(model, base_path)
+        if path is None:
+            raise OutputError(
+                f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
+                "adapters; give the model object of the class they were trained with"
+                + fitting_rename(wanted, partial(path_in_model, model), rename)
+            )
+        module = model.get_submodule(path)
+        target = Target(name, path, module, place_of(name, module, layout, shape))
+        place = target.place
+        weight = getattr(module, place.parameter, None)
+        if place.layout != layout or place.shape != shape or weight is None:
+            raise OutputError(
+                f"'{name}' is of type {place.layout} and shape {place.shape} in the base model, {layout} and {shape} in the merged "
+                "adapter: expected the base model of the adapters"
+            )
+        reason = unreadable(target)
+        if reason is not None:
+            raise UnsupportedAdapterError(
+                f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
+            )
+        if place.layout.kind == "out_proj":
+            raise UnsupportedAdapterError(
+                f"'{name}' is the output projection of a MultiheadAttention, to which PEFT's forward pass adds the delta twice, so "
+                "that base + delta is not the model that was trained: expected other layers; load the merged adapter with "
+                "PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
+            )
+        if not weight.is_floating_point() or weight.element_size() < 2:  # numbers of one byte come with scales
+            raise UnsupportedAdapterError(
+                f"'{name}' is quantised ({weight.dtype}): expected floating-point base weights"
+            )
+        if others := [other for other in shared.get(path, ()) if other != path]:
+            raise OutputError(
+                f"'{name}' shares its weight with {preview(others)}: fusing "
+                "would change both, the adapter changes one; untie them first, or keep the merged adapter"
+            )
+        yield target
+
+
+def sharing(model: nn.Module) -> dict[str, list[str]]:
+    """For the paths of modules that share a parameter all those that hold it."""
+    groups = [[name.rpartition(".")[0] for name in names] for names in sharing_parameters(model)]
+    return {path: paths for paths in groups for path in paths}
+
+
+def sharing_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one, in groups.
+
+    Offloaded parameters are meta tensors of their own, shared or not; there it counts what transformers declares.
+    """
+    holders: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for group in _declared_ties(model):
+        if all(model.get_parameter(name).is_meta for name in group):
+            holders[group] = list(group)
+    return [names for names in holders.values() if len(names) > 1]
+
+
+def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Groups of parameters that a transformers model ties, by name."""
+    ties = getattr(model, "all_tied_weights_keys", None)  # transformers 5: {target: source}
+    if ties is not None:
+        yield from ((target, source) for target, source in ties.items())
+    elif getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        paths = {id(module): path for path, module in model.named_modules()}
+        names = tuple(f"{paths[id(module)]}.weight" for module in embeddings if module is not None)
+        yield names

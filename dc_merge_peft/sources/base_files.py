@@ -1,0 +1,202 @@
+"""The weight files of a base model, safetensors alone: where every tensor lies, without reading any.
+
+A safetensors file is a length, a JSON header with the place of each tensor, and the tensors' bytes one after the other, in
+row-major order. So single rows of a tensor can be read, and a tensor can be copied without knowing what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dc_merge_peft.errors import SourceError, first_line
+from dc_merge_peft.sources.hub import HubId, fetch_files
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What belongs to a model beside its weights and its config: how to generate, tokenizers, processors and terms.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "spiece.model", "sentencepiece*.model", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+# The types of numbers that are computed with; all others are copied as bytes.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KNOWN = {**FLOATS, "I64": torch.int64}  # the count of a batch norm's batches
+
+
+class NotStreamable(Exception):
+    """A base model that has to be loaded as a whole, with the reason in words."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file."""
+
+    file: Path
+    offset: int  # of its first byte
+    size: int  # in bytes
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for a type that is copied alone."""
+        return _KNOWN.get(self.dtype)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number; 1 where several numbers share a byte, or there is none."""
+        return max(self.size // max(math.prod(self.shape), 1), 1)
+
+    def read(self) -> Tensor:
+        """The whole tensor, in memory of its own; of a type that is computed with.
+
+        Raises:
+            SourceError: the file has become shorter.
+        """
+        assert self.torch_dtype is not None
+        content = bytearray(self.size)
+        self.read_into(memoryview(content), 0)
+        numbers = (
+            torch.frombuffer(content, dtype=self.torch_dtype) if content else torch.empty(0, dtype=self.torch_dtype)
+        )
+        return numbers.view(self.shape)
+
+    def read_into(self, content: memoryview, start: int) -> None:
+        """As many of the tensor's bytes as ``content`` has, from ``start`` on.
+
+        Raises:
+            SourceError: the file has become shorter, or can't be read.
+        """
+        done = 0
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset + start)
+                while done < len(content) and (got := file.readinto(content[done:])):
+                    done += got
+        except OSError as error:
+            raise _unreadable(self.file, first_line(error)) from error
+        if done < len(content):
+            raise _unreadable(self.file, "it has become shorter")
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base model on this machine."""
+
+    base: str  # as given: a directory or a Hub id
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]  # in the order of the files, and in them of their bytes
+
+
+def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFiles:
+    """Find a base model's files, downloading them from the Hub where need be, and read their headers.
+
+    Raises:
+        NotStreamable: its weights are no safetensors files under transformers' usual names.
+        SourceError: the Hub can't deliver it, or a file is damaged or missing.
+    """
+    if sys.byteorder != "little":
+        raise NotStreamable("this machine stores numbers the other way round than safetensors files do")
+    folder = Path(base).expanduser()
+    hub_id = None if folder.is_dir() else HubId.parse(str(base))
+    if hub_id is not None:
+        folder = _fetched(hub_id, (CONFIG, SINGLE, INDEX, *COMPANIONS), token)
+    config = _json(folder / CONFIG)
+    if config is None:
+        raise NotStreamable(f"'{base}' has no {CONFIG}")
+    index = None if (folder / SINGLE).is_file() else _json(folder / INDEX)  # transformers' own order
+    names = _weight_files(index, folder)
+    if hub_id is not None:
+        code = ("*.py",) if config.get("auto_map") else ()
+        folder = _fetched(hub_id, (*names, *code), token)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and index is None:
+        raise NotStreamable(f"'{base}' has no {SINGLE}")
+    if missing:
+        raise SourceError(
+            f"the base model '{base}' has no {missing[0]}, which its {INDEX} names: expected all files of the model; download "
+            "or save it again"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    placed = index["weight_map"] if index is not None else {}
+    for name in names:
+        found = _tensors(folder / name)
+        tensors |= {key: tensor for key, tensor in found.items() if placed.get(key, name) == name}
+    if lost := [key for key in placed if key not in tensors]:
+        raise SourceError(
+            f"the base model '{base}' has no '{lost[0]}' in {placed[lost[0]]}, where its {INDEX} places it: expected files of "
+            "one model; download or save it again"
+        )
+    return BaseFiles(str(base), folder, config, tensors)
+
+
+def _fetched(hub_id: HubId, patterns: tuple[str, ...], token: str | bool | None) -> Path:
+    if hub_id.subfolder:
+        raise NotStreamable("it lies in a subfolder of a Hub repository")
+    try:
+        return fetch_files(hub_id, patterns, token)
+    except SourceError as error:
+        raise SourceError(f"the base model can't be loaded: {error}") from error
+
+
+def _weight_files(index: Mapping[str, Any] | None, folder: Path) -> tuple[str, ...]:
+    if index is None:
+        return (SINGLE,)
+    placed = index.get("weight_map")
+    names = sorted(set(map(str, placed.values()))) if isinstance(placed, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise SourceError(
+            f"'{folder / INDEX}' does not say which safetensors file beside it holds which tensor: expected a weight_map; "
+            "download or save the model again"
+        )
+    return tuple(names)
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(file, first_line(error)) from error
+    if not isinstance(found, dict):
+        raise _unreadable(file, "it holds no object")
+    return found
+
+
+def _tensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt"):  # checks the header against the file's size, reads no tensor
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(file, first_line(error)) from error
+    header.pop("__metadata__", None)
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return {
+        name: StoredTensor(
+            file, 8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
+            entry["dtype"], tuple(entry["shape"]),
+        )
+        for name, entry in entries
+    }  # fmt: skip
+
+
+def _unreadable(file: Path, reason: str) -> SourceError:
+    return SourceError(
+        f"the base model's file '{file}' can't be read ({reason}): expected a whole file; download or save the model again"
+    )
