@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,14 @@ class LowRank:
 def concatenate(deltas: Sequence[LowRank]) -> LowRank:
     """The exact sum of deltas as one LowRank of summed rank: ``[B_1 .. B_T] @ [A_1; ..; A_T]``."""
     return LowRank(torch.cat([d.B for d in deltas], dim=1), torch.cat([d.A for d in deltas], dim=0))
+
+
+def is_ordinary(factor: Tensor) -> bool:
+    """Whether one look, a norm in float32, is enough to see that a factor is finite and not zero. It is not where squares
+    overflow or vanish, nor for float64, which can hold numbers beyond float32."""
+    if factor.dtype == torch.float64:
+        return False
+    return 0 < float(torch.linalg.vector_norm(factor, dtype=torch.float32)) < math.inf
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.linalg import compute_device
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.lowrank import LowRank, is_ordinary
 from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.sources.base import Source
@@ -102,7 +100,7 @@ def check_factors(delta: LowRank, source: Source, module: str, allow_zero: bool)
         SourceError: they do.
     """
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
-        if _ordinary(factor):
+        if is_ordinary(factor):
             continue
         where = f"{name} of '{module}' in adapter '{source.info.name}'"
         if not bool(torch.isfinite(factor).all()):
@@ -116,15 +114,6 @@ def check_factors(delta: LowRank, source: Source, module: str, allow_zero: bool)
                 f"{where} is all zero: expected a trained factor, this is how an untrained or badly loaded adapter looks; "
                 "check the adapter, or allow it (allow_zero=True, --allow-zero)"
             )
-
-
-def _ordinary(factor: Tensor) -> bool:
-    """Whether one look, a norm in float32, is enough to see that a factor is finite and not zero. It is not where squares
-    overflow or vanish, nor for float64, which can hold numbers beyond float32."""
-    if factor.dtype == torch.float64:
-        return False
-    norm = float(torch.linalg.vector_norm(factor, dtype=torch.float32))
-    return 0 < norm < math.inf
 
 
 def _all_zero(source: Source, module: str, name: str) -> bool:
