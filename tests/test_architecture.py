@@ -23,7 +23,7 @@ PACKAGE = "dc_merge_peft"
 
 # From the bottom up; a module may import from its own layer and those below. A name with ".*" is a whole subpackage.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version"),
+    ("errors", "_version", "progress"),
     ("hub_errors",),
     ("linalg", "frames"),
     ("lowrank", "dense", "spanned"),
@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "combination_types",
     ),
     ("outputs.*",),
-    ("merged", "fusing", "adapter", "peft_plugin"),
+    ("merged", "merging", "fusing", "adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
     ("plots.*",),
