@@ -12,8 +12,9 @@ from dc_merge_peft.layout import Layout
 from dc_merge_peft.outputs.fused_extras import ExtraChange, extra_changes
 from dc_merge_peft.outputs.fused_targets import Target, find_targets, sharing, sharing_parameters
 from dc_merge_peft.sources.base import ExtraSpec
-from dc_merge_peft.sources.base_files import FLOATS, NotStreamable
+from dc_merge_peft.sources.base_files import NotStreamable
 from dc_merge_peft.sources.base_names import FiledModel
+from dc_merge_peft.sources.stored import FLOATS
 
 
 @dataclass(frozen=True)
