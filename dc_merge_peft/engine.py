@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 import warnings
@@ -74,8 +75,11 @@ def run_merge(
     device = checked_device(device)
 
     def read(module: PlannedModule) -> ModuleTasks:
-        deltas = [checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
-        where = compute_device(device or deltas[0].B.device)
+        deltas = [
+            source.factors(module.name) if source.is_dense else checked_factors(source, module.name, allow_zero)
+            for source in (sources[task] for task in module.tasks)
+        ]
+        where = compute_device(device or deltas[0].device)
         weights = [plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
 
@@ -197,13 +201,17 @@ def _merge_one(
     largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
     _refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
+    if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):
+        merged = Dense(merged.dense())  # its factors hold more numbers than it does, and take longer to decompose
     norm = merged.norm()
     _refuse_overflow(norm, "merged delta", module.name, method)
     # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
     if norm <= FLOAT32_EPS * largest:
-        (m, n), like = merged.shape, merged.svd.U
-        merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
-    fit = fit_alpha(seen.tasks, seen.weights, merged)
+        (m, n), options = merged.shape, {"dtype": torch.float64, "device": merged.device}
+        merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
+    # Of dense tasks it takes decompositions, which not every method needs.
+    fitted = method.config.alpha == "auto" or any(isinstance(task, LowRank) for task in seen.tasks)
+    fit = fit_alpha(seen.tasks, seen.weights, merged) if fitted else AlphaFit()
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
     kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
@@ -248,6 +256,7 @@ def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
         SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
     """
     delta = source.factors(module)
+    assert isinstance(delta, LowRank), "full models check their numbers themselves"
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         where = f"{name} of '{module}' in adapter '{source.info.name}'"
         if not bool(torch.isfinite(factor).all()):
@@ -270,7 +279,7 @@ def _all_zero(source: Source, module: str, name: str) -> bool:
     layout = source.modules[module].layout
     shared = (source.factors(other) for other in layout.modules(layout.layer(module)) if layout.kind == "expert")
     index = layout.factor_names.index(name)
-    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared)
+    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared if isinstance(delta, LowRank))
 
 
 def _alpha(method: Method, fit: AlphaFit) -> float:

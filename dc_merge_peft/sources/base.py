@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 
@@ -163,6 +164,7 @@ class Source(ABC):
     extras: Mapping[str, ExtraSpec] = MappingProxyType({})  # by the path of the tensor in the base model
     extras_reason: str | None = None  # why they are refused unless the caller says what becomes of them: "has ...; ..."
     is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
+    is_dense: bool = False  # its deltas are :class:`Dense`: a full model, which checks its numbers as it reads them
     config: Mapping[str, Any] = MappingProxyType({})  # the adapter's own settings under PEFT's names, where it has any
 
     def scaling(self, module: str) -> float:
@@ -170,8 +172,8 @@ class Source(ABC):
         return 1.0
 
     @abstractmethod
-    def factors(self, module: str) -> LowRank:
-        """The delta of one module, scaling folded in, on the device where it is stored.
+    def factors(self, module: str) -> Delta:
+        """The delta of one module, scaling folded in, on the device where it is stored: by factors, or dense of full models.
 
         Raises:
             SourceError: the factors can't be read.
@@ -179,7 +181,9 @@ class Source(ABC):
 
     def lora(self, module: str) -> LowRank:
         """``scaling * B @ A`` alone, which of a DoRA adapter is a part of the delta; see :class:`DoraSource`."""
-        return self.factors(module)
+        delta = self.factors(module)
+        assert isinstance(delta, LowRank), "a full model has no factors"
+        return delta
 
     def unmatched_targets(self) -> list[str]:
         """Names in the config's list of target modules that no module matches."""
