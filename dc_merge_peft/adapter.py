@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import Progress, checked_device, run_merge
+from dc_merge_peft.engine import Progress, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.plan import MergePlan, plan_merge
+from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base

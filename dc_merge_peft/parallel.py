@@ -32,14 +32,16 @@ def one_thread() -> Iterator[int]:
 
     BLAS and LAPACK add up in an order that depends on their number of threads: from 1024 rows on two threads give other
     last bits than one, and TIES decides by comparisons. With one thread for each piece of work results are the same
-    everywhere.
+    everywhere. For the same reason float32 products are full ones, whatever a training script has allowed.
     """
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield threads
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def in_parallel(
