@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import Progress, run_merge
+from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import OptionError
+from dc_merge_peft.full_models import FullModelMerger
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.plan import MergePlan, plan_merge
+from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class DCMergeAdapter:
+class DCMergeAdapter(FullModelMerger):
     """Merge LoRA adapters from disk or the Hub, without their base model.
 
     Examples:
@@ -50,6 +51,7 @@ class DCMergeAdapter:
         if config is not None and (options or method is not None):
             raise OptionError("found both a config and a method or options: expected one of them")
         self.method: Method = method_for(config) if config is not None else method_named(method or "dc", options)
+        self._options = None if config is not None else options
 
     @property
     def config(self) -> MethodConfig:
@@ -268,12 +270,3 @@ class DCMergeAdapter:
         plan = partial(self.plan, sources, weights, token=token)
         destination = Destination(token=token, max_shard_size=max_shard_size)
         return plan_fused(plan, base, destination, trust_remote_code=trust_remote_code, **merge_options)
-
-
-def progress_bar(show: bool | None) -> Progress:
-    """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
-
-    def wrap(modules: Iterable[Any], what: str) -> Iterable[Any]:
-        return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
-
-    return wrap

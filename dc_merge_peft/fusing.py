@@ -212,9 +212,9 @@ def _fuse_streamed(
 
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
-    with destination.directory() as out, _shelf(out) as shelf:
+    with destination.directory() as out, shelf(out) as folder:
         whole = _whole(options)
-        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and shelf})
+        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder})
         saved = stream_fused(
             model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
             progress=progress,
@@ -224,7 +224,7 @@ def _fuse_streamed(
 
 
 @contextmanager
-def _shelf(out: Path) -> Iterator[Path]:
+def shelf(out: Path) -> Iterator[Path]:
     """A folder beside the output, deleted in the end.
 
     Raises:

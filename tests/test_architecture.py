@@ -32,6 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layers", "offload", "sources.*"),
     (
         "extras",
+        "full_plan",
+        "progress",
         "extra_values",
         "plan",
         "result",
@@ -43,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "combination_types",
     ),
     ("outputs.*",),
-    ("merged", "fusing", "adapter", "peft_plugin"),
+    ("merged", "fusing", "full_models", "adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
     ("plots.*",),
