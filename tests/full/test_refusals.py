@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertForSequenceClassification, BertModel, GptOssConfig, GptOssForCausalLM
+from transformers import BertForSequenceClassification
 
 from dc_merge_peft import (
     DCMergeAdapter,
@@ -211,16 +210,12 @@ def test_a_damaged_file(llamas: tuple[Path, list[Path]]) -> None:
 
 
 def test_tensors_without_a_mean(llamas: tuple[Path, list[Path]]) -> None:
-    """Numbers that are no floats: copied where all agree, refused where not."""
-    model = models.bert()
-    made = write_models(llamas[0].parent / "bert", model, 2)
+    """Numbers that are no floats are copied where all agree; see below where they don't."""
+    made = write_models(llamas[0].parent / "bert", models.bert(), 2)
     for place in (made[0], *made[1]):
         edit(place, **{"embeddings.position_ids": torch.arange(32)[None]})
-    config = json.loads((made[0] / "config.json").read_text())
-    assert config["model_type"] == "bert"
     DCMergeAdapter(method="ta").merge_full(*made, made[0].parent / "fine")
     assert torch.equal(tensors(made[0].parent / "fine")["embeddings.position_ids"], torch.arange(32)[None])
-    assert isinstance(model, BertModel)
 
 
 def test_quantised_weights(llamas: tuple[Path, list[Path]]) -> None:
@@ -277,4 +272,3 @@ def test_experts_as_an_adapter(tmp_path: Path) -> None:
         merge_refused(made, UnsupportedAdapterError, "belongs to experts", "--average", lora_rank=2)
         plan = DCMergeAdapter(method="ta").plan_full(*made, lora_rank=2, average=[r".*experts.*"])
         assert len(plan.merge.modules) == 8
-    assert isinstance(gpt_oss(), GptOssForCausalLM) and isinstance(gpt_oss().config, GptOssConfig)
