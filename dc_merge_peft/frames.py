@@ -19,8 +19,8 @@ GRAM_CONDITION_LIMIT = 1e4
 # Up to this condition number the product runs in float32 on the CPU: its coefficients are then no larger than the condition, and
 # its error stays at some units in the last place of the float32 result.
 FLOAT32_CONDITION_LIMIT = 8.0
-# Rows of a stack that are converted at a time: 1 MB of float64 at k = 128, which stays in a core's cache.
-ROWS = 1024
+# Rows of a stack that are converted at a time: 2 MB of float64 at k = 128, which stays in a core's cache.
+ROWS = 2048
 
 
 class Scratch(threading.local):
