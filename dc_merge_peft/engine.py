@@ -6,10 +6,10 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,29 +24,17 @@ from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
 from dc_merge_peft.parallel import in_parallel, one_thread, workers
 from dc_merge_peft.plan import MergePlan, PlannedModule
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Reader, checked_device
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.spanned import put_off
-
-T = TypeVar("T")
 
 # Of one module: the merged delta, all its singular values (None if it is dense), its terms of alpha="auto".
 Finished: TypeAlias = tuple[Delta, "Tensor | None", AlphaFit]
 
 # Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
 TOLERATED = 2e-3
-
-
-class Progress(Protocol):
-    """Wraps the modules of one pass to show how far it is; ``what`` names the pass."""
-
-    def __call__(self, modules: Iterable[T], what: str) -> Iterable[T]: ...
-
-
-def silent(modules: Iterable[T], what: str) -> Iterable[T]:
-    """No progress shown."""
-    return modules
 
 
 @torch.no_grad()

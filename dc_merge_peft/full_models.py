@@ -165,7 +165,9 @@ class _Job:
         """The leading components of its matrices, as an adapter."""
         to, merged = self.destination, self._merged(keep_dense=False)
         adapter = MergedAdapter(**vars(merged))
-        saved = None if to.out is None else adapter.save_pretrained(to.out, overwrite=to.overwrite)
+        saved = (
+            None if to.out is None else adapter.save_pretrained(to.out, overwrite=to.overwrite, progress=self.progress)
+        )
         url = None
         if to.push_to is not None:
             url = adapter.push_to_hub(

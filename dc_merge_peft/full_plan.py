@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, preview
 from dc_merge_peft.methods import Method
 from dc_merge_peft.plan import MergePlan, PlannedModule, check_weights, uniquely_named
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import FullRecord
 from dc_merge_peft.sources.base_files import FLOATS, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel
@@ -72,7 +73,7 @@ def plan_full(
     average: Sequence[str] = (),
     lora_rank: int | None = None,
     allow_identical: bool = False,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda keys, _: keys,
+    progress: Progress = silent,
 ) -> FullPlan:
     """Compare the models with their base model, and decide what becomes of each tensor.
 

@@ -1,7 +1,7 @@
 """Independent pieces of work on the CPU, several at a time and each on one thread.
 
-Merging is many small decompositions. Threads inside one of them wait for each other more than they work, and stand still
-where other programs want the cores; whole modules side by side do not.
+Merging is many small decompositions, which more threads inside each make little faster. Whole modules side by side use the cores,
+and give the same bytes whatever their number.
 """
 
 from __future__ import annotations

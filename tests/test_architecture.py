@@ -23,7 +23,7 @@ PACKAGE = "dc_merge_peft"
 
 # From the bottom up; a module may import from its own layer and those below. A name with ".*" is a whole subpackage.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version"),
+    ("errors", "_version", "progress"),
     ("hub_errors",),
     ("linalg", "frames"),
     ("lowrank", "dense", "spanned"),
@@ -32,10 +32,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layers", "offload", "sources.*"),
     (
         "extras",
-        "full_plan",
-        "progress",
         "extra_values",
         "plan",
+        "full_plan",
         "result",
         "completion",
         "reading",
@@ -45,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "combination_types",
     ),
     ("outputs.*",),
-    ("merged", "fusing", "full_models", "adapter", "peft_plugin"),
+    ("merged", "merging", "fusing", "full_models", "adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
     ("plots.*",),

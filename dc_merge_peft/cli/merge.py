@@ -112,10 +112,10 @@ def merge(
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
-        merged = merger.merge(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings)
-    if run.output is not None:
-        merged.save_pretrained(run.output, overwrite=overwrite)
-    url = _push(merged, push_to, run.output, **push) if push_to is not None else None
+        with merger.merging(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings) as merged:
+            if run.output is not None:
+                merged.save_pretrained(run.output, overwrite=overwrite, progress=None)
+            url = _push(merged, push_to, run.output, **push) if push_to is not None else None
     print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
 
 

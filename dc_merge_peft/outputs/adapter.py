@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from dc_merge_peft.engine import Progress, silent
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
@@ -20,6 +19,7 @@ from dc_merge_peft.outputs.lora_config import StoredLayer, lora_fields, stored_l
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base import CardFacts

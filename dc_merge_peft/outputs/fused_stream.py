@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense
-from dc_merge_peft.engine import Progress, silent
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.files import write_at
@@ -23,6 +22,7 @@ from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
 from dc_merge_peft.outputs.fused_targets import Target
 from dc_merge_peft.outputs.shards import plan_shards, write_headers
 from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel

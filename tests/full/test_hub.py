@@ -49,7 +49,10 @@ def test_from_the_hub_to_the_hub(server: HubServer, tmp_path: Path, lora_rank: i
     assert record["models"] == [f"{name}@{commit}" for name, commit in zip(names, commits, strict=True)]
     assert record["base"] == "org/base"
     card = files["README.md"].decode()
-    assert "base_model: org/base" in card and f"(https://huggingface.co/org/tuned-0/tree/{commits[0]})" in card
+    assert (
+        "base_model: org/base" in card
+        and f"[org/tuned-0](https://huggingface.co/org/tuned-0) at `{commits[0][:8]}`" in card
+    )
     if lora_rank is None:
         again = TA.merge_full(record["base"], record["models"], tmp_path / "again")
         assert again.path is not None
