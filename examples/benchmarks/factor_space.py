@@ -176,7 +176,9 @@ def table(outcome: Outcome) -> str:
                 met = min(ours[kind]["ratio"] for kind in ours) >= peft_goal
                 wanted.append((f"at {m} x {n} at least {peft_goal} times as fast as PEFT's `svd`", met))
     head = ["shape", "factor space", "dense route", "ratio", "difference"]
-    text = f"DC-Merge of {settings['tasks']} adapters of rank {settings['rank']}, time a module:\n\n{markdown(head, rows)}"
+    text = (
+        f"DC-Merge of {settings['tasks']} adapters of rank {settings['rank']}, time a module:\n\n{markdown(head, rows)}"
+    )
     if against_peft:
         head = ["shape", "PEFT, `svd`", "here, `ta`", "here, `dc`", "`ta` against `svd`"]
         text += (

@@ -187,7 +187,9 @@ def figure(outcome: Outcome) -> Figure:
         x = [size(point, sweep["over"]) for point in sweep["points"]]
         y = [point["seconds"] for point in sweep["points"]]
         most = SWEEPS[name].most
-        axes.loglog(x, y, "o-", color="#0072B2", markersize=4, label=f"measured, {sweep['fitted']['time_exponent']:.2f}")
+        axes.loglog(
+            x, y, "o-", color="#0072B2", markersize=4, label=f"measured, {sweep['fitted']['time_exponent']:.2f}"
+        )
         claim = [y[-1] * (value / x[-1]) ** most for value in x]
         axes.loglog(x, claim, "--", color="#D55E00", linewidth=1, label=f"power {most}")
         axes.set_ylim(bottom=min(y) / 2)

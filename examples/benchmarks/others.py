@@ -204,14 +204,11 @@ def table(outcome: Outcome) -> str:
             ]
             for name, fit in found["memory"].items()
         ]
-        text += (
-            f"\n\nMemory at a 7B model, by the straight line through {len(found['sizes'])} sizes:\n\n"
-            + markdown(["program", "slope", "at none", "at 6.7 billion"], rows)
+        text += f"\n\nMemory at a 7B model, by the straight line through {len(found['sizes'])} sizes:\n\n" + markdown(
+            ["program", "slope", "at none", "at 6.7 billion"], rows
         )
         third = found["memory"]["PEFT"]["bytes_at_7b"] / 3
-        wanted.append(
-            ("at most a third of PEFT's memory at 7B", found["memory"]["dc-merge"]["bytes_at_7b"] <= third)
-        )
+        wanted.append(("at most a third of PEFT's memory at 7B", found["memory"]["dc-merge"]["bytes_at_7b"] <= third))
     return text + goals(wanted, quick=settings["quick"])
 
 

@@ -1,8 +1,8 @@
 """Run the benchmarks, keep what they print in docs/performance/*.json, and write the tables of docs/performance.md from there.
 
-    python examples/benchmarks/report.py --run --mergekit-python mk/bin/python   # all of them, an hour on two cores
-    python examples/benchmarks/report.py --run fuse growth                       # these alone
-    python examples/benchmarks/report.py                                         # the page again from the saved results
+python examples/benchmarks/report.py --run --mergekit-python mk/bin/python   # all of them, an hour on two cores
+python examples/benchmarks/report.py --run fuse growth                       # these alone
+python examples/benchmarks/report.py                                         # the page again from the saved results
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def run(name: str, mergekit_python: str | None) -> None:
 def main() -> None:
     """Measure what is asked for, and write the page and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="*", choices=BENCHMARKS, metavar="NAME", help="measure these; all if none is named")
+    parser.add_argument(
+        "--run", nargs="*", choices=BENCHMARKS, metavar="NAME", help="measure these; all if none is named"
+    )
     parser.add_argument("--mergekit-python", metavar="PATH", help="for others.py")
     args = parser.parse_args()
     if args.run is not None:

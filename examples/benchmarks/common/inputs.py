@@ -24,9 +24,7 @@ class Factors(NamedTuple):
 
 def gaussian(m: int, n: int, rank: int, generator: torch.Generator) -> Factors:
     """Normal numbers of the size of trained factors."""
-    return Factors(
-        torch.randn(m, rank, generator=generator) * 0.02, torch.randn(rank, n, generator=generator) / n**0.5
-    )
+    return Factors(torch.randn(m, rank, generator=generator) * 0.02, torch.randn(rank, n, generator=generator) / n**0.5)
 
 
 def long_tailed(m: int, n: int, rank: int, generator: torch.Generator) -> Factors:

@@ -7,7 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -59,9 +59,8 @@ def memory_now(field: str = "VmRSS") -> int:
 
 def peak_beyond(work: Callable[[], object]) -> int:
     """Bytes that the resident memory rises above what there is now while something runs; 0 where /proc is missing."""
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        forget.write_text("5", encoding="ascii")  # the most there were is what there is now
+    with suppress(OSError):  # where /proc is missing or read-only
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the most there were is what there is now
     before = memory_now()
     work()
     return memory_now("VmHWM") - before
