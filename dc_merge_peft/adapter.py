@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
-from dc_merge_peft.engine import Progress, checked_device, run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
 from dc_merge_peft.merged import MergedAdapter
+from dc_merge_peft.merging import merging
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.plan import MergePlan, plan_merge
+from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
@@ -105,32 +106,54 @@ class DCMergeAdapter:
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype, device or rename.
         """
-        device = checked_device(device)
-        reading = DoraReading(dora_rank, device, allow_zero)
-        opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
-        opened = with_base(opened, BaseModel.of(base, token), reading)
-        try:
-            plan = self.plan(
-                opened,
-                weights,
-                svd_rank=svd_rank,
-                dtype=dtype,
-                allow_different_bases=allow_different_bases,
-                extras=extras,
-            )
-            result = run_merge(
-                plan,
-                opened,
-                self.method,
-                device=device,
-                allow_zero=allow_zero,
-                keep_dense=keep_dense,
-                progress=progress_bar(progress),
-            )
-        finally:
-            for source in opened:
-                source.close()
-        return MergedAdapter(**vars(result))
+        with self.merging(
+            sources, weights, svd_rank=svd_rank, dtype=dtype, device=device, allow_different_bases=allow_different_bases,
+            allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank, extras=extras, keep_dense=keep_dense,
+            lazily=False, progress=progress, token=token,
+        ) as merged:  # fmt: skip
+            return merged
+
+    @contextmanager
+    def merging(
+        self,
+        sources: Sequence[str | Path | Source],
+        weights: Sequence[float] | None = None,
+        *,
+        svd_rank: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        allow_different_bases: bool = False,
+        allow_zero: bool = False,
+        rename: str | None = None,
+        base: str | Path | nn.Module | BaseModel | None = None,
+        dora_rank: int | None = None,
+        extras: str | None = None,
+        keep_dense: bool | Path = False,
+        lazily: bool = True,
+        progress: bool | None = None,
+        token: str | bool | None = None,
+    ) -> Iterator[MergedAdapter]:
+        """:meth:`merge` for a result that is written and not kept: the merged factors are never all in memory.
+
+        They are multiplied out one layer at a time while they are written, from the adapters' files, which stay open until the
+        ``with`` block ends. The files that come out are those of :meth:`merge` to the last bit.
+
+        Args:
+            sources: As for :meth:`merge`, and so are all others.
+            lazily: ``False`` multiplies them out at once.
+
+        Examples:
+            >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP
+            ...     merged.save_pretrained("out")
+        """
+        plan = partial(
+            self.plan, weights=weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases, extras=extras
+        )  # fmt: skip
+        with merging(
+            self.method, sources, plan, device=device, allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank,
+            extras=extras, keep_dense=keep_dense, lazily=lazily, progress=progress_bar(progress), token=token,
+        ) as merged:  # fmt: skip
+            yield merged
 
     def plan(
         self,
@@ -267,12 +290,3 @@ class DCMergeAdapter:
         plan = partial(self.plan, sources, weights, token=token)
         destination = Destination(token=token, max_shard_size=max_shard_size)
         return plan_fused(plan, base, destination, trust_remote_code=trust_remote_code, **merge_options)
-
-
-def progress_bar(show: bool | None) -> Progress:
-    """A wrapper that counts modules on the terminal: always, never, or (None) where there is a terminal."""
-
-    def wrap(modules: Iterable[Any], what: str) -> Iterable[Any]:
-        return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
-
-    return wrap

@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Delta, Dense, FiledDense
-from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, SourceError, first_line
-from dc_merge_peft.linalg import FLOAT32_EPS, compute_device
+from dc_merge_peft.errors import MergeError, MergeWarning
+from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
 from dc_merge_peft.parallel import in_parallel, one_thread, workers
 from dc_merge_peft.plan import MergePlan, PlannedModule
+from dc_merge_peft.progress import Progress, silent
+from dc_merge_peft.reading import Reader, checked_device
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
+from dc_merge_peft.spanned import put_off
 
-T = TypeVar("T")
+# Of one module: the merged delta, all its singular values (None if it is dense), its terms of alpha="auto".
+Finished: TypeAlias = tuple[Delta, "Tensor | None", AlphaFit]
 
 # Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
 TOLERATED = 2e-3
-
-
-class Progress(Protocol):
-    """Wraps the modules of one pass to show how far it is; ``what`` names the pass."""
-
-    def __call__(self, modules: Iterable[T], what: str) -> Iterable[T]: ...
-
-
-def silent(modules: Iterable[T], what: str) -> Iterable[T]:
-    """No progress shown."""
-    return modules
 
 
 @torch.no_grad()
@@ -52,6 +45,7 @@ def run_merge(
     device: torch.device | str | None = None,
     allow_zero: bool = False,
     keep_dense: bool | Path = False,
+    lazily: bool = False,
     progress: Progress = silent,
 ) -> MergeResult:
     """Merge module by module: read the factors of every task, merge, keep the result, let the factors go.
@@ -63,6 +57,7 @@ def run_merge(
         allow_zero: Merge adapters with an all-zero factor, the usual sign of a failed load, instead of refusing them.
         keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it; in a folder, its
             numbers lie in files there.
+        lazily: Multiply the merged factors out only when they are looked at, from the sources, which must stay open.
         progress: Shows how far the merge is.
 
     Raises:
@@ -71,16 +66,9 @@ def run_merge(
         MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero or beyond float32.
     """
     start = time.perf_counter()
-    device = checked_device(device)
-
-    def read(module: PlannedModule) -> ModuleTasks:
-        deltas = [checked_factors(sources[task], module.name, allow_zero) for task in module.tasks]
-        where = compute_device(device or deltas[0].B.device)
-        weights = [plan.weights[task] for task in module.tasks]
-        return ModuleTasks(module.name, [delta.to(where) for delta in deltas], weights, module.tasks)
-
+    reader = Reader(plan, sources, checked_device(device), allow_zero)
     with one_thread() as threads:
-        merged, fit = _merged_modules(plan, method, read, progress, keep_dense=keep_dense, threads=threads)
+        merged, fit = _merged_modules(reader, method, progress, keep_dense=keep_dense, lazily=lazily, threads=threads)
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
             f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
@@ -106,37 +94,32 @@ def run_merge(
 
 
 def _merged_modules(
-    plan: MergePlan,
+    reader: Reader,
     method: Method,
-    read: Callable[[PlannedModule], ModuleTasks],
     progress: Progress,
     *,
     keep_dense: bool | Path,
+    lazily: bool,
     threads: int,
 ) -> tuple[dict[str, MergedModule], AlphaFit]:
     """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
-    reading = threading.Lock()
-
-    def read_alone(module: PlannedModule) -> ModuleTasks:
-        with reading:  # a method may sweep in the thread of one module while this one reads the next
-            return read(module)
+    plan = reader.plan
 
     def sweep() -> Iterator[ModuleTasks]:
-        return (_seen_by(method, read_alone(module))[0] for module in progress(plan.modules, "surveying"))
+        return (_seen_by(method, reader.tasks(module))[0] for module in progress(plan.modules, "surveying"))
 
     merge = method.prepare(sweep)
 
-    def merge_one(module: ModuleTasks) -> tuple[Delta, Tensor | None, AlphaFit]:
-        delta, S, fit = _merge_one(method, merge, module, plan.svd_rank, keep_dense=bool(keep_dense))
+    def merge_one(module: PlannedModule) -> Finished:
+        tasks = reader.tasks(module)
+        again = partial(reader.again, module) if lazily and reader.cheap(module) else None
+        delta, S, fit = _merge_one(method, merge, tasks, plan.svd_rank, keep_dense=bool(keep_dense), read=again)
         if isinstance(keep_dense, Path) and isinstance(delta, Dense):
             delta = FiledDense(delta, keep_dense)
         return delta, S, fit
 
     results = in_parallel(
-        merge_one,
-        map(read_alone, progress(plan.modules, "merging")),
-        workers=workers(method, plan, threads),
-        on_cpu=lambda module: module.tasks[0].device.type == "cpu",
+        merge_one, progress(plan.modules, "merging"), workers=workers(method, plan, threads), on_cpu=reader.on_cpu
     )
     merged: dict[str, MergedModule] = {}
     fit = AlphaFit()
@@ -186,9 +169,16 @@ def _seen_by(method: Method, module: ModuleTasks) -> tuple[ModuleTasks, SharedSp
 
 
 def _merge_one(
-    method: Method, merge: ModuleMerge, module: ModuleTasks, svd_rank: int | None, *, keep_dense: bool = False
-) -> tuple[Delta, Tensor | None, AlphaFit]:
-    """Through the method, truncated optimally, and back to full size in float32.
+    method: Method,
+    merge: ModuleMerge,
+    module: ModuleTasks,
+    svd_rank: int | None,
+    *,
+    keep_dense: bool = False,
+    read: Callable[[], Sequence[LowRank]] | None = None,
+) -> Finished:
+    """Through the method, truncated optimally, and back to full size in float32, or put off until it is looked at where
+    ``read`` reads the tasks again.
 
     Without an ``svd_rank`` the merged delta keeps the rank of the sum of its tasks at most. That is all of it, unless an
     element-wise method has left their span.
@@ -207,7 +197,9 @@ def _merge_one(
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
     kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
-    return (space.expand(kept) if space else kept.to(torch.float32)), merged.svd.S, fit
+    if space is None:
+        return kept.to(torch.float32), merged.svd.S, fit
+    return (put_off(space, kept, read) if read else space.expand(kept)), merged.svd.S, fit
 
 
 def _refuse_overflow(norm: float, what: str, module: str, method: Method) -> None:
@@ -218,59 +210,6 @@ def _refuse_overflow(norm: float, what: str, module: str, method: Method) -> Non
             f"a {what} of module '{module}' is beyond float32: expected adapters, weights and options of method "
             f"'{method.name}' of ordinary size; look for an adapter with huge factors, or for a huge weight or option"
         )
-
-
-def checked_device(device: torch.device | str | None) -> torch.device | None:
-    """A device that exists on this machine, or None as it is.
-
-    Raises:
-        OptionError: an unknown name, or a device that this machine or this build of torch does not have.
-    """
-    if device is None:
-        return None
-    try:
-        found_device = torch.empty(0, device=device).device
-        if found_device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        return found_device
-    except (RuntimeError, AssertionError) as error:
-        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise OptionError(
-            f"device '{device}' can't be used ({first_line(error)}): expected one of {', '.join(found)}, or none to compute "
-            "where the factors are"
-        ) from error
-
-
-def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
-    """One task's factors of one module.
-
-    Raises:
-        SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
-    """
-    delta = source.factors(module)
-    for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
-        where = f"{name} of '{module}' in adapter '{source.info.name}'"
-        if not bool(torch.isfinite(factor).all()):
-            raise SourceError(
-                f"{where} holds NaN or Inf: expected finite numbers; the training diverged, use an earlier checkpoint"
-            )
-        if factor.dtype == torch.float64 and bool(factor.abs().amax() > torch.finfo(torch.float32).max):
-            raise SourceError(f"{where} holds numbers beyond float32: expected trained weights; the factor is damaged")
-        if not allow_zero and not bool(factor.any()) and _all_zero(source, module, name):
-            raise SourceError(
-                f"{where} is all zero: expected a trained factor, this is how an untrained or badly loaded adapter looks; "
-                "check the adapter, or allow it (allow_zero=True, --allow-zero)"
-            )
-    return delta
-
-
-def _all_zero(source: Source, module: str, name: str) -> bool:
-    """Whether a factor is zero in all experts that share its stored pair: an expert that training never reached is, and is
-    no sign of a failed load. A module that shares its pair with none is asked about itself."""
-    layout = source.modules[module].layout
-    shared = (source.factors(other) for other in layout.modules(layout.layer(module)) if layout.kind == "expert")
-    index = layout.factor_names.index(name)
-    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared)
 
 
 def _alpha(method: Method, fit: AlphaFit) -> float:

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.engine import Progress
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.plan import MergePlan
+from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import NotStreamable, open_base_files
 from dc_merge_peft.sources.base_model import BaseModel

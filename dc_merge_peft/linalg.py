@@ -1,23 +1,18 @@
 """The few matrix routines that merging needs, on factors: nothing here forms an m x n matrix.
 
 Cores (k x k, with k the summed rank of the tasks) are float64: they cost next to nothing and the accuracy of
-whitening near-duplicate directions depends on them. Tall factors (m x k) are stored in float32 or less; the two products
-that touch them run in float64, which neither autocast nor TF32 settings reach, and come back as float32.
+whitening near-duplicate directions depends on them. The two passes over tall factors (m x k) are in
+:mod:`dc_merge_peft.frames`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
-
-# Above this condition number (columns scaled to unit norm) a float64 Gram matrix no longer gives float32-accurate
-# directions: its error is eps64 * cond^2, here 2e-8. Worse stacks take a float64 QR, which has no such limit.
-GRAM_CONDITION_LIMIT = 1e4
 
 
 def compute_device(device: torch.device) -> torch.device:
@@ -55,6 +50,10 @@ def svd_of_product(
     Null components are dropped: their directions are arbitrary, and energy smoothing would raise them to the level
     of the real ones.
     """
+    if B.shape[1] >= min(B.shape[0], A.shape[1]):  # no smaller core than the product itself
+        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+        kept = int((null_threshold(S, (B.shape[0], A.shape[1])) < S).sum())
+        return SVD(U[:, :kept], S[:kept], Vh[:kept])
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
     core = R_B @ R_A.mT
@@ -101,49 +100,6 @@ def polar_factor(
     P, S, Qh = torch.linalg.svd(X, full_matrices=False)
     kept = null_threshold(S, (X.shape[0], X.shape[1])) < S
     return (P * kept) @ Qh
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """Orthonormal coordinates for the columns of a tall stack X: ``X = Q @ coordinates``, ``Q = basis @ transform``.
-
-    Q is never formed where X is well conditioned; :meth:`expand` goes straight from coordinates to the result, so
-    that a whole merge makes two passes over X: its Gram matrix here, and one product there.
-    """
-
-    basis: Tensor  # (m, k): X itself, or (m, p): Q
-    transform: Tensor | None  # (k, p) float64, or None where basis is Q
-    coordinates: Tensor  # (p, k) float64, p = min(m, k)
-
-    def expand(
-        self,
-        x: Tensor,  # (p, r) float64, coordinates of r vectors
-    ) -> Tensor:  # (m, r) float32
-        """From coordinates back to the full space: ``Q @ x``."""
-        coefficients = x if self.transform is None else self.transform @ x
-        return (self.basis.to(torch.float64) @ coefficients).to(torch.float32)
-
-
-def orthonormal_frame(
-    X: Tensor,  # (m, k), any floating dtype
-) -> Frame:
-    """Orthonormal coordinates of the columns of X by Cholesky of its float64 Gram matrix, or by QR where X is
-    ill-conditioned, rank-deficient or wider than tall. Either way p = min(m, k) coordinates."""
-    m, k = X.shape
-    if 0 < k <= m:
-        X64 = X.to(torch.float64)
-        gram = X64.mT @ X64
-        lengths = gram.diagonal().sqrt()
-        L, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
-        if not failed and bool(torch.isfinite(L).all()):
-            inverse = torch.linalg.solve_triangular(L, torch.eye(k, dtype=L.dtype, device=L.device), upper=False)
-            # The condition number of X with unit columns, which is that of L, in Frobenius norms: 1 for orthonormal columns,
-            # and within a factor of k of the spectral one.
-            condition = float(torch.linalg.norm(L) * torch.linalg.norm(inverse)) / k
-            if condition <= GRAM_CONDITION_LIMIT:
-                return Frame(X, inverse.mT / lengths[:, None], L.mT * lengths)
-    Q, R = torch.linalg.qr(X.to(torch.float64))
-    return Frame(Q, None, R)
 
 
 # Up to this size of its smaller side a matrix is decomposed whole: some hundredths of a second.

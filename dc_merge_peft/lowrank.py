@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dc_merge_peft.linalg import SVD, Frame, orthonormal_frame, svd_of_product
+from dc_merge_peft.frames import Frame, orthonormal_frame
+from dc_merge_peft.linalg import SVD, svd_of_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,8 @@ class LowRank:
 
     def scaled(self, factor: float) -> LowRank:
         """``factor * dW``, shared out between both factors so that they stay balanced."""
+        if factor == 1:
+            return self
         root = abs(factor) ** 0.5
         return LowRank(self.B * (root if factor >= 0 else -root), self.A * root)
 
@@ -97,6 +101,14 @@ def concatenate(deltas: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([d.B for d in deltas], dim=1), torch.cat([d.A for d in deltas], dim=0))
 
 
+def is_ordinary(factor: Tensor) -> bool:
+    """Whether one look, a norm in float32, is enough to see that a factor is finite and not zero. It is not where squares
+    overflow or vanish, nor for float64, which can hold numbers beyond float32."""
+    if factor.dtype == torch.float64:
+        return False
+    return 0 < float(torch.linalg.vector_norm(factor, dtype=torch.float32)) < math.inf
+
+
 @dataclass(frozen=True, eq=False)
 class SharedSpace:
     """The joint column and row space of several deltas, with orthonormal coordinates on both sides.
@@ -113,8 +125,8 @@ class SharedSpace:
     @classmethod
     def of(cls, deltas: Sequence[LowRank]) -> SharedSpace:
         """Build it from deltas of one shape: one Gram matrix a side."""
-        stack = concatenate(deltas)
-        rows, columns = orthonormal_frame(stack.B), orthonormal_frame(stack.A.mT)
+        rows = orthonormal_frame(*(delta.B for delta in deltas))
+        columns = orthonormal_frame(*(delta.A.mT for delta in deltas))
         ranks = [delta.rank for delta in deltas]
         cores = zip(rows.coordinates.split(ranks, dim=1), columns.coordinates.split(ranks, dim=1), strict=True)
         return cls(rows, columns, tuple(LowRank(B, A.mT) for B, A in cores))

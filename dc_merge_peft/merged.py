@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
+from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.result import MergeResult
 
 if TYPE_CHECKING:
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
 class MergedAdapter(MergeResult):
     """A merged adapter in memory: a :class:`MergeResult` with ways out."""
 
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, progress: bool | None = False) -> Path:
         """Write a PEFT adapter directory that ``PeftModel.from_pretrained(base, directory)`` loads as it is.
+
+        Args:
+            directory: Where.
+            overwrite: Replace what stands there, if it is an adapter or a model.
+            progress: Show a progress bar, or (None) on a terminal only.
 
         Raises:
             OutputError: the directory exists (pass ``overwrite=True``), or can't be written.
         """
-        return write_adapter(self, directory, overwrite=overwrite)
+        return write_adapter(self, directory, overwrite=overwrite, progress=progress_bar(progress))
 
     def push_to_hub(
         self,

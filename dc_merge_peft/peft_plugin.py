@@ -10,11 +10,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 
 from dc_merge_peft.combination_types import combination_types
-from dc_merge_peft.engine import checked_device, run_merge
+from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.live import check_name, install_in_tuner
 from dc_merge_peft.plan import plan_merge
+from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
 from dc_merge_peft.sources.live import LiveSource
 

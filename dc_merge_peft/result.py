@@ -93,13 +93,13 @@ class MergeResult:
         """The rename under which the adapters were read: one for all of them."""
         return self.adapters[0].rename if self.adapters else None
 
-    def lowrank(self, module: str) -> LowRank:
-        """The merged delta of a module as float32 factors, ``alpha`` applied.
+    def lowrank(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
+        """The merged delta of a module as factors in float32 or another dtype, ``alpha`` applied.
 
         Raises:
             OptionError: no such module was merged.
         """
-        return as_lowrank(self._module(module).delta).to(torch.float32).scaled(self.alpha)
+        return as_lowrank(self._module(module).delta).scaled(self.alpha).to(dtype)
 
     def delta(self, module: str) -> Tensor:
         """The merged delta of a module as a dense float32 (m, n) tensor: m outputs, n inputs, ``alpha`` applied.

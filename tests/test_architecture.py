@@ -23,16 +23,27 @@ PACKAGE = "dc_merge_peft"
 
 # From the bottom up; a module may import from its own layer and those below. A name with ".*" is a whole subpackage.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version"),
+    ("errors", "_version", "progress"),
     ("hub_errors",),
-    ("linalg",),
-    ("lowrank", "dense"),
+    ("linalg", "frames"),
+    ("lowrank", "dense", "spanned"),
     ("layout", "methods.*"),
     ("metrics.*",),
     ("layers", "offload", "sources.*"),
-    ("extras", "extra_values", "plan", "result", "completion", "engine", "parallel", "runconfig", "combination_types"),
+    (
+        "extras",
+        "extra_values",
+        "plan",
+        "result",
+        "completion",
+        "reading",
+        "engine",
+        "parallel",
+        "runconfig",
+        "combination_types",
+    ),
     ("outputs.*",),
-    ("merged", "fusing", "adapter", "peft_plugin"),
+    ("merged", "merging", "fusing", "adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
     ("plots.*",),
@@ -42,7 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # The mathematics: torch, the standard library and itself.
-MATHEMATICS = ("errors", "linalg", "lowrank", "dense", "layout", "methods.*", "metrics.*")
+MATHEMATICS = ("errors", "linalg", "frames", "lowrank", "dense", "spanned", "layout", "methods.*", "metrics.*")
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
 LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "typer", "rich"}
 
@@ -115,7 +126,7 @@ def layer(module: str) -> int:
 def test_the_reading_of_imports() -> None:
     """Lazy imports and ``from package import module`` are seen, and told apart from those at import time."""
     assert {"errors", "linalg", "lowrank", "methods.dc", "sources.live", "adapter", ""} <= set(sources())
-    assert internal(imports("lowrank")) == {"linalg"} and external(imports("lowrank")) == {"torch"}
+    assert internal(imports("lowrank")) == {"frames", "linalg"} and external(imports("lowrank")) == {"torch"}
     assert "outputs.live" in internal(imports("merged"))
     assert "outputs.live" not in internal(imports("merged", all_of_them=False))
     assert "peft_plugin" in internal(imports("registration"))

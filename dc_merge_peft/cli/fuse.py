@@ -13,10 +13,10 @@ from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
-from dc_merge_peft.engine import checked_device
 from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.reading import checked_device
 
 
 @reports_errors

@@ -13,11 +13,11 @@ from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
-from dc_merge_peft.engine import checked_device
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.reading import checked_device
 
 
 @reports_errors
@@ -112,10 +112,10 @@ def merge(
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
-        merged = merger.merge(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings)
-    if run.output is not None:
-        merged.save_pretrained(run.output, overwrite=overwrite)
-    url = _push(merged, push_to, run.output, **push) if push_to is not None else None
+        with merger.merging(run.adapters, run.weights, device=run.device, allow_zero=allow_zero, **settings) as merged:
+            if run.output is not None:
+                merged.save_pretrained(run.output, overwrite=overwrite, progress=None)
+            url = _push(merged, push_to, run.output, **push) if push_to is not None else None
     print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
 
 

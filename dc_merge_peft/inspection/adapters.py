@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from dc_merge_peft import metrics
-from dc_merge_peft.adapter import progress_bar
-from dc_merge_peft.engine import checked_device, checked_factors
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.inspection.data import (
     AdapterReport,
@@ -29,6 +27,8 @@ from dc_merge_peft.inspection.reading import Opened, open_leniently
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.metrics.energy import effective_rank_of
+from dc_merge_peft.progress import progress_bar
+from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.sources import Source
 
 

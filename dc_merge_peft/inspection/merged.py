@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from dc_merge_peft import metrics
-from dc_merge_peft.adapter import progress_bar
 from dc_merge_peft.dense import Delta
-from dc_merge_peft.engine import checked_device, checked_factors
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
 from dc_merge_peft.inspection.data import Finding, Kept, MergeInspection
 from dc_merge_peft.inspection.findings import findings_after
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.plan import uniquely_named
+from dc_merge_peft.progress import progress_bar
+from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources import CheckpointSource, Source

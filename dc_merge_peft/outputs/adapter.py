@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.extras import extra_tensors, without_trainables
-from dc_merge_peft.outputs.files import save_reproducibly
-from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
+from dc_merge_peft.outputs.files import PlannedTensor, bytes_of, lay_out, write_at
+from dc_merge_peft.outputs.lora_config import StoredLayer, lora_fields, stored_layers
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
+from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base import CardFacts
@@ -24,7 +27,9 @@ from dc_merge_peft.sources.hub import TRAINABLES_FILE
 from dc_merge_peft.sources.keys import PREFIX
 
 
-def write_adapter(result: MergeResult, directory: str | Path, *, overwrite: bool = False) -> Path:
+def write_adapter(
+    result: MergeResult, directory: str | Path, *, overwrite: bool = False, progress: Progress = silent
+) -> Path:
     """Write ``adapter_config.json``, ``adapter_model.safetensors``, a model card and the configuration of the run.
 
     ``PeftModel.from_pretrained(base, directory)`` loads it with scaling 1 and the exact delta. The directory appears
@@ -35,7 +40,7 @@ def write_adapter(result: MergeResult, directory: str | Path, *, overwrite: bool
             numbers.
     """
     with whole_directory(directory, overwrite=overwrite) as building:
-        _write_files(result, building, base=base_facts(result))
+        _write_files(result, building, base=base_facts(result), progress=progress)
     return Path(directory).expanduser()
 
 
@@ -68,7 +73,9 @@ def push_adapter(
         )
 
 
-def _write_files(result: MergeResult, folder: Path, *, base: CardFacts, place: str | None = None) -> None:
+def _write_files(
+    result: MergeResult, folder: Path, *, base: CardFacts, place: str | None = None, progress: Progress = silent
+) -> None:
     """The four files of an adapter, and the original LLaVA's fifth one."""
     record = run_record(result)
     (folder / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -76,15 +83,41 @@ def _write_files(result: MergeResult, folder: Path, *, base: CardFacts, place: s
     result, beside = without_trainables(result)
     if beside:
         torch.save({PREFIX + name: value.cpu() for name, value in beside.items()}, folder / TRAINABLES_FILE)
-    tensors = {}
-    for layer, layout, A, B in stored_factors(result):
-        ending = "" if layout.kind == "embedding" else ".weight"
-        for name, factor in zip(layout.factor_names, (A, B), strict=True):
-            tensors[f"{PREFIX}{layer}.{name}{ending}"] = factor.cpu()
-    tensors |= {PREFIX + key: value.cpu() for key, value in extra_tensors(result).items()}
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
-    save_reproducibly(
-        tensors, folder / "adapter_model.safetensors", {"format": "pt", "dc_merge": json.dumps(record, sort_keys=True)}
-    )
+    metadata = {"format": "pt", "dc_merge": json.dumps(record, sort_keys=True)}
+    write_weights(result, folder / "adapter_model.safetensors", metadata, progress)
     config = json.dumps(lora_fields(result), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def write_weights(result: MergeResult, file: Path, metadata: Mapping[str, str], progress: Progress = silent) -> None:
+    """The weight file of an adapter, one layer at a time, several side by side.
+
+    Raises:
+        OutputError: a factor does not fit into the dtype.
+    """
+    extras = {PREFIX + key: value.cpu() for key, value in extra_tensors(result).items()}
+    planned = {key: PlannedTensor(value.dtype, tuple(value.shape)) for key, value in extras.items()}
+    layers = stored_layers(result)
+    for stored in layers:
+        for key, shape in zip(_keys(stored), stored.shapes, strict=True):
+            planned[key] = PlannedTensor(result.dtype, shape)
+    layout = lay_out(dict(sorted(planned.items())), metadata)
+    layout.create(file)
+
+    def write(stored: StoredLayer) -> None:
+        for key, factor in zip(_keys(stored), stored.factors(result), strict=True):
+            write_at(file, layout.places[key], bytes_of(factor.cpu()))
+
+    for key, value in extras.items():
+        write_at(file, layout.places[key], bytes_of(value))
+    with one_thread() as threads:
+        for _ in in_parallel(write, progress(layers, "writing"), workers=threads, on_cpu=lambda _: True):
+            pass
+
+
+def _keys(stored: StoredLayer) -> tuple[str, str]:
+    """The keys of A and B in a checkpoint."""
+    ending = "" if stored.layout.kind == "embedding" else ".weight"
+    A, B = (f"{PREFIX}{stored.layer}.{name}{ending}" for name in stored.layout.factor_names)
+    return A, B

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense
-from dc_merge_peft.engine import Progress, silent
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.outputs.files import write_at
 from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
 from dc_merge_peft.outputs.fused_targets import Target
-from dc_merge_peft.outputs.shards import plan_shards, write_at, write_headers
+from dc_merge_peft.outputs.shards import plan_shards, write_headers
 from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel
@@ -91,7 +92,9 @@ def stream_fused(
     with whole_directory(out, overwrite=overwrite) as building:
         shards = plan_shards(model.files.tensors, max_shard_size)
         write_headers(shards, building)
-        places = {key: (building / shard.name, offset) for shard in shards for key, offset in shard.places.items()}
+        places = {
+            key: (building / shard.name, offset) for shard in shards for key, offset in shard.layout.places.items()
+        }
         pieces = _Pieces(model, changes, result, places)
         units = [*model.files.tensors, *changes.groups]
         work = (piece for unit in progress(units, "fusing") for piece in pieces.of(unit))
@@ -187,6 +190,7 @@ class _RowsOf:
 
     def __init__(self, delta: Delta, flipped: bool) -> None:
         if isinstance(delta, LowRank):
+            delta = delta.to(torch.float32)  # both factors at once
             left, right = (delta.A.mT, delta.B.mT) if flipped else (delta.B, delta.A)
             self._left, self._right = left.cpu(), right.cpu()
         else:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.lowrank import LowRank, is_ordinary
 from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
@@ -135,6 +135,55 @@ def _parameter_fields(result: MergeResult) -> dict[str, Any]:
     return {"target_parameters": used} if used else {}
 
 
+@dataclass(frozen=True)
+class StoredLayer:
+    """The factors of one PEFT layer as they will be stored; no numbers yet."""
+
+    layer: str  # path
+    layout: Layout
+    modules: tuple[str, ...]  # of the merge, whose factors it holds
+    rank: int  # to which they are zero-padded
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]  # of A and B
+
+    def factors(self, result: MergeResult) -> tuple[Tensor, Tensor]:
+        """A and B in the result's dtype, ``alpha`` applied.
+
+        Raises:
+            OutputError: a factor does not fit into the dtype.
+        """
+        deltas = [_padded(result.lowrank(name, result.dtype), self.rank) for name in self.modules]
+        A, B = (factor.contiguous() for factor in self.layout.to_stored(deltas))
+        if all(is_ordinary(factor) for factor in (A, B)):
+            return A, B
+        if result.alpha and any(result.modules[name].rank for name in self.modules) and not bool(A.any() and B.any()):
+            raise OutputError(
+                f"the merged factors of '{self.layer}' are all zero in {result.dtype}, at alpha {result.alpha:.3g}: expected an adapter "
+                "that does something; use a larger alpha or weights, or a wider dtype"
+            )
+        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+            remedy = "write float32 or bfloat16" if result.dtype == torch.float16 else "use smaller weights or alpha"
+            raise OutputError(
+                f"the merged factors of '{self.layer}' do not fit into {result.dtype}: expected numbers below "
+                f"{torch.finfo(result.dtype).max:.3g}; {remedy}"
+            )
+        return A, B
+
+
+def stored_layers(result: MergeResult) -> list[StoredLayer]:
+    """The PEFT layers that will hold the result."""
+    ranks = stored_ranks(result)
+    layers = {module.layout.layer(name): module.layout for name, module in result.modules.items()}
+    found = []
+    for layer, layout in layers.items():
+        names = layout.modules(layer)
+        rank = ranks.of(pattern_path(names[0], layout))
+        empty = torch.empty(0, device="meta")
+        shapes = [result.modules[name].delta.shape for name in names]
+        A, B = layout.to_stored([LowRank(empty.new_empty(m, rank), empty.new_empty(rank, n)) for m, n in shapes])
+        found.append(StoredLayer(layer, layout, names, rank, (tuple(A.shape), tuple(B.shape))))
+    return found
+
+
 def stored_factors(result: MergeResult) -> Iterator[tuple[str, Layout, Tensor, Tensor]]:
     """``(layer, layout, A, B)`` as PEFT stores them under the path of its layer, in the result's dtype, ``alpha`` applied,
     zero-padded to the stored rank.
@@ -142,29 +191,14 @@ def stored_factors(result: MergeResult) -> Iterator[tuple[str, Layout, Tensor, T
     Raises:
         OutputError: a factor does not fit into the dtype.
     """
-    ranks = stored_ranks(result)
-    layers = {module.layout.layer(name): module.layout for name, module in result.modules.items()}
-    for layer, layout in layers.items():
-        names = layout.modules(layer)
-        rank = ranks.of(pattern_path(names[0], layout))
-        A, B = layout.to_stored([_padded(result.lowrank(name), rank) for name in names])
-        A, B = A.to(result.dtype).contiguous(), B.to(result.dtype).contiguous()
-        if result.alpha and any(result.modules[name].rank for name in names) and not bool(A.any() and B.any()):
-            raise OutputError(
-                f"the merged factors of '{layer}' are all zero in {result.dtype}, at alpha {result.alpha:.3g}: expected an adapter "
-                "that does something; use a larger alpha or weights, or a wider dtype"
-            )
-        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-            remedy = "write float32 or bfloat16" if result.dtype == torch.float16 else "use smaller weights or alpha"
-            raise OutputError(
-                f"the merged factors of '{layer}' do not fit into {result.dtype}: expected numbers below "
-                f"{torch.finfo(result.dtype).max:.3g}; {remedy}"
-            )
-        yield layer, layout, A, B
+    for stored in stored_layers(result):
+        yield stored.layer, stored.layout, *stored.factors(result)
 
 
 def _padded(delta: LowRank, rank: int) -> LowRank:
     missing = rank - delta.rank
+    if missing == 0:
+        return delta
     return LowRank(pad(delta.B, (0, missing)), pad(delta.A, (0, 0, 0, missing)))
 
 

@@ -162,6 +162,7 @@ class Source(ABC):
     modules: Mapping[str, ModuleSpec]  # by path in the base model
     extras: Mapping[str, ExtraSpec] = MappingProxyType({})  # by the path of the tensor in the base model
     extras_reason: str | None = None  # why they are refused unless the caller says what becomes of them: "has ...; ..."
+    cheap: bool = True  # reading a module again costs next to nothing
     is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
     config: Mapping[str, Any] = MappingProxyType({})  # the adapter's own settings under PEFT's names, where it has any
 
@@ -176,6 +177,10 @@ class Source(ABC):
         Raises:
             SourceError: the factors can't be read.
         """
+
+    def on_cpu(self, module: str) -> bool:
+        """Whether :meth:`factors` gives factors that the CPU computes with."""
+        return True
 
     def lora(self, module: str) -> LowRank:
         """``scaling * B @ A`` alone, which of a DoRA adapter is a part of the delta; see :class:`DoraSource`."""

@@ -55,6 +55,7 @@ class CheckpointSource(Source):
         }
         self._stacks = expert_stacks(rows, self.config, self.name)
         self._last_read: tuple[str, Tensor, Tensor] | None = None
+        self._closed = False
         specs = {layer: self._spec(layer, keys, self._stacks.get(layer)) for layer, keys in self._keys.items()}
         self.modules = {module: spec for layer, spec in specs.items() for module in spec.layout.modules(layer)}
         self._read_beside(files.directory)
@@ -100,7 +101,7 @@ class CheckpointSource(Source):
         return magnitude
 
     def close(self) -> None:
-        self._last_read = None
+        self._closed, self._last_read = True, None
         self._tensors.close()
         self._trainables.close()
 
@@ -108,6 +109,11 @@ class CheckpointSource(Source):
         """The stored pair of a PEFT layer. The last one of experts is kept: they come one after the other, and share it."""
         if self._last_read is not None and self._last_read[0] == layer:
             return self._last_read[1:]
+        if self._closed:
+            raise SourceError(
+                f"adapter '{self.name}' has been closed: expected to be read before; look at a result within its 'with' block, or merge "
+                "at once (merge(), or merging(lazily=False))"
+            )
         keys = self._keys[layer]
         A, B = self._tensors.read(keys.A), self._tensors.read(keys.B)
         self._last_read = (layer, A, B) if layer in self._stacks else None

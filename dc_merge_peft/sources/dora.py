@@ -100,10 +100,15 @@ class DoraSource(Source):
             name: replace(spec, rank=min(reading.rank or 2 * spec.rank, *spec.shape))
             for name, spec in adapter.modules.items()
         }
+        self.cheap = False
         self._squares: dict[str, tuple[float, float]] = {}  # by module: what truncation lost, and the whole
 
     def scaling(self, module: str) -> float:
         return self._adapter.scaling(module)
+
+    def on_cpu(self, module: str) -> bool:
+        device = self.reading.device
+        return self._adapter.on_cpu(module) if device is None else compute_device(device).type == "cpu"
 
     def factors(self, module: str) -> LowRank:
         lora, magnitude = self._adapter.lora(module), self._adapter.magnitude(module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, unknown_name
 from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.layout import STORED_OUT_PROJ, Layout, holder_and_depth
+from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
@@ -100,6 +101,10 @@ class LiveSource(Source):
         if self.is_dora:
             raise dora_without_base(self._adapter)
         return self.lora(module)
+
+    def on_cpu(self, module: str) -> bool:
+        (holder, key), _ = factor_holders(self._layers[self.modules[module].layout.layer(module)], self._adapter)
+        return compute_device(getattr(holder, key).device).type in ("cpu", "meta")  # offloaded ones are read to the CPU
 
     def lora(self, module: str) -> LowRank:
         layout = self.modules[module].layout

@@ -55,6 +55,9 @@ class RenamedSource(Source):
     def scaling(self, module: str) -> float:
         return self._source.scaling(self._old[module])
 
+    def on_cpu(self, module: str) -> bool:
+        return self._source.on_cpu(self._old[module])
+
     def factors(self, module: str) -> LowRank:
         return self._source.factors(self._old[module])
 

@@ -92,7 +92,7 @@ def test_overwrite(tmp_path: Path) -> None:
     assert RunConfig.read(out / "dc_merge.yaml").options["alpha"] == 2.0
 
 
-@pytest.mark.parametrize("step", ["save_reproducibly", "lora_fields", "adapter_card", "rename"])
+@pytest.mark.parametrize("step", ["write_weights", "lora_fields", "adapter_card", "rename"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
 def test_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
     """A failure at any step leaves nothing new, and an existing directory as it was."""

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge, metrics
 from dc_merge_peft.engine import merge_module, run_merge
+from dc_merge_peft.frames import SCRATCH
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.methods.base import ModuleTasks
@@ -40,6 +41,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        SCRATCH.forget()  # that of larger merges before this one
         self.entries, self.operations = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dc_merge_peft.engine import merge_module, run_merge
-from dc_merge_peft.linalg import orthonormal_frame
+from dc_merge_peft.frames import orthonormal_frame
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.plan import plan_merge

@@ -1,0 +1,125 @@
+"""The factors of every task in one module, read and checked: what the engine feeds to a method."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dc_merge_peft.errors import OptionError, SourceError, first_line
+from dc_merge_peft.linalg import compute_device
+from dc_merge_peft.lowrank import LowRank, is_ordinary
+from dc_merge_peft.methods.base import ModuleTasks
+from dc_merge_peft.plan import MergePlan, PlannedModule
+from dc_merge_peft.sources.base import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads modules for any thread, one at a time: sources are read by one thread, and looked through by many."""
+
+    plan: MergePlan
+    sources: Sequence[Source]
+    device: torch.device | None = None  # where to compute; None is where each module's first factors are
+    allow_zero: bool = False
+    _reading: threading.Lock = field(default_factory=threading.Lock)
+
+    def tasks(self, module: PlannedModule) -> ModuleTasks:
+        """One module for a method.
+
+        Raises:
+            SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
+        """
+        deltas = self._read(module)
+        for task, delta in zip(module.tasks, deltas, strict=True):
+            check_factors(delta, self.sources[task], module.name, self.allow_zero)
+        weights = [self.plan.weights[task] for task in module.tasks]
+        return ModuleTasks(module.name, self._placed(deltas), weights, module.tasks)
+
+    def again(self, module: PlannedModule) -> Sequence[LowRank]:
+        """The same deltas once more, after they have been checked."""
+        return self._placed(self._read(module))
+
+    def on_cpu(self, module: PlannedModule) -> bool:
+        """Whether the CPU computes this module."""
+        if self.device is not None:
+            return compute_device(self.device).type == "cpu"
+        return self.sources[module.tasks[0]].on_cpu(module.name)
+
+    def cheap(self, module: PlannedModule) -> bool:
+        """Whether reading the module again costs next to nothing."""
+        return all(self.sources[task].cheap for task in module.tasks)
+
+    def _read(self, module: PlannedModule) -> list[LowRank]:
+        with self._reading:
+            return [self.sources[task].factors(module.name) for task in module.tasks]
+
+    def _placed(self, deltas: Sequence[LowRank]) -> list[LowRank]:
+        where = compute_device(self.device or deltas[0].device)
+        return [delta.to(where) for delta in deltas]
+
+
+def checked_device(device: torch.device | str | None) -> torch.device | None:
+    """A device that exists on this machine, or None as it is.
+
+    Raises:
+        OptionError: an unknown name, or a device that this machine or this build of torch does not have.
+    """
+    if device is None:
+        return None
+    try:
+        found_device = torch.empty(0, device=device).device
+        if found_device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return found_device
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise OptionError(
+            f"device '{device}' can't be used ({first_line(error)}): expected one of {', '.join(found)}, or none to compute "
+            "where the factors are"
+        ) from error
+
+
+def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
+    """One task's factors of one module.
+
+    Raises:
+        SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
+    """
+    delta = source.factors(module)
+    check_factors(delta, source, module, allow_zero)
+    return delta
+
+
+def check_factors(delta: LowRank, source: Source, module: str, allow_zero: bool) -> None:
+    """Refuse factors that hold NaN, Inf or, unless allowed, only zeros.
+
+    Raises:
+        SourceError: they do.
+    """
+    for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
+        if is_ordinary(factor):
+            continue
+        where = f"{name} of '{module}' in adapter '{source.info.name}'"
+        if not bool(torch.isfinite(factor).all()):
+            raise SourceError(
+                f"{where} holds NaN or Inf: expected finite numbers; the training diverged, use an earlier checkpoint"
+            )
+        if factor.dtype == torch.float64 and bool(factor.abs().amax() > torch.finfo(torch.float32).max):
+            raise SourceError(f"{where} holds numbers beyond float32: expected trained weights; the factor is damaged")
+        if not allow_zero and not bool(factor.any()) and _all_zero(source, module, name):
+            raise SourceError(
+                f"{where} is all zero: expected a trained factor, this is how an untrained or badly loaded adapter looks; "
+                "check the adapter, or allow it (allow_zero=True, --allow-zero)"
+            )
+
+
+def _all_zero(source: Source, module: str, name: str) -> bool:
+    """Whether a factor is zero in all experts that share its stored pair: an expert that training never reached is, and is
+    no sign of a failed load. A module that shares its pair with none is asked about itself."""
+    layout = source.modules[module].layout
+    shared = (source.factors(other) for other in layout.modules(layout.layer(module)) if layout.kind == "expert")
+    index = layout.factor_names.index(name)
+    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared)
