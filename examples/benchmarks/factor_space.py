@@ -5,7 +5,7 @@ Random adapters with long-tailed spectra: by default 8 of rank 16 on 96 modules 
 
 The time in factor space is that of ``DCMergeAdapter().merge`` from files in the page cache until all merged factors are in
 memory, over all modules, divided by their number: reading, checking and everything else is in it. The dense route takes seconds
-to minutes a module, so it runs on a few of them, spread evenly, and starts from factors in memory. PEFT's ``svd`` and this
+to minutes a module, so it runs on a few of them, spread evenly, and starts from factors in memory. Of all the shortest time counts. PEFT's ``svd`` and this
 library's types go through the same ``add_weighted_adapter`` on a model in memory. Results are compared too: a ratio of different
 answers means nothing.
 
@@ -16,7 +16,6 @@ answers means nothing.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ def dense_dc_merge(tasks: Sequence[Factors], rank: int) -> Tensor:
 
 
 def in_factor_space(adapters: list[Path], repeat: int) -> tuple[float, dict[str, LowRank]]:
-    """Seconds for all modules, and their merged factors; the first time counts for nothing, as it imports."""
+    """Shortest time for all modules, and their merged factors; the first time counts for nothing, as it imports."""
     # The published code keeps int(1e-3 k^2) entries; "auto" would keep more only below the paper's settings.
     merger = DCMergeAdapter(DCMergeConfig(smoothing="linear", rho=RHO, density="auto", alpha=1.0))
     took: list[float] = []
@@ -80,7 +79,7 @@ def in_factor_space(adapters: list[Path], repeat: int) -> tuple[float, dict[str,
         merged = merger.merge(adapters, progress=False)
         factors = {name: merged.lowrank(name) for name in merged.modules}
         took.append(time.perf_counter() - start)
-    return statistics.median(took[1:]), factors
+    return min(took[1:]), factors
 
 
 def stored(adapters: list[Path], module: str) -> list[Factors]:
@@ -112,8 +111,11 @@ def one_case(args: argparse.Namespace, size: tuple[int, int], folder: Path) -> d
         dense_times.append(time.perf_counter() - start)
         differences.append(float(torch.linalg.norm(merged[name].dense() - expected) / torch.linalg.norm(expected)))
         say(f"dense: {dense_times[-1]:.1f} s for a module, difference {differences[-1]:.1e}")
-    dense = statistics.median(dense_times)
+    dense = min(dense_times)
     del merged
+    # Before and after the dense route, so that a quiet moment counts for one side no more than for the other.
+    whole = min(whole, in_factor_space(adapters, args.repeat)[0])
+    say(f"in factor space, with a second try: {whole:.2f} s")
     tasks = stored(adapters, next(iter(shapes)))
     return {
         "shape": [m, n],
@@ -197,5 +199,10 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, help="torch threads, for all routes; torch's choice by default")
-    parser.add_argument("--repeat", type=int, default=3, help="in factor space; the median counts")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=3,
+        help="in factor space, before and after the dense route; the shortest counts, as it does of the dense route",
+    )
     conclude(parsed(parser, QUICK), "factor_space", measure, table)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs/performance.md"
 RESULTS = ROOT / "docs/performance"
 BENCHMARKS = ("factor_space", "merge_process", "fuse", "others", "growth")
+IDLE = 0.7  # load at most; an idle desk has its own small things to do
 _BLOCK = re.compile(r"(<!-- (\w+): written by [^\n]*-->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -39,7 +40,10 @@ def block(name: str) -> str:
         f"{key}={value}" for key, value in outcome["settings"].items() if value and key != "mergekit_python"
     )
     table = importlib.import_module(name).table(outcome)
-    return f"\n{in_words(outcome['machine'])}. Settings: `{settings}`.\n\n{table}\n\n{picture}"
+    busy = ""
+    if outcome["machine"]["load_before"] > IDLE:
+        busy = " **The machine was busy with other work: times and ratios are not to be relied on.**"
+    return f"\n{in_words(outcome['machine'])}. Settings: `{settings}`.{busy}\n\n{table}\n\n{picture}"
 
 
 def rendered(page: str) -> str:

@@ -79,7 +79,9 @@ def write_base(folder: Path, layers: int, hidden: int, shard: str) -> tuple[Shap
     """A random Llama of TinyLlama's proportions in bfloat16 on disk: the shapes of its linear layers, and its number of
     parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
