@@ -26,7 +26,7 @@ from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.inputs import Factors, equal_shapes, long_tailed, write_adapters
 from common.live import peft_against_ours
 from common.process import helper
-from common.tables import goals, markdown, seconds, times
+from common.tables import Goal, goals, markdown, seconds, times
 from safetensors import safe_open
 from torch import Tensor
 
@@ -160,7 +160,7 @@ def table(outcome: Outcome) -> str:
         if dense_goal:
             text = f"at {m} x {n} at least {dense_goal} times as fast as the dense route, with the same result to 1e-4"
             met = case["ratio"] >= dense_goal and case["largest_relative_difference"] < 1e-4
-            wanted.append((text, met))
+            wanted.append(Goal(text, met))
         if case["peft"]:
             ours = case["peft"]["ours"]
             against_peft.append(
@@ -176,7 +176,7 @@ def table(outcome: Outcome) -> str:
             )
             if peft_goal:
                 met = min(ours[kind]["ratio"] for kind in ours) >= peft_goal
-                wanted.append((f"at {m} x {n} at least {peft_goal} times as fast as PEFT's `svd`", met))
+                wanted.append(Goal(f"at {m} x {n} at least {peft_goal} times as fast as PEFT's `svd`", met))
     head = ["shape", "factor space", "dense route", "ratio", "difference"]
     text = (
         f"DC-Merge of {settings['tasks']} adapters of rank {settings['rank']}, time a module:\n\n{markdown(head, rows)}"
@@ -187,7 +187,7 @@ def table(outcome: Outcome) -> str:
             f"\n\n`add_weighted_adapter`, time a module; `svd` and `ta` cut the sum to rank {settings['rank']}, and the last "
             f"column is the difference of their results:\n\n{markdown(head, against_peft)}"
         )
-    return text + goals(wanted, quick=settings["quick"])
+    return text + goals(wanted, outcome)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.floor import added_products, read, write
 from common.inputs import Shapes, write_adapters, write_base
 from common.process import DC_MERGE, Run, helper, measured
-from common.tables import goals, markdown, megabytes, seconds, times
+from common.tables import Goal, goals, markdown, megabytes, seconds, times
 
 QUICK = {"layers": 2, "hidden": 256, "repeat": 1, "shard": "10MB"}
 ROOM = 1e9  # beyond one shard
@@ -85,7 +85,7 @@ def table(outcome: Outcome) -> str:
         f"{found['parameters'] / 1e9:.2f} billion parameters in bfloat16 (median of {settings['repeat']} runs):\n\n"
         f"{markdown(['what', 'time', 'process against it'], rows)}\n\nMemory: {megabytes(found['peak_bytes'])}, "
         f"{megabytes(beyond)} more than the largest file of {megabytes(found['largest_shard_bytes'])}."
-        + goals([("memory of at most one file and 1 GB", beyond <= ROOM)], quick=settings["quick"])
+        + goals([Goal("memory of at most one file and 1 GB", beyond <= ROOM, timed=False)], outcome)
     )
 
 

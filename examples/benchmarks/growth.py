@@ -24,7 +24,7 @@ import torch
 from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.inputs import equal_shapes, write_adapters
 from common.process import helper, peak_beyond
-from common.tables import goals, markdown, megabytes, seconds
+from common.tables import Goal, goals, markdown, megabytes, seconds
 
 from dc_merge_peft import DCMergeAdapter
 
@@ -171,9 +171,9 @@ def table(outcome: Outcome) -> str:
             ]
         )
         text = f"along {name}, time grows at most with power {sweep.most} of {sweep.over}, {TOLERANCE} given for noise (found {fitted['time_exponent']:.2f})"
-        wanted.append((text, fitted["time_exponent"] <= sweep.most + TOLERANCE))
+        wanted.append(Goal(text, fitted["time_exponent"] <= sweep.most + TOLERANCE))
     head = ["along", "time", "memory beyond the process", "fitted over", "exponent of time", "of memory"]
-    return f"{markdown(head, rows)}{goals(wanted, quick=outcome['settings']['quick'])}"
+    return f"{markdown(head, rows)}{goals(wanted, outcome)}"
 
 
 def figure(outcome: Outcome) -> Figure:

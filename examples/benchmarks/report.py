@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 
 from common.command import Outcome
-from common.machine import in_words
+from common.machine import busy, in_words
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs/performance.md"
 RESULTS = ROOT / "docs/performance"
 BENCHMARKS = ("factor_space", "merge_process", "fuse", "others", "growth")
-IDLE = 0.7  # load at most; an idle desk has its own small things to do
 _BLOCK = re.compile(r"(<!-- (\w+): written by [^\n]*-->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -40,10 +39,10 @@ def block(name: str) -> str:
         f"{key}={value}" for key, value in outcome["settings"].items() if value and key != "mergekit_python"
     )
     table = importlib.import_module(name).table(outcome)
-    busy = ""
-    if outcome["machine"]["load_before"] > IDLE:
-        busy = " **The machine was busy with other work: times and ratios are not to be relied on.**"
-    return f"\n{in_words(outcome['machine'])}. Settings: `{settings}`.{busy}\n\n{table}\n\n{picture}"
+    warning = ""
+    if busy(outcome["machine"]):
+        warning = " **The machine was busy with other work: times and ratios are not to be relied on.**"
+    return f"\n{in_words(outcome['machine'])}. Settings: `{settings}`.{warning}\n\n{table}\n\n{picture}"
 
 
 def rendered(page: str) -> str:

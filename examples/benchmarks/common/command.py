@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.machine import in_words, machine
+from common.machine import in_words, machine, others
 
 Outcome = dict[str, Any]  # benchmark, machine, settings, results
 _START = time.perf_counter()
@@ -50,8 +50,9 @@ def conclude(
     args: argparse.Namespace, name: str, measure: Callable[[argparse.Namespace], Any], table: Callable[[Outcome], str]
 ) -> None:
     """Measure and print."""
-    found = machine()  # before the work: its load is that of other programs
+    found = machine()
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "folder")}
     results = measure(args)
+    found["others"] = max(found["others"], others())  # before and after the work, which itself uses all there is
     outcome = {"benchmark": name, "machine": found, "settings": settings, "results": results}
     print(json.dumps(outcome, indent=1) if args.json else f"{in_words(found)}\n\n{table(outcome)}")

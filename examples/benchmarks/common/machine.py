@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+IDLE = 0.1  # share of the processors at most; a system has its own small things to do
+
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, versions, and how busy the machine was just before."""
+    """Processor, cores, memory, versions, and how busy others keep it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -26,9 +29,28 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "load_before": round(os.getloadavg()[0], 2),
+        "others": others(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def busy(found: dict[str, Any]) -> bool:
+    """Whether other programs were working when a run began or ended: its times say little then."""
+    return bool(found["others"] > IDLE)
+
+
+def others() -> float:
+    """Share of the processors that other programs use at the moment. The load average would count what ran before, which may be
+    another benchmark."""
+    (used, whole), _, (used_later, whole_later) = _ticks(), time.sleep(0.5), _ticks()
+    return round((used_later - used) / max(whole_later - whole, 1), 2)
+
+
+def _ticks() -> tuple[int, int]:
+    """Processor time in use, by anyone, and altogether; nothing where /proc is missing."""
+    stat = Path("/proc/stat")
+    numbers = [int(word) for word in stat.read_text().splitlines()[0].split()[1:9]] if stat.exists() else [0] * 8
+    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)  # all but idle and waiting for the disk
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -37,5 +59,5 @@ def in_words(found: dict[str, Any]) -> str:
     return (
         f"{found['processor']}{kind}, {found['cores']} cores, {found['threads']} threads used, "
         f"{found['memory_bytes'] / 1e9:.0f} GB, {found['gpu'] or 'no GPU'}; {found['system']}, Python {found['python']}, "
-        f"torch {found['torch']}; {found['date']}, load {found['load_before']} when it began"
+        f"torch {found['torch']}; {found['date']}, others used {found['others']:.0%} of the processors"
     )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.command import Outcome
+from common.machine import busy
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,7 +30,23 @@ def times(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def goals(lines: Sequence[tuple[str, bool]], *, quick: bool) -> str:
-    """A list of goals and whether they are met, below a table; nothing of a quick run, whose sizes are not those meant."""
-    shown = [f"- {text}: **{'met' if met else 'not met'}**" for text, met in lines]
-    return "" if quick or not shown else "\n\nGoals:\n\n" + "\n".join(shown)
+@dataclass(frozen=True)
+class Goal:
+    """Something wanted, and whether it is so."""
+
+    text: str
+    met: bool
+    timed: bool = True  # times of a busy machine decide nothing
+
+
+def goals(lines: Sequence[Goal], outcome: Outcome) -> str:
+    """A list of goals below a table; nothing of a quick run, whose sizes are not those meant."""
+    if outcome["settings"]["quick"] or not lines:
+        return ""
+    open_ones = busy(outcome["machine"])
+    verdicts = [
+        "not decided, the machine was busy" if goal.timed and open_ones else "met" if goal.met else "not met"
+        for goal in lines
+    ]
+    shown = [f"- {goal.text}: **{verdict}**" for goal, verdict in zip(lines, verdicts, strict=True)]
+    return "\n\nGoals:\n\n" + "\n".join(shown)
