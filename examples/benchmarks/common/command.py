@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def conclude(
     args: argparse.Namespace, name: str, measure: Callable[[argparse.Namespace], Any], table: Callable[[Outcome], str]
 ) -> None:
     """Measure and print."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that temporary folders go
     found = machine()
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "folder")}
     results = measure(args)
