@@ -214,10 +214,10 @@ def _fuse_streamed(
 
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
-    with destination.directory() as out, hidden_beside(out) as shelf:
+    with destination.directory() as out, hidden_beside(out) as folder:
         check_room(out, sum(tensor.size for tensor in model.files.tensors.values()))
         whole = _whole(options)
-        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and shelf})
+        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder})
         saved = stream_fused(
             model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
             progress=progress,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, is_ordinary
@@ -39,8 +40,8 @@ class Reader:
         return ModuleTasks(module.name, self._placed(deltas), weights, module.tasks)
 
     def again(self, module: PlannedModule) -> Sequence[LowRank]:
-        """The same deltas once more, after they have been checked."""
-        return self._placed(self._read(module))
+        """The same factors once more, after they have been checked."""
+        return [delta for delta in self._placed(self._read(module)) if isinstance(delta, LowRank)]
 
     def on_cpu(self, module: PlannedModule) -> bool:
         """Whether the CPU computes this module."""
@@ -52,11 +53,11 @@ class Reader:
         """Whether reading the module again costs next to nothing."""
         return all(self.sources[task].cheap for task in module.tasks)
 
-    def _read(self, module: PlannedModule) -> list[LowRank]:
+    def _read(self, module: PlannedModule) -> list[Delta]:
         with self._reading:
             return [self.sources[task].factors(module.name) for task in module.tasks]
 
-    def _placed(self, deltas: Sequence[LowRank]) -> list[LowRank]:
+    def _placed(self, deltas: Sequence[Delta]) -> list[Delta]:
         where = compute_device(self.device or deltas[0].device)
         return [delta.to(where) for delta in deltas]
 
@@ -89,16 +90,19 @@ def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
         SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
     """
     delta = source.factors(module)
+    assert isinstance(delta, LowRank), "a full model has no factors"
     check_factors(delta, source, module, allow_zero)
     return delta
 
 
-def check_factors(delta: LowRank, source: Source, module: str, allow_zero: bool) -> None:
-    """Refuse factors that hold NaN, Inf or, unless allowed, only zeros.
+def check_factors(delta: Delta, source: Source, module: str, allow_zero: bool) -> None:
+    """Refuse factors that hold NaN, Inf or, unless allowed, only zeros. Dense deltas their source has checked.
 
     Raises:
         SourceError: they do.
     """
+    if isinstance(delta, Dense):
+        return
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         if is_ordinary(factor):
             continue
@@ -122,4 +126,4 @@ def _all_zero(source: Source, module: str, name: str) -> bool:
     layout = source.modules[module].layout
     shared = (source.factors(other) for other in layout.modules(layout.layer(module)) if layout.kind == "expert")
     index = layout.factor_names.index(name)
-    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared)
+    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared if isinstance(delta, LowRank))
