@@ -21,7 +21,7 @@ NAMES = [
 ]  # fmt: skip
 ORDINARY = [
     "q", ".*", r".*\.(q|v)", r"layers\.\d+\..*_proj", r"^(?!.*enc).*\.(q_proj|v_proj)$", r"(?:.*?(?:self|attn).*?(?:q_proj|query).*?)",
-    r"[^.]+\.\w+", r"a{1,3}b?", r"(a|b)*", r"(a*)*b", r"([a-z_.0-9]+)+", r"\bmodel\b.*", r"(?<=\.)q", r".*(?<!\d)\.q",
+    r"[^.]+\.\w+", r"a{1,3}b?", r"(a|b)*", r"(a*)*b", r"([a-z_.0-9]+)+", r"\bmodel\b.*", r"(?<=\.)q", r".*(?<!\d)\.q", r"(?s:.)",
     r"(?s).*", r"\S+\s?\S*", r"[\w.]*[^\W]", r"(?:(?:a?){2}b?)*", r".*\Bb.*", r"\Aq\Z", r"(?x) q  # text", r"[a-cx-z]*", r"(?:)*q", "",
 ]  # fmt: skip
 
