@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.patterns import first_match, fits
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ExtraSpec:
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
     if isinstance(names, str):
-        return fits(names, module)
+        return re.fullmatch(names, module) is not None
     return any(ends_in(module, name) for name in names or ())
 
 
@@ -94,7 +94,7 @@ class Targets:
         wanted = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
         rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for rule in rules if (match := first_match(rule, module))), None)
+        found = next((match for rule in rules if (match := re.match(rule, module))), None)
         return found is not None and int(found[1]) in wanted
 
     def unmatched(self, modules: Collection[str]) -> list[str]:

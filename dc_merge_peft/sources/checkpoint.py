@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,6 @@ from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import open_trainables
-from dc_merge_peft.sources.patterns import check_pattern
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
@@ -215,14 +215,6 @@ def _check_targets(config: Mapping[str, Any], name: str) -> None:
         ):
             words = "text or a list of text" if kind is str else "a whole number or a list of them"
             raise SourceError(f"adapter '{name}' has {field} {value!r} in its {CONFIG_FILE}: expected {words}")
-    texts = {
-        field: config.get(field)
-        for field in ("target_modules", "exclude_modules")
-        if isinstance(config.get(field), str)
-    }
-    for field, value in {**texts, "layers_pattern": config.get("layers_pattern") or []}.items():
-        for pattern in [value] if isinstance(value, str) else value or []:
-            check_pattern(pattern, field, name)
 
 
 def _check_numbers(config: Mapping[str, Any], name: str) -> None:
@@ -233,7 +225,13 @@ def _check_numbers(config: Mapping[str, Any], name: str) -> None:
         if not isinstance(patterns, dict):
             raise SourceError(f"adapter '{name}' has {field}={patterns!r}: expected an object of names and numbers")
         for pattern, value in patterns.items():
-            check_pattern(pattern, field, name)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SourceError(
+                    f"adapter '{name}' has the pattern '{pattern}' in {field}, which is no regular expression ({error}): "
+                    "correct its adapter_config.json"
+                ) from error
             values.append((field, value))
     for field, value in values:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
