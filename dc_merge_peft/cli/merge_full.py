@@ -14,7 +14,6 @@ from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
-from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.reading import checked_device
 
 # What else a configuration may say, of adapters alone.
@@ -111,7 +110,7 @@ def merge_full(
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
-        check_target(run.output, overwrite=overwrite)
+        shared.checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
     checked_device(run.device)
     merger = DCMergeAdapter(method=run.method, **run.options)
     settings: dict[str, Any] = {

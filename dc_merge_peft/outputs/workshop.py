@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ def settle(folder: Path, target: Path) -> bool:
     homeless = (folder / OLD).exists() and not target.exists()
     if homeless:
         (folder / OLD).rename(target)
+    with suppress(OSError):
+        for child in folder.iterdir():  # the record goes last: after a kill in between it still says whose the rest is
+            if child.is_dir():
+                shutil.rmtree(child, ignore_errors=True)
+            elif child.name != _RECORD:
+                child.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     return homeless
 
