@@ -124,18 +124,12 @@ class DCMergeAdapter(FullModelMerger):
         *,
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
         allow_different_bases: bool = False,
-        allow_zero: bool = False,
-        rename: str | None = None,
-        base: str | Path | nn.Module | BaseModel | None = None,
-        dora_rank: int | None = None,
         extras: str | None = None,
-        keep_dense: bool | Path = False,
         lazily: bool = True,
         progress: bool | None = None,
-        token: str | bool | None = None,
         out: str | Path | None = None,
+        **merge_options: Any,
     ) -> Iterator[MergedAdapter]:
         """:meth:`merge` for a result that is written and not kept: the merged factors are never all in memory.
 
@@ -146,6 +140,7 @@ class DCMergeAdapter(FullModelMerger):
             sources: As for :meth:`merge`, and so are all others.
             lazily: ``False`` multiplies them out at once.
             out: Where the result will be written: refused before any work where there is no room for it.
+            **merge_options: Everything else :meth:`merge` takes.
 
         Examples:
             >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP
@@ -155,8 +150,7 @@ class DCMergeAdapter(FullModelMerger):
             self.plan, weights=weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases, extras=extras
         )  # fmt: skip
         with memory_in_words(), merging(
-            self.method, sources, plan, device=device, allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank,
-            extras=extras, keep_dense=keep_dense, lazily=lazily, progress=progress_bar(progress), token=token, out=out,
+            self.method, sources, plan, extras=extras, lazily=lazily, progress=progress_bar(progress), out=out, **merge_options
         ) as merged:  # fmt: skip
             yield merged
 

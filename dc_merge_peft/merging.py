@@ -14,7 +14,7 @@ from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.plan import MergePlan
-from dc_merge_peft.progress import Progress
+from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
@@ -31,19 +31,19 @@ def merging(
     sources: Sequence[str | Path | Source],
     planned: Callable[[Sequence[Source]], MergePlan],
     *,
-    device: torch.device | str | None,
-    allow_zero: bool,
-    rename: str | None,
-    base: str | Path | nn.Module | BaseModel | None,
-    dora_rank: int | None,
-    extras: str | None,
-    keep_dense: bool | Path,
-    lazily: bool,
-    progress: Progress,
-    token: str | bool | None,
+    device: torch.device | str | None = None,
+    allow_zero: bool = False,
+    rename: str | None = None,
+    base: str | Path | nn.Module | BaseModel | None = None,
+    dora_rank: int | None = None,
+    extras: str | None = None,
+    keep_dense: bool | Path = False,
+    lazily: bool = True,
+    progress: Progress = silent,
+    token: str | bool | None = None,
     out: str | Path | None = None,
 ) -> Iterator[MergedAdapter]:
-    """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merging` for the options.
+    """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merge` for the options.
 
     Args:
         method: The method.
