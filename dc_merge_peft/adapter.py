@@ -13,6 +13,7 @@ import torch
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.full_models import FullModelMerger
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
+from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.merging import merging
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
@@ -134,6 +135,7 @@ class DCMergeAdapter(FullModelMerger):
         lazily: bool = True,
         progress: bool | None = None,
         token: str | bool | None = None,
+        out: str | Path | None = None,
     ) -> Iterator[MergedAdapter]:
         """:meth:`merge` for a result that is written and not kept: the merged factors are never all in memory.
 
@@ -143,6 +145,7 @@ class DCMergeAdapter(FullModelMerger):
         Args:
             sources: As for :meth:`merge`, and so are all others.
             lazily: ``False`` multiplies them out at once.
+            out: Where the result will be written: refused before any work where there is no room for it.
 
         Examples:
             >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP
@@ -151,9 +154,9 @@ class DCMergeAdapter(FullModelMerger):
         plan = partial(
             self.plan, weights=weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases, extras=extras
         )  # fmt: skip
-        with merging(
+        with memory_in_words(), merging(
             self.method, sources, plan, device=device, allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank,
-            extras=extras, keep_dense=keep_dense, lazily=lazily, progress=progress_bar(progress), token=token,
+            extras=extras, keep_dense=keep_dense, lazily=lazily, progress=progress_bar(progress), token=token, out=out,
         ) as merged:  # fmt: skip
             yield merged
 
@@ -183,6 +186,7 @@ class DCMergeAdapter(FullModelMerger):
             extras=extras,
         )
 
+    @memory_in_words()
     def fuse(
         self,
         base: str | Path | nn.Module,
@@ -230,6 +234,7 @@ class DCMergeAdapter(FullModelMerger):
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
         return fuse_in_memory(merge, found, destination, **merge_options)[0]
 
+    @memory_in_words()
     def fuse_to_disk(
         self,
         base: str | Path,

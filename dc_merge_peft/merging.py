@@ -12,6 +12,7 @@ import torch
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
+from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
 from dc_merge_peft.reading import checked_device
@@ -40,6 +41,7 @@ def merging(
     lazily: bool,
     progress: Progress,
     token: str | bool | None,
+    out: str | Path | None = None,
 ) -> Iterator[MergedAdapter]:
     """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merging` for the options.
 
@@ -47,13 +49,17 @@ def merging(
         method: The method.
         sources: What to merge.
         planned: Plans the merge of opened sources.
+        out: Where the result will be written.
     """
     where = checked_device(device)
     opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
     try:
         joined = with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank, where, allow_zero))
+        plan = planned(joined)
+        if out is not None:
+            check_room(out, plan.summary()["largest_bytes"])
         result = run_merge(
-            planned(joined),
+            plan,
             joined,
             method,
             device=where,
