@@ -1,0 +1,101 @@
+"""The stage that measures: rows are kept as they come, and what is there already is not measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accuracy.bench import Bench, Row, share
+from accuracy.keys import content_key
+from accuracy.plan import MEASURING, Job, Settings, adapter_key, jobs, pending
+from accuracy.suite import Suite
+from accuracy.workers import say, shared_out
+
+
+class Rows:
+    """Rows by name in a file, a JSON object a line; a later line replaces an earlier one of the same name."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.found: dict[str, Row] = {}
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            for line in text.splitlines():
+                self._take(line)
+            if text and not text.endswith("\n"):  # a run was ended while it wrote
+                file.write_text(text + "\n", encoding="utf-8")
+
+    def _take(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return  # half a line
+        self.found[row["name"]] = row
+
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk at once."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(row) + "\n")
+        self.found[row["name"]] = json.loads(json.dumps(row))
+
+
+def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int) -> int:
+    """Measure everything that no row answers; how many rows are new."""
+    make = partial(_bench, precision=settings.precision)
+    alone = [job for job in _alone_jobs(suite, settings) if rows.found.get(job["name"], {}).get("key") != job["key"]]
+    for number, (_, row) in enumerate(shared_out(_measure_alone, alone, make, suite, workers), 1):
+        rows.add(row)
+        say(f"{number} of {len(alone)}: {row['name']}, test {share(row['test']):.1%}")
+    left = pending(jobs(suite, settings, own_accuracy(suite, settings, rows.found)), rows.found)
+    for number, (job, row) in enumerate(shared_out(_measure, left, make, suite, workers), 1):
+        rows.add(row)
+        say(f"{number} of {len(left)}: {job.name}, alpha {row['best']:g}, {row['seconds']:.1f} s")
+    return len(alone) + len(left)
+
+
+def own_accuracy(
+    suite: Suite, settings: Settings, rows: Mapping[str, Row]
+) -> dict[tuple[str, int, int], float]:  # by task, seed, number of examples
+    """Validation accuracy of every task's own adapters."""
+    return {
+        (task, seed, int(count)): share(hits)
+        for task in suite.tasks
+        for seed in suite.seeds
+        for count, hits in rows[alone_name(task, seed)]["validation"].items()
+    }
+
+
+def alone_name(task: str, seed: int | None) -> str:
+    """Of the row of an adapter by itself, or of the pretrained model."""
+    return f"{task} | {'base' if seed is None else seed}"
+
+
+def _alone_jobs(suite: Suite, settings: Settings) -> list[dict[str, Any]]:
+    """The pretrained model on every task, and every adapter on its own task."""
+    sizes = [settings.examples(count) for count in settings.counts]
+    counts = {part: [size[part] for size in sizes] for part in ("validation", "test")}
+    found = []
+    for seed in (None, *suite.seeds):
+        for task in suite.tasks:
+            contents = [suite.content(task, part, max(counts[part])) for part in counts]
+            adapter = adapter_key(suite, task, seed) if seed is not None else ""
+            key = content_key([MEASURING, contents, counts, adapter, settings.precision])
+            found.append({"name": alone_name(task, seed), "key": key, "task": task, "seed": seed, "counts": counts})
+    return found
+
+
+def _bench(suite: Suite, precision: str) -> Bench:
+    return Bench(suite, precision)
+
+
+def _measure_alone(bench: Bench, job: dict[str, Any]) -> Row:
+    measured = bench.alone(job["task"], job["seed"], job["counts"])
+    return {"name": job["name"], "key": job["key"], "task": job["task"], "seed": job["seed"], **measured}
+
+
+def _measure(bench: Bench, job: Job) -> Row:
+    return bench.merged(job)
