@@ -41,7 +41,9 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     counts = " ".join(map(str, Settings.counts))
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="packages, data, adapters and results")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of results.json, .csv and .md (default: CACHE/results)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="of results.json, .csv and .md (default: CACHE/results)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of adapters (default: 0 1 2)")
     parser.add_argument("--counts", type=int, nargs="+", default=list(Settings.counts), metavar="T",
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip

@@ -25,7 +25,10 @@ class Contender:
 
 ABLATED = (4, 8, 16)
 EVERY_METHOD = tuple(Contender(name, name) for name in METHODS)
-SMOOTHING = (Contender("dc, average", "dc", {"smoothing": "average"}), Contender("dc, none", "dc", {"smoothing": "none"}))
+SMOOTHING = (
+    Contender("dc, average", "dc", {"smoothing": "average"}),
+    Contender("dc, none", "dc", {"smoothing": "none"}),
+)
 OPTIONS = (
     # Up to four tasks of rank 16 "auto" keeps more than the paper's share, from eight on the same.
     Contender("dc, density 0.001", "dc", {"density": 0.001}, (2, 3, 4)),
@@ -59,6 +62,8 @@ def groups(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
         ValueError: there are not so many tasks.
     """
     if not 1 < count <= len(tasks):
-        raise ValueError(f"found {count} tasks to merge of {len(tasks)}: expected 2 at least, and not more than there are")
+        raise ValueError(
+            f"found {count} tasks to merge of {len(tasks)}: expected 2 at least, and not more than there are"
+        )
     span = max(count, min(8, len(tasks)))
     return [tuple(tasks[first : first + count]) for first in range(0, span - count + 1, count)]

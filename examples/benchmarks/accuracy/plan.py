@@ -9,13 +9,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import dc_merge_peft
 from accuracy.alphas import GRID, LADDER, PATIENCE
 from accuracy.carrier import PRECISIONS
 from accuracy.contenders import CONTENDERS, Contender, groups
 from accuracy.keys import content_key, files_key
 from accuracy.suite import Suite
-
-import dc_merge_peft
 
 MEASURING = 1  # counts up with changes of how a merge is measured
 # From eight tasks on, most of them merged at once: the paper's Table 11.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.tables import markdown as table
+
 from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES
 from accuracy.results import REFERENCE, RULES
-from common.tables import markdown as table
 
 Line = Mapping[str, Any]
 MAIN = [contender.label for contender in (*EVERY_METHOD, *SMOOTHING)]
@@ -62,7 +63,9 @@ def methods_table(results: Mapping[str, Any], rule: str) -> str:
 
     head = ["method", *(f"{count} tasks" for count in counts)]
     rows = [["base model", *(cell(lines[count, "base model"]) for count in counts)]]
-    rows += [[f"`{label}`", *(cell(lines[count, label]) for count in counts)] for label in sorted(labels, key=mean)[::-1]]
+    rows += [
+        [f"`{label}`", *(cell(lines[count, label]) for count in counts)] for label in sorted(labels, key=mean)[::-1]
+    ]
     return table(head, rows)
 
 
@@ -83,7 +86,11 @@ def options_table(results: Mapping[str, Any], rows: Sequence[tuple[str, str]]) -
 def unseen_table(results: Mapping[str, Any]) -> str:
     """Absolute accuracy on merged tasks and on others."""
     rows = [
-        [f"`{line['label']}`" if line["rule"] else line["label"], line["rule"], *(bounds(line[p]) for p in ("seen", "unseen"))]
+        [
+            f"`{line['label']}`" if line["rule"] else line["label"],
+            line["rule"],
+            *(bounds(line[p]) for p in ("seen", "unseen")),
+        ]
         for line in results["unseen"]
         if line["label"] in (*MAIN, "base model")
     ]

@@ -62,7 +62,9 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     tasks = [task for group in together for task in group]
     size = settings.examples(count)["test"]
     found = {label: _model(suite, rows, label, together) for label in _labels(count)}
-    alone = {name: _alone(suite, rows, tasks, size, base=name == "base model") for name in ("base model", "own adapters")}
+    alone = {
+        name: _alone(suite, rows, tasks, size, base=name == "base model") for name in ("base model", "own adapters")
+    }
     resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()})
     own = resampling.accuracies(alone["own adapters"])
     for label, hits in alone.items():

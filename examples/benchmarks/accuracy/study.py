@@ -15,7 +15,6 @@ from accuracy.contenders import groups
 from accuracy.merging import Rule, by_rule, factors
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
-
 from dc_merge_peft.lowrank import LowRank
 
 RULES_FOR_ALPHA = ("validation", "auto")
@@ -52,7 +51,7 @@ class StudyBench(Bench):
             self.carrier.carry({name: delta.dense().float() for name, delta in modules.items()}, 1.0)
             own[task] = self.hits(task, "validation", trial.examples)
         common = {"tasks": list(trial.tasks), "seed": trial.seed}
-        rows: list[Row] = [{"label": "", **common, "hits": {rule: own for rule in RULES_FOR_ALPHA}}]
+        rows: list[Row] = [{"label": "", **common, "hits": dict.fromkeys(RULES_FOR_ALPHA, own)}]
         for label, rule in self.rules.items():
             merge = by_rule(list(tasks.values()), rule)
             best, _ = self.search(merge, {task: share(hits) for task, hits in own.items()}, trial.examples)

@@ -46,7 +46,7 @@ def prepare(tasks: Mapping[str, Task], cache: Path) -> bool:
         print(f"{task.name}: {sizes(splits[task.name])}", file=sys.stderr, flush=True)
     (cache / "tasks").mkdir(parents=True, exist_ok=True)
     for name, parts in apart(splits).items():
-        missing = {label for label in range(len(tasks[name].classes))} - {label for _, label in parts.train}
+        missing = set(range(len(tasks[name].classes))) - {label for _, label in parts.train}
         if missing or not parts.validation or not parts.test:
             raise SystemExit(f"Task '{name}' has no training texts of {len(missing)} classes: {sizes(parts)}.")
         save(cache, tasks[name], parts)

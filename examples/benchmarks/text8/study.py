@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--examples", type=int, default=100, help="validation texts of a task (%(default)s, 200 at most)")
+    parser.add_argument(
+        "--examples", type=int, default=100, help="validation texts of a task (%(default)s, 200 at most)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the lines as JSON")
     options = parser.parse_args()

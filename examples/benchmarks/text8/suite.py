@@ -66,7 +66,9 @@ class TextSuite:
     def train(self, task: str, seed: int) -> bool:
         texts = self._loaded(task)
         settings = dataclasses.asdict(self.training)
-        key = content_key([self._base_key, MAX_LENGTH, texts.prompts, texts.parts["train"], settings, seed, self.targets])
+        key = content_key(
+            [self._base_key, MAX_LENGTH, texts.prompts, texts.parts["train"], settings, seed, self.targets]
+        )
         folder = self.adapter(task, seed)
         if is_made(folder, key):
             return False

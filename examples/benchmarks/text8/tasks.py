@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from demo_data import udhr
 from demo_data import TASKS as DEMO
+from demo_data import udhr
 from demo_data.common import Task
 from demo_data.rdata_files import MODELDATA
+
 from text8 import readers
 
 NEWSGROUPS = {

@@ -1,0 +1,133 @@
+"""From rows to tables, and the command line around all stages."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from accuracy import plan, results
+from accuracy.command import Benchmark, run
+from accuracy.contenders import Contender
+from accuracy.evaluate import Rows
+from accuracy.plan import Settings
+from accuracy.report import markdown, options_table, unseen_table
+from accuracy.results import results_of
+from accuracy.study import study, table
+
+from dc_merge_peft.lowrank import concatenate
+from tests.support.suites import SmallSuite, small_suite
+
+FEW = (Contender("dc", "dc"), Contender("ta", "ta"))
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All stages of a small benchmark of ten tasks, run."""
+    for module in (plan, results):
+        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
+    arguments = ["--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "2", "--precision", "float32"]
+    assert run(benchmark, [*arguments, "--workers", "1"]) == 0
+    return tmp_path / "results"
+
+
+TASKS = tuple("abcdefghij")
+
+
+def test_numbers_are_those_of_the_rows(out: Path) -> None:
+    """Averages of a line are averages of its rows' hits, normalised by own adapters; the reference differs from nobody."""
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    rows = Rows(out / "rows-float32.jsonl").found
+    line = next(line for line in found["merged"] if (line["tasks"], line["label"], line["rule"]) == (2, "ta", "auto"))
+    ratios = []
+    for pair in ("ab", "cd", "ef", "gh"):
+        for seed in (0, 1):
+            hits = rows[f"ta | {pair[0]}+{pair[1]} | {seed}"]["hits"]["auto"]
+            ratios += [hits[task].count("1") / rows[f"{task} | {seed}"]["test"].count("1") for task in pair]
+    assert line["normalized"]["value"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
+    assert line["normalized"]["low"] < line["normalized"]["value"] < line["normalized"]["high"]
+    assert len(line["alpha"]) == 8 and len(line["by_seed"]) == 2 and line["above_dc"]["low"] <= line["above_dc"]["high"]
+    own = next(line for line in found["merged"] if line["label"] == "own adapters")
+    assert own["normalized"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    unseen = {(line["label"], line["rule"]): line for line in found["unseen"]}
+    hits = [rows[f"dc | {'+'.join(TASKS[:8])} | {seed}"]["hits"]["auto"] for seed in (0, 1)]
+    mean = sum(seed[task].count("1") / len(seed[task]) for seed in hits for task in "ij") / 4
+    assert unseen["dc", "auto"]["unseen"]["value"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_csv_has_every_line(out: Path) -> None:
+    """The same numbers as the JSON, an interval as three columns."""
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))["merged"]
+    lines = list(csv.DictReader((out / "results.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == len(found)
+    for line, same in zip(lines, found, strict=True):
+        assert (line["label"], int(line["tasks"])) == (same["label"], same["tasks"])
+        assert float(line["normalized_low"]) == same["normalized"]["low"]
+
+
+def test_tables_say_what_the_results_say(out: Path) -> None:
+    """Markdown of all tables; a row's numbers stand in its cells, and tables without their contenders have no columns."""
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    text = (out / "results.md").read_text(encoding="utf-8")
+    assert text == markdown(found)
+    line = next(
+        line for line in found["merged"] if (line["tasks"], line["label"], line["rule"]) == (8, "ta", "validation")
+    )
+    assert f"{100 * line['normalized']['value']:.1f} (" in text and "| base model |" in text
+    assert "8 tasks, auto" in options_table(found, [("TA", "ta"), ("DC", "dc")])
+    assert "8 tasks" not in options_table(found, [("TA", "ta"), ("missing", "dc, none")])
+    assert unseen_table(found).count("\n") == 2 + 2 * 2
+
+
+def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
+    """The stage on its own writes the same three files elsewhere."""
+    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
+    arguments = [
+        "report",
+        "--cache",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "1",
+        "--counts",
+        "8",
+        "2",
+        "--precision",
+        "float32",
+    ]
+    assert run(benchmark, [*arguments, "--out", str(tmp_path / "again")]) == 0
+    for name in ("results.json", "results.csv", "results.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_missing_rows_are_named(tmp_path: Path) -> None:
+    """A report before the evaluation says what is missing."""
+    with pytest.raises(SystemExit, match=r"Nothing was measured of '.*': run the stage 'evaluate' first"):
+        results_of(SmallSuite(tmp_path), Settings(counts=(2,)), {})
+
+
+def test_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the names of those there are."""
+    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache))
+    with pytest.raises(SystemExit):
+        run(benchmark, ["tidy", "--cache", str(tmp_path)])
+    assert "found the stage 'tidy': expected some of data, train, evaluate, report" in capsys.readouterr().err
+
+
+def test_study_of_rules(tmp_path: Path) -> None:
+    """Every rule at every number of tasks, by both ways to alpha, against the first; test examples are not looked at."""
+    suite = small_suite(tmp_path)
+    rules = {"sum": concatenate, "first alone": lambda tasks: tasks[0]}
+    lines = study(suite, rules, (2, 4), examples=20, precision="float32")
+    assert {part for _, part in suite.asked} == {"validation"}
+    assert [(line["tasks"], line["label"], line["alpha_by"]) for line in lines] == [
+        (count, label, name) for count in (2, 4) for name in ("validation", "auto") for label in rules
+    ]
+    same, other = lines[0], lines[1]
+    assert same["above_first"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    difference = other["normalized"]["value"] - same["normalized"]["value"]
+    assert other["above_first"]["value"] == pytest.approx(difference) and len(same["alpha"]) == 4
+    head, body = table(lines)
+    assert len(head) == 5 and [row[0] for row in body] == list(rules)
