@@ -111,7 +111,7 @@ def test_other_code_with_the_same_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert new == 8 and second.found["dc | a+b | 0"] == {**first.found["dc | a+b | 0"], "code": "another"}
     assert second.found["plain sum | a+b | 0"]["deltas"] != first.found["plain sum | a+b | 0"]["deltas"]
     measurements = len(suite.asked)
-    assert 0 < measurements
+    assert measurements > 0
     assert measured(suite, tmp_path)[1] == 0 and len(suite.asked) == measurements
 
 

@@ -12,7 +12,7 @@ from accuracy.command import Benchmark, run
 from accuracy.contenders import Contender
 from accuracy.evaluate import Rows
 from accuracy.plan import Settings
-from accuracy.report import markdown, options_table, unseen_table
+from accuracy.report import markdown, options_table, unseen_table, with_tables
 from accuracy.results import results_of
 from accuracy.study import study, table
 
@@ -100,6 +100,17 @@ def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
     assert run(benchmark, [*arguments, "--out", str(tmp_path / "again")]) == 0
     for name in ("results.json", "results.csv", "results.md"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_tables_in_a_page(out: Path, tmp_path: Path) -> None:
+    """They stand between the marks, once however often they are written; a page without marks is refused."""
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    page = "before\n<!-- small: written by x -->\nold\n<!-- /small -->\nafter\n"
+    written = with_tables(page, found)
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
+    assert written.count("| base model |") == 3 and with_tables(written, found) == written
+    with pytest.raises(ValueError, match="found no marks of 'small' in the page"):
+        with_tables("nothing", found)
 
 
 def test_missing_rows_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from accuracy.carrier import PRECISIONS
 from accuracy.evaluate import Rows, evaluate
 from accuracy.making import make_adapters
 from accuracy.plan import Settings
-from accuracy.report import markdown
+from accuracy.report import markdown, with_tables
 from accuracy.results import results_of, write
 from accuracy.suite import Trainable
 from accuracy.workers import say
@@ -44,6 +44,7 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="of results.json, .csv and .md (default: CACHE/results)"
     )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into as well")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of adapters (default: 0 1 2)")
     parser.add_argument("--counts", type=int, nargs="+", default=list(Settings.counts), metavar="T",
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
@@ -85,4 +86,6 @@ def _run_stage(
     out = options.out or options.cache / "results"
     write(results, out)
     (out / "results.md").write_text(markdown(results), encoding="utf-8")
+    if options.page:
+        options.page.write_text(with_tables(options.page.read_text(encoding="utf-8"), results), encoding="utf-8")
     return f"results.json, results.csv and results.md in {out}"

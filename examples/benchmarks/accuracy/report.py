@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.tables import markdown as table
 
 from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES
+from accuracy.plan import Settings
 from accuracy.results import REFERENCE, RULES
 
 Line = Mapping[str, Any]
@@ -17,28 +19,45 @@ RULE_NAMES = {"validation": "alpha by validation", "auto": 'alpha="auto"'}
 
 def markdown(results: Mapping[str, Any]) -> str:
     """All tables."""
-    parts = [f"# {results['suite']}", settings_text(results), "## Tasks", tasks_table(results)]
+    return f"# {results['suite']}\n\n{tables(results)}\n"
+
+
+def with_tables(page: str, results: Mapping[str, Any]) -> str:
+    """A page of the docs with the tables made anew between its two marks.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    name = results["suite"]
+    marked = re.compile(rf"(<!-- {name}: written by [^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not marked.search(page):
+        raise ValueError(
+            f"found no marks of {name!r} in the page: expected '<!-- {name}: written by ... -->' and its end"
+        )
+    return marked.sub(lambda found: f"{found[1]}\n{tables(results)}\n\n{found[2]}", page)
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """All tables, each under its heading."""
+    parts = [settings_text(results), "## Tasks", tasks_table(results)]
     for rule in RULES:
         parts += [f"## Methods, {RULE_NAMES[rule]}", methods_table(results, rule)]
     for title, rows in TABLES.items():
         parts += [f"## {title}", options_table(results, rows)]
     if results["unseen"]:
         parts += ["## Tasks that were not merged (Table 11)", unseen_table(results)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def settings_text(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
-    settings, seeds = results["settings"], len(results["seeds"])
-    sizes = ", ".join(
-        f"{count}: {min(settings['validation'], settings['all_validation'] // count)} and "
-        f"{min(settings['test'], settings['all_test'] // count)}"
-        for count in sorted(settings["counts"])
-    )
+    settings = Settings(**{**results["settings"], "counts": tuple(results["settings"]["counts"])})
+    sizes = {count: settings.examples(count) for count in sorted(settings.counts)}
+    words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
-        f"Average normalized accuracy in % over {seeds} seeds of adapters; examples a task, validation and test, by the number of "
-        f"tasks: {sizes}. Groups of 2, 3 and 4 tasks are averaged. Intervals (95 %) draw test examples again within tasks; the "
-        f"seeds stay. Measured in {settings['precision']}. Below a mean: its interval, and the range of alpha."
+        f"Average normalized accuracy in % over {len(results['seeds'])} seeds of adapters; examples a task, validation and test, by the number of "
+        f"tasks: {words}. Groups of 2, 3 and 4 tasks are averaged. Intervals (95 %) draw test examples again within tasks; the "
+        f"seeds stay. Measured in {settings.precision}. A mean is followed by its interval and the range of alpha."
     )
 
 
