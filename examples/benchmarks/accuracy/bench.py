@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from accuracy.alphas import best_alpha
 from accuracy.carrier import Carrier
 from accuracy.keys import tensors_key
 from accuracy.merging import Merge, by_method
-from accuracy.plan import Job
+from accuracy.plan import Job, share
 from accuracy.suite import Suite
 
 Row = dict[str, Any]
@@ -31,17 +31,13 @@ class Bench:
         found = self.suite.hits(self.carrier.model, task, part, count)
         return "".join("1" if hit else "0" for hit in found.tolist())
 
-    def alone(self, task: str, seed: int | None, counts: Mapping[str, Sequence[int]]) -> Row:
-        """Validation and test hits of the task's own adapter, or of the pretrained model where there is no seed.
-
-        Validation hits are kept for every number of examples that a merge is measured with, test hits for the largest.
-        """
+    def alone(self, task: str, seed: int | None, sizes: Mapping[str, int]) -> Row:
+        """Hits by part of the task's own adapter, or of the pretrained model where there is no seed."""
         if seed is None:
             self.carrier.bare()
         else:
             self.carrier.carry(by_method([self.suite.adapter(task, seed)], "ta", {}).deltas, 1.0)
-        validation = {str(count): self.hits(task, "validation", count) for count in sorted(set(counts["validation"]))}
-        return {"validation": validation, "test": self.hits(task, "test", max(counts["test"]))}
+        return {part: self.hits(task, part, size) for part, size in sizes.items()}
 
     def search(
         self, merge: Merge, own: Mapping[str, float], count: int
@@ -76,8 +72,3 @@ class Bench:
     def _test(self, merge: Merge, alpha: float, job: Job) -> dict[str, str]:
         self.carrier.carry(merge.deltas, alpha)
         return {task: self.hits(task, "test", job.examples["test"]) for task in (*job.tasks, *job.unseen)}
-
-
-def share(hits: str) -> float:
-    """Accuracy."""
-    return hits.count("1") / len(hits)

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accuracy.bench import Bench, Row, share
+from accuracy.bench import Bench, Row
 from accuracy.keys import content_key
-from accuracy.plan import MEASURING, Job, Settings, adapter_key, jobs, pending
+from accuracy.plan import MEASURING, Job, Settings, adapter_key, jobs, pending, share
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 
@@ -50,23 +50,16 @@ def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int) -> int:
     for number, (_, row) in enumerate(shared_out(_measure_alone, alone, make, suite, workers), 1):
         rows.add(row)
         say(f"{number} of {len(alone)}: {row['name']}, test {share(row['test']):.1%}")
-    left = pending(jobs(suite, settings, own_accuracy(suite, settings, rows.found)), rows.found)
+    left = pending(jobs(suite, settings, own_hits(suite, rows.found)), rows.found)
     for number, (job, row) in enumerate(shared_out(_measure, left, make, suite, workers), 1):
         rows.add(row)
         say(f"{number} of {len(left)}: {job.name}, alpha {row['best']:g}, {row['seconds']:.1f} s")
     return len(alone) + len(left)
 
 
-def own_accuracy(
-    suite: Suite, settings: Settings, rows: Mapping[str, Row]
-) -> dict[tuple[str, int, int], float]:  # by task, seed, number of examples
-    """Validation accuracy of every task's own adapters."""
-    return {
-        (task, seed, int(count)): share(hits)
-        for task in suite.tasks
-        for seed in suite.seeds
-        for count, hits in rows[alone_name(task, seed)]["validation"].items()
-    }
+def own_hits(suite: Suite, rows: Mapping[str, Row]) -> dict[tuple[str, int], str]:
+    """Validation hits of every task's own adapters, by task and seed."""
+    return {(task, seed): rows[alone_name(task, seed)]["validation"] for task in suite.tasks for seed in suite.seeds}
 
 
 def alone_name(task: str, seed: int | None) -> str:
@@ -76,15 +69,14 @@ def alone_name(task: str, seed: int | None) -> str:
 
 def _alone_jobs(suite: Suite, settings: Settings) -> list[dict[str, Any]]:
     """The pretrained model on every task, and every adapter on its own task."""
-    sizes = [settings.examples(count) for count in settings.counts]
-    counts = {part: [size[part] for size in sizes] for part in ("validation", "test")}
+    sizes = {"validation": settings.validation, "test": settings.test}
     found = []
     for seed in (None, *suite.seeds):
         for task in suite.tasks:
-            contents = [suite.content(task, part, max(counts[part])) for part in counts]
+            contents = [suite.content(task, part, size) for part, size in sizes.items()]
             adapter = adapter_key(suite, task, seed) if seed is not None else ""
-            key = content_key([MEASURING, contents, counts, adapter, settings.precision])
-            found.append({"name": alone_name(task, seed), "key": key, "task": task, "seed": seed, "counts": counts})
+            key = content_key([MEASURING, contents, adapter, settings.precision])
+            found.append({"name": alone_name(task, seed), "key": key, "task": task, "seed": seed, "sizes": sizes})
     return found
 
 
@@ -93,7 +85,7 @@ def _bench(suite: Suite, precision: str) -> Bench:
 
 
 def _measure_alone(bench: Bench, job: dict[str, Any]) -> Row:
-    measured = bench.alone(job["task"], job["seed"], job["counts"])
+    measured = bench.alone(job["task"], job["seed"], job["sizes"])
     return {"name": job["name"], "key": job["key"], "task": job["task"], "seed": job["seed"], **measured}
 
 

@@ -69,8 +69,8 @@ def row_name(label: str, tasks: Sequence[str], seed: int) -> str:
     return f"{label} | {'+'.join(tasks)} | {seed}"
 
 
-def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int, int], float]) -> list[Job]:
-    """All merges, in the order of the settings' numbers of tasks; ``own`` is by task, seed and number of examples."""
+def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -> list[Job]:
+    """All merges, in the order of the settings' numbers of tasks; ``own`` are the own adapters' validation hits by task and seed."""
     found = []
     code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
     for count in settings.counts:
@@ -82,7 +82,7 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int, int], fl
             for seed in suite.seeds:
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
-                mine = {task: own[task, seed, examples["validation"]] for task in group}
+                mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
                 for contender in CONTENDERS:
                     if contender.runs_at(count):
                         key = content_key([common, contender.method, dict(contender.options)])
@@ -100,6 +100,11 @@ def pending(wanted: Sequence[Job], rows: Mapping[str, Mapping[str, Any]]) -> lis
         elif row["code"] != job.code:
             left.append(dataclasses.replace(job, earlier=row))
     return left
+
+
+def share(hits: str) -> float:
+    """Accuracy, of hits as digits."""
+    return hits.count("1") / len(hits)
 
 
 def adapter_key(suite: Suite, task: str, seed: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy.bench import Row, share
+from accuracy.bench import Row
 from accuracy.bootstrap import (
     Drawn,
     Interval,
@@ -21,7 +21,7 @@ from accuracy.bootstrap import (
 )
 from accuracy.contenders import CONTENDERS, groups
 from accuracy.evaluate import alone_name
-from accuracy.plan import SEEN, UNSEEN, Settings, row_name
+from accuracy.plan import SEEN, UNSEEN, Settings, row_name, share
 from accuracy.suite import Suite
 
 REFERENCE = "dc"  # whom every contender is compared with, at the same rule for alpha

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from accuracy.bench import Bench, Row, share
+from accuracy.bench import Bench, Row
 from accuracy.bootstrap import Drawn, Resampling, mean_difference, mean_normalized
 from accuracy.contenders import groups
 from accuracy.merging import Rule, by_rule, factors
+from accuracy.plan import share
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 from dc_merge_peft.lowrank import LowRank
