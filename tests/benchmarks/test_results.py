@@ -113,10 +113,24 @@ def test_tables_in_a_page(out: Path, tmp_path: Path) -> None:
         with_tables("nothing", found)
 
 
-def test_missing_rows_are_named(tmp_path: Path) -> None:
-    """A report before the evaluation says what is missing."""
-    with pytest.raises(SystemExit, match=r"Nothing was measured of '.*': run the stage 'evaluate' first"):
-        results_of(SmallSuite(tmp_path), Settings(counts=(2,)), {})
+def test_rows_out_of_date_are_refused(out: Path, tmp_path: Path) -> None:
+    """A report says what is missing, also where rows are there but of another adapter; and that adapters are."""
+    suite, settings = SmallSuite(tmp_path, TASKS), Settings(counts=(2,), precision="float32")
+    rows = Rows(out / "rows-float32.jsonl").found
+    assert results_of(suite, settings, rows)["tasks"]
+    with pytest.raises(
+        SystemExit, match=r"^30 rows are missing or out of date, as 'a \| base': run the stage 'evaluate' first"
+    ):
+        results_of(suite, settings, {})
+    del rows["ta | c+d | 1"]
+    with pytest.raises(SystemExit, match=r"^1 rows are missing or out of date, as 'ta \| c\+d \| 1'"):
+        results_of(suite, settings, rows)
+    suite.write("a", 1, scale=2.0)
+    with pytest.raises(SystemExit, match=r"^1 rows are missing or out of date, as 'a \| 1'"):
+        results_of(suite, settings, rows)
+    (suite.adapter("b", 0) / "adapter_model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"No adapter of task 'b', seed 0, in .*: run the stage 'train' first"):
+        results_of(suite, settings, rows)
 
 
 def test_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ class Rows:
 def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int) -> int:
     """Measure everything that no row answers; how many rows are new."""
     make = partial(_bench, precision=settings.precision)
-    alone = [job for job in _alone_jobs(suite, settings) if rows.found.get(job["name"], {}).get("key") != job["key"]]
+    alone = _alone_pending(suite, settings, rows.found)
     for number, (_, row) in enumerate(shared_out(_measure_alone, alone, make, suite, workers), 1):
         rows.add(row)
         say(f"{number} of {len(alone)}: {row['name']}, test {share(row['test']):.1%}")
@@ -57,6 +57,13 @@ def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int) -> int:
     return len(alone) + len(left)
 
 
+def unanswered(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> list[str]:
+    """Names of the rows that are missing, or were made from other texts, adapters, settings or code than those of today."""
+    if alone := _alone_pending(suite, settings, rows):
+        return [job["name"] for job in alone]
+    return [job.name for job in pending(jobs(suite, settings, own_hits(suite, rows)), rows)]
+
+
 def own_hits(suite: Suite, rows: Mapping[str, Row]) -> dict[tuple[str, int], str]:
     """Validation hits of every task's own adapters, by task and seed."""
     return {(task, seed): rows[alone_name(task, seed)]["validation"] for task in suite.tasks for seed in suite.seeds}
@@ -65,6 +72,10 @@ def own_hits(suite: Suite, rows: Mapping[str, Row]) -> dict[tuple[str, int], str
 def alone_name(task: str, seed: int | None) -> str:
     """Of the row of an adapter by itself, or of the pretrained model."""
     return f"{task} | {'base' if seed is None else seed}"
+
+
+def _alone_pending(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+    return [job for job in _alone_jobs(suite, settings) if rows.get(job["name"], {}).get("key") != job["key"]]
 
 
 def _alone_jobs(suite: Suite, settings: Settings) -> list[dict[str, Any]]:

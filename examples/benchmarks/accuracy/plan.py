@@ -108,8 +108,14 @@ def share(hits: str) -> float:
 
 
 def adapter_key(suite: Suite, task: str, seed: int) -> str:
-    """Of an adapter's own two files."""
+    """Of an adapter's own two files.
+
+    Raises:
+        SystemExit: there is none.
+    """
     folder = suite.adapter(task, seed)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise SystemExit(f"No adapter of task '{task}', seed {seed}, in {folder}: run the stage 'train' first.")
     return files_key(folder / "adapter_model.safetensors", folder / "adapter_config.json")
 
 

@@ -20,7 +20,7 @@ from accuracy.bootstrap import (
     mean_normalized,
 )
 from accuracy.contenders import CONTENDERS, groups
-from accuracy.evaluate import alone_name
+from accuracy.evaluate import alone_name, unanswered
 from accuracy.plan import SEEN, UNSEEN, Settings, row_name, share
 from accuracy.suite import Suite
 
@@ -32,20 +32,21 @@ def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dic
     """Everything that was measured, in plain values.
 
     Raises:
-        SystemExit: a row is missing.
+        SystemExit: a row is missing or was made from something else.
     """
-    try:
-        merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count)]
-        return {
-            "suite": suite.name,
-            "seeds": list(suite.seeds),
-            "settings": dataclasses.asdict(settings),
-            "tasks": [task_line(suite, rows, task) for task in suite.tasks],
-            "merged": merged,
-            "unseen": list(unseen_lines(suite, settings, rows)),
-        }
-    except KeyError as missing:
-        raise SystemExit(f"Nothing was measured of {missing}: run the stage 'evaluate' first.") from None
+    if left := unanswered(suite, settings, rows):
+        raise SystemExit(
+            f"{len(left)} rows are missing or out of date, as '{left[0]}': run the stage 'evaluate' first."
+        )
+    merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count)]
+    return {
+        "suite": suite.name,
+        "seeds": list(suite.seeds),
+        "settings": dataclasses.asdict(settings),
+        "tasks": [task_line(suite, rows, task) for task in suite.tasks],
+        "merged": merged,
+        "unseen": list(unseen_lines(suite, settings, rows)),
+    }
 
 
 def task_line(suite: Suite, rows: Mapping[str, Row], task: str) -> dict[str, Any]:
