@@ -23,7 +23,7 @@ class Contender:
         return not self.counts or count in self.counts
 
 
-ABLATED = (4, 8, 16)
+ABLATED = (4, 8)
 EVERY_METHOD = tuple(Contender(name, name) for name in METHODS)
 SMOOTHING = (
     Contender("dc, average", "dc", {"smoothing": "average"}),
@@ -55,8 +55,8 @@ TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
 
 
 def groups(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    """Groups of ``count`` tasks that are merged: side by side among the first eight, so that no task is in two of them;
-    for more than eight the first ``count``.
+    """Groups of ``count`` tasks that are merged: the first eight side by side where ``count`` divides them, so that no task is
+    in two groups and none is left out; otherwise the first ``count``.
 
     Raises:
         ValueError: there are not so many tasks.
@@ -65,5 +65,6 @@ def groups(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
         raise ValueError(
             f"found {count} tasks to merge of {len(tasks)}: expected 2 at least, and not more than there are"
         )
-    span = max(count, min(8, len(tasks)))
-    return [tuple(tasks[first : first + count]) for first in range(0, span - count + 1, count)]
+    span = min(8, len(tasks))
+    ends = range(count, span + 1, count) if span % count == 0 else [count]
+    return [tuple(tasks[end - count : end]) for end in ends]

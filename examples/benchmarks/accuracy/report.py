@@ -56,7 +56,7 @@ def settings_text(results: Mapping[str, Any]) -> str:
     words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
         f"Average normalized accuracy in % over {len(results['seeds'])} seeds of adapters; examples a task, validation and test, by the number of "
-        f"tasks: {words}. Groups of 2, 3 and 4 tasks are averaged. Intervals (95 %) draw test examples again within tasks; the "
+        f"tasks: {words}. Four pairs and two fours are averaged. Intervals (95 %) draw test examples again within tasks; the "
         f"seeds stay. Measured in {settings.precision}. A mean is followed by its interval and the range of alpha."
     )
 
