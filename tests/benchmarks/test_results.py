@@ -11,7 +11,7 @@ from accuracy import plan, results
 from accuracy.command import Benchmark, run
 from accuracy.contenders import Contender
 from accuracy.evaluate import Rows
-from accuracy.plan import Settings
+from accuracy.plan import Settings, share
 from accuracy.report import markdown, options_table, unseen_table, with_tables
 from accuracy.results import results_of
 from accuracy.study import study, table
@@ -45,15 +45,17 @@ def test_numbers_are_those_of_the_rows(out: Path) -> None:
     for pair in ("ab", "cd", "ef", "gh"):
         for seed in (0, 1):
             hits = rows[f"ta | {pair[0]}+{pair[1]} | {seed}"]["hits"]["auto"]
-            ratios += [hits[task].count("1") / rows[f"{task} | {seed}"]["test"].count("1") for task in pair]
+            ratios += [share(hits[task]) / share(rows[f"{task} | {seed}"]["test"]) for task in pair]
     assert line["normalized"]["value"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
     assert line["normalized"]["low"] < line["normalized"]["value"] < line["normalized"]["high"]
     assert len(line["alpha"]) == 8 and len(line["by_seed"]) == 2 and line["above_dc"]["low"] <= line["above_dc"]["high"]
+    hits = [rows[f"ta | c+d | {seed}"]["hits"]["auto"]["d"] for seed in (0, 1)]
+    assert line["by_task"]["d"] == pytest.approx(sum(map(share, hits)) / 2, abs=1e-4) and len(line["by_task"]) == 8
     own = next(line for line in found["merged"] if line["label"] == "own adapters")
     assert own["normalized"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     unseen = {(line["label"], line["rule"]): line for line in found["unseen"]}
     hits = [rows[f"dc | {'+'.join(TASKS[:8])} | {seed}"]["hits"]["auto"] for seed in (0, 1)]
-    mean = sum(seed[task].count("1") / len(seed[task]) for seed in hits for task in "ij") / 4
+    mean = sum(share(seed[task]) for seed in hits for task in "ij") / 4
     assert unseen["dc", "auto"]["unseen"]["value"] == pytest.approx(mean, abs=1e-4)
 
 

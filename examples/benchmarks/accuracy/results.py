@@ -69,11 +69,11 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()})
     own = resampling.accuracies(alone["own adapters"])
     for label, hits in alone.items():
-        yield {"tasks": count, "label": label, "rule": "", **_averages(resampling.accuracies(hits), own)}
+        yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
     for rule in RULES:
         drawn = {label: resampling.accuracies(model[rule]) for label, model in found.items() if rule in model}
         for label, model in drawn.items():
-            line = {"tasks": count, "label": label, "rule": rule, **_averages(model, own)}
+            line = {"tasks": count, "label": label, "rule": rule, **_averages(tasks, model, own)}
             if label != REFERENCE:
                 line[f"above_{REFERENCE}"] = _plain(mean_difference(model, drawn[REFERENCE], own))
             yield line | {"alpha": [round(alpha, 3) for alpha in _alphas(suite, rows, label, together, rule)]}
@@ -112,9 +112,11 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def flat(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line with every interval as three columns, and lists as words."""
+    """A line with every interval as three columns, and lists as words; accuracies by task are in the JSON alone."""
     found: dict[str, Any] = {}
     for name, value in line.items():
+        if name == "by_task":
+            continue
         if isinstance(value, Mapping):
             found |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
         else:
@@ -160,11 +162,13 @@ def _alphas(
     return [row["best" if rule == "validation" else "auto"] for row in found]
 
 
-def _averages(model: Drawn, own: Drawn) -> dict[str, Any]:
+def _averages(tasks: Sequence[str], model: Drawn, own: Drawn) -> dict[str, Any]:
+    means = model.accuracy[..., 0].mean(dim=0).tolist()
     return {
         "accuracy": _plain(mean_accuracy(model)),
         "normalized": _plain(mean_normalized(model, own)),
         "by_seed": [round(value, 4) for value in by_seed(model, own)],
+        "by_task": {task: round(value, 4) for task, value in zip(tasks, means, strict=True)},
     }
 
 

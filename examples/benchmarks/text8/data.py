@@ -45,6 +45,7 @@ def prepare(tasks: Mapping[str, Task], cache: Path) -> bool:
         splits[task.name] = split(task, task.read(cache / "packages"), SEED)
         print(f"{task.name}: {sizes(splits[task.name])}", file=sys.stderr, flush=True)
     (cache / "tasks").mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)  # until all of them are written they are neither the old nor the new ones
     for name, parts in apart(splits).items():
         missing = set(range(len(tasks[name].classes))) - {label for _, label in parts.train}
         if missing or not parts.validation or not parts.test:
