@@ -17,10 +17,12 @@ from dc_merge_peft.merging import merging
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.progress import progress_bar
+from dc_merge_peft.reading import Devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.workplace import WorkPlace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +65,7 @@ class DCMergeAdapter:
         *,
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        device: Devices = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
         rename: str | None = None,
@@ -71,6 +73,7 @@ class DCMergeAdapter:
         dora_rank: int | None = None,
         extras: str | None = None,
         keep_dense: bool | Path = False,
+        resume: str | Path | WorkPlace | None = None,
         progress: bool | None = None,
         token: str | bool | None = None,
     ) -> MergedAdapter:
@@ -82,7 +85,8 @@ class DCMergeAdapter:
             svd_rank: Rank of the merged adapter at most, by optimal truncation. By default the sum of the adapters' ranks:
                 that is all of it, but for methods that work on the entries of dW, whose result has full rank.
             dtype: Of the factors when they are written; the widest of the sources by default.
-            device: Where to compute; by default where the factors are, which is the CPU for files.
+            device: Where to compute; by default where the factors are, which is the CPU for files. Several GPUs (``"cuda:0,cuda:1"``,
+                a list, ``"auto"`` for all) merge modules side by side.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
             rename: For adapters of an old or foreign layout, as in ``"llava-hf"`` or ``"clip-vision-v5"``: read their modules
@@ -96,6 +100,8 @@ class DCMergeAdapter:
                 default adapters that hold any are refused.
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
                 weights, as :meth:`fuse` does; given a folder, its numbers lie in files there instead of in memory.
+            resume: A folder that keeps finished modules while the merge runs, made where there is none. The same merge goes on
+                there if it was interrupted; what was finished is not merged again. It is deleted in the end.
             progress: Show a progress bar; by default on a terminal only.
             token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
@@ -105,11 +111,12 @@ class DCMergeAdapter:
                 without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype, device or rename.
+            OutputError: ``resume`` is a folder of another merge, or can't be written.
         """
         with self.merging(
             sources, weights, svd_rank=svd_rank, dtype=dtype, device=device, allow_different_bases=allow_different_bases,
             allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank, extras=extras, keep_dense=keep_dense,
-            lazily=False, progress=progress, token=token,
+            lazily=False, resume=resume, progress=progress, token=token,
         ) as merged:  # fmt: skip
             return merged
 
@@ -121,17 +128,11 @@ class DCMergeAdapter:
         *,
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
         allow_different_bases: bool = False,
-        allow_zero: bool = False,
-        rename: str | None = None,
-        base: str | Path | nn.Module | BaseModel | None = None,
-        dora_rank: int | None = None,
         extras: str | None = None,
-        keep_dense: bool | Path = False,
         lazily: bool = True,
         progress: bool | None = None,
-        token: str | bool | None = None,
+        **merge_options: Any,
     ) -> Iterator[MergedAdapter]:
         """:meth:`merge` for a result that is written and not kept: the merged factors are never all in memory.
 
@@ -139,8 +140,10 @@ class DCMergeAdapter:
         ``with`` block ends. The files that come out are those of :meth:`merge` to the last bit.
 
         Args:
-            sources: As for :meth:`merge`, and so are all others.
+            sources: As for :meth:`merge`, and so are all others; what ``resume`` keeps is deleted when the block ends without an
+                error.
             lazily: ``False`` multiplies them out at once.
+            **merge_options: Everything else :meth:`merge` takes.
 
         Examples:
             >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP
@@ -149,10 +152,10 @@ class DCMergeAdapter:
         plan = partial(
             self.plan, weights=weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases, extras=extras
         )  # fmt: skip
+        shown = progress_bar(progress)
         with merging(
-            self.method, sources, plan, device=device, allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank,
-            extras=extras, keep_dense=keep_dense, lazily=lazily, progress=progress_bar(progress), token=token,
-        ) as merged:  # fmt: skip
+            self.method, sources, plan, extras=extras, lazily=lazily, progress=shown, **merge_options
+        ) as merged:
             yield merged
 
     def plan(

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from dc_merge_peft.engine import run_merge
+from dc_merge_peft.manifest import manifest
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
 from dc_merge_peft.plan import MergePlan
-from dc_merge_peft.progress import Progress
-from dc_merge_peft.reading import checked_device
+from dc_merge_peft.progress import Progress, silent
+from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.workplace import WorkPlace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,39 +30,52 @@ def merging(
     sources: Sequence[str | Path | Source],
     planned: Callable[[Sequence[Source]], MergePlan],
     *,
-    device: torch.device | str | None,
-    allow_zero: bool,
-    rename: str | None,
-    base: str | Path | nn.Module | BaseModel | None,
-    dora_rank: int | None,
-    extras: str | None,
-    keep_dense: bool | Path,
-    lazily: bool,
-    progress: Progress,
-    token: str | bool | None,
+    device: Devices = None,
+    allow_zero: bool = False,
+    rename: str | None = None,
+    base: str | Path | nn.Module | BaseModel | None = None,
+    dora_rank: int | None = None,
+    extras: str | None = None,
+    keep_dense: bool | Path = False,
+    lazily: bool = True,
+    resume: str | Path | WorkPlace | None = None,
+    progress: Progress = silent,
+    token: str | bool | None = None,
 ) -> Iterator[MergedAdapter]:
-    """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merging` for the options.
+    """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merge` for the options.
 
     Args:
         method: The method.
         sources: What to merge.
         planned: Plans the merge of opened sources.
     """
-    where = checked_device(device)
+    devices = checked_devices(device)
     opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
+    model = BaseModel.of(base, token)
     try:
-        joined = with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank, where, allow_zero))
-        result = run_merge(
-            planned(joined),
-            joined,
-            method,
-            device=where,
-            allow_zero=allow_zero,
-            keep_dense=keep_dense,
-            lazily=lazily,
-            progress=progress,
-        )
-        yield MergedAdapter(**vars(result))
+        joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
+        with _work_place(resume) as place:
+            plan = planned(joined)
+            settings = {"devices": devices, "allow_zero": allow_zero, "keep_dense": bool(keep_dense)}
+            result = run_merge(
+                plan,
+                joined,
+                method,
+                device=devices or None,
+                allow_zero=allow_zero,
+                keep_dense=keep_dense,
+                lazily=lazily,
+                work=None if place is None else (place, manifest(plan, joined, method, model, **settings)),
+                progress=progress,
+            )
+            yield MergedAdapter(**vars(result))
     finally:
         for source in opened:
             source.close()
+
+
+def _work_place(resume: str | Path | WorkPlace | None) -> AbstractContextManager[WorkPlace | None]:
+    """Where finished modules are kept; a place that is open already stays its owner's."""
+    if resume is None or isinstance(resume, WorkPlace):
+        return nullcontext(resume)
+    return WorkPlace(Path(resume).expanduser(), resume=True).opened()

@@ -1,0 +1,237 @@
+"""Where finished modules are kept while a merge runs, and what becomes of them when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dc_merge_peft.errors import MergeError, OutputError, first_line
+from dc_merge_peft.manifest import differences, without_times
+from dc_merge_peft.methods import Method
+from dc_merge_peft.parallel import cost, dealt
+from dc_merge_peft.plan import PlannedModule
+from dc_merge_peft.team import ShareDone, Team
+from dc_merge_peft.workfolder import Finished, WorkFolder, tidy
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_ENDING = ".dc-merge-work"
+_MANIFEST, _LOCK = "manifest.json", "lock"
+MODEL = "model"  # a fused model that is being written
+
+
+@dataclass(frozen=True)
+class WorkPlace:
+    """A folder for the finished modules of one merge, made by :meth:`opened`."""
+
+    folder: Path
+    resume: bool  # whether they are kept where the merge ends early
+    team: Team | None = None  # the processes that share them
+
+    @classmethod
+    def beside(cls, out: str | Path, *, resume: bool, team: Team | None = None) -> WorkPlace:
+        """The hidden folder beside an output; of several processes that are not to be resumed one of their own."""
+        target = Path(out).expanduser().resolve()
+        token = "" if resume or team is None else f".{team.token}"
+        return cls(target.parent / f"{_prefix(target)}{token}{_ENDING}", resume, team)
+
+    @contextmanager
+    def opened(self) -> Iterator[WorkPlace]:
+        """The folder for as long as the merge and the writing of its result take; it is deleted when they are done.
+
+        Raises:
+            OutputError: it can't be made, or another run is at work in it.
+            MergeError: another process has failed.
+        """
+        lock, done = None, False
+        try:
+            if self.team is None or self.team.main:
+                lock = self._made()
+            try:
+                if self.team is not None:
+                    self.team.enter(self.folder)
+                    if not self.team.main:
+                        self.team.started()  # the main process has fetched from the Hub by then what others find in the cache
+                yield self
+                done = True
+            except ShareDone:
+                raise
+            except BaseException as error:
+                if self.team is not None:
+                    self.team.leave(str(error) if isinstance(error, MergeError) else type(error).__name__)
+                raise
+        finally:
+            if self.team is not None:
+                self.team.leave()
+            if lock is not None:
+                if done or not self.resume:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                os.close(lock)
+
+    def _made(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise OutputError(
+                f"can't keep finished modules in '{self.folder}' ({first_line(error)}): choose a writable place for the output"
+            ) from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise OutputError(
+                    f"another run is at work in '{self.folder}': expected one at a time; wait for it, or choose another output"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        return lock
+
+    def prepared(self, manifest: Mapping[str, Any], work: WorkFolder, method: Method) -> Modules:
+        """The modules of a merge, of which those that were finished before are taken from here.
+
+        Raises:
+            OutputError: the folder holds modules of another merge.
+        """
+        if self.team is None or self.team.main:
+            self._check(manifest)
+            for left in self.folder.glob("team-*"):
+                if self.team is None or left.name != f"team-{self.team.token}":
+                    shutil.rmtree(left, ignore_errors=True)
+            tidy(self.folder, keep=lambda file: file.name in (_MANIFEST, _LOCK))
+        return Modules(work, method, manifest, self.team)
+
+    def _check(self, manifest: Mapping[str, Any]) -> None:
+        file = self.folder / _MANIFEST
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found = None
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"'{file}' can't be read ({first_line(error)}): expected what an interrupted merge had written; delete '{self.folder}' "
+                "to start anew"
+            ) from error
+        if found is not None and found != manifest:
+            differing = list(differences(found, manifest)) if isinstance(found, dict) else ["its format"]
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise OutputError(
+                f"'{self.folder}' holds an unfinished merge of other inputs or settings ({'; '.join(differing[:3])}{more}): expected "
+                "the same merge to resume; delete that folder to start anew, or leave out --resume (resume=False)"
+            )
+        if found is None:
+            hidden = file.with_suffix(".new")
+            hidden.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            hidden.replace(file)
+
+
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """Merges what is not there yet, this process's share of it, and gathers the rest."""
+
+    work: WorkFolder
+    method: Method
+    manifest: Mapping[str, Any]
+    team: Team | None = None
+
+    def all(
+        self,
+        modules: Sequence[PlannedModule],
+        merge: Callable[[Sequence[PlannedModule]], Iterator[Finished]],
+    ) -> list[Finished]:
+        """Every module's result, in order.
+
+        Args:
+            modules: All of them.
+            merge: Merges those that it is given.
+
+        Raises:
+            ShareDone: in another process than the main one.
+            MergeError: another process has failed.
+        """
+        if self.team is not None and not self.team.main:
+            self._share(modules, merge)
+        found = dict(zip(range(len(modules)), self.work.found(modules), strict=True))
+        todo = [index for index, finished in found.items() if finished is None]
+        if self.team is not None:
+            shares = self._shares(modules, todo)
+            self.team.start(self.manifest, shares)
+            todo = shares[0]
+        found |= self._merged(modules, todo, merge)
+        if self.team is not None:
+            self.team.wait()
+            rest = [index for index, finished in found.items() if finished is None]
+            found |= zip(rest, self.work.found([modules[index] for index in rest]), strict=True)
+            # What could not be read back here is merged here.
+            found |= self._merged(modules, [index for index in rest if found[index] is None], merge)
+        return [finished for finished in found.values() if finished is not None]
+
+    def _shares(self, modules: Sequence[PlannedModule], todo: Sequence[int]) -> list[list[int]]:
+        assert self.team is not None
+        costs = [cost(self.method, modules[index]) for index in todo]
+        shares: list[list[int]] = [[] for _ in range(self.team.size)]
+        for index, rank in zip(todo, dealt(costs, self.team.size), strict=True):
+            shares[rank].append(index)
+        return shares
+
+    def _share(
+        self,
+        modules: Sequence[PlannedModule],
+        merge: Callable[[Sequence[PlannedModule]], Iterator[Finished]],
+    ) -> None:
+        assert self.team is not None
+        said, shares = self.team.started()
+        expected, found = without_times(said), without_times(self.manifest)
+        if found != expected:
+            raise MergeError(
+                f"process {self.team.rank} on '{platform.node()}' has other inputs or programs than process 0 "
+                f"({'; '.join([*differences(expected, found)][:3])}): expected the same files and versions on all machines"
+            )
+        self._merged(modules, shares[self.team.rank], merge)
+        self.team.done()
+        raise ShareDone
+
+    def _merged(
+        self,
+        modules: Sequence[PlannedModule],
+        todo: Sequence[int],
+        merge: Callable[[Sequence[PlannedModule]], Iterator[Finished]],
+    ) -> dict[int, Finished | None]:
+        chosen = [modules[index] for index in todo]
+        merged: dict[int, Finished | None] = {}
+        for index, module, finished in zip(todo, chosen, merge(chosen), strict=True):
+            try:
+                merged[index] = self.work.keep(module, finished)
+            except OSError as error:
+                raise OutputError(
+                    f"can't keep finished modules in '{self.work.folder}' ({first_line(error)}): make room there, or choose another "
+                    "place for the output"
+                ) from error
+            if self.team is not None:
+                self.team.check()
+        return merged
+
+
+def unfinished(out: str | Path) -> str | None:
+    """A sentence about an unfinished merge to this output that could be resumed."""
+    with suppress(OSError, RuntimeError, ValueError):
+        folder = WorkPlace.beside(out, resume=True).folder
+        if (folder / _MANIFEST).is_file():
+            return f"'{folder}' holds an unfinished merge to this output: --resume (resume=True) goes on with it, or delete it"
+    return None
+
+
+def _prefix(target: Path) -> str:
+    """File systems count a name's length in bytes."""
+    return f".{os.fsencode(target.name)[:100].decode(errors='ignore')}"
