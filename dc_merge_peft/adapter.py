@@ -262,7 +262,7 @@ class DCMergeAdapter:
             max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
             trust_remote_code: Run the Python code that the base model brings along.
             progress: Show progress bars; by default on a terminal only.
-            overwrite: As for :meth:`fuse`, and so are all others.
+            overwrite: As for :meth:`fuse`, and so are all others; ``resume=True`` keeps finished modules and files beside ``out``.
         """
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import MergeWarning, OutputError, first_line
+from dc_merge_peft.errors import MergeWarning, OptionError, OutputError, first_line
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import NotStreamable, open_base_files
 from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.workplace import WorkPlace, unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,26 @@ class Destination:
             return
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "model"
+
+    def work_place(self, resume: bool | str | Path | WorkPlace | None) -> AbstractContextManager[WorkPlace | None]:
+        """Where finished modules are kept: beside the output for ``True``, or in a folder by name.
+
+        Raises:
+            OptionError: there is no output to be beside.
+        """
+        if not resume:
+            if self.out is not None and (left := unfinished(self.out)):
+                warnings.warn(left, MergeWarning, stacklevel=4)
+            return nullcontext()
+        if isinstance(resume, WorkPlace):  # its owner's
+            return nullcontext(resume)
+        if resume is not True:
+            return WorkPlace(Path(resume).expanduser(), resume=True).opened()
+        if self.out is None:
+            raise OptionError(
+                "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
+            )
+        return WorkPlace.beside(self.out, resume=True).opened()
 
     def push(
         self, model: nn.Module | None, result: MergeResult, base: str | Path | None, saved: Path | None
@@ -122,16 +143,17 @@ def fuse_in_memory(
     from dc_merge_peft.outputs.fused import fuse_into, save_fused
 
     destination.check()
-    merged = merge(**{"base": base, **_whole(options)})
-    model, place = base.model, base.location
-    fuse_into(model, merged)
-    saved = None
-    if destination.out is not None:
-        saved = save_fused(
-            model, merged, destination.out, base=place, overwrite=destination.overwrite, token=destination.token,
-            max_shard_size=destination.max_shard_size,
-        )  # fmt: skip
-    return model, merged, destination.push(model, merged, place, saved)
+    with destination.work_place(options.pop("resume", None)) as place:
+        merged = merge(**{"base": base, **_whole(options), "resume": place})
+        model, where = base.model, base.location
+        fuse_into(model, merged)
+        saved = None
+        if destination.out is not None:
+            saved = save_fused(
+                model, merged, destination.out, base=where, overwrite=destination.overwrite, token=destination.token,
+                max_shard_size=destination.max_shard_size,
+            )  # fmt: skip
+    return model, merged, destination.push(model, merged, where, saved)
 
 
 def fuse_to_disk(
@@ -158,12 +180,14 @@ def fuse_to_disk(
     if destination.out is None and destination.push_to is None:
         raise OutputError("found no output: expected a directory, or a Hub repository to push to")
     destination.check()
-    try:
-        return _fuse_streamed(merge, plan, base, destination, progress, trust_remote_code, options)
-    except NotStreamable as found:
-        reason = _in_memory(base, found)
-    whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
-    _, merged, url = fuse_in_memory(merge, whole, destination, **options)
+    with destination.work_place(options.pop("resume", None)) as place:
+        options["resume"] = place
+        try:
+            return _fuse_streamed(merge, plan, base, destination, progress, trust_remote_code, options)
+        except NotStreamable as found:
+            reason = _in_memory(base, found)
+        whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
+        _, merged, url = fuse_in_memory(merge, whole, destination, **options)
     warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
     path = None if destination.out is None else Path(destination.out).expanduser()
     return FusedModel(path, url, merged, (*merged.remarks, reason))
@@ -211,13 +235,14 @@ def _fuse_streamed(
     from dc_merge_peft.outputs.fused_stream import stream_fused
 
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
+    place: WorkPlace | None = options["resume"]
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
     with destination.directory() as out, _shelf(out) as shelf:
         whole = _whole(options)
         merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and shelf})
         saved = stream_fused(
             model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
-            progress=progress,
+            work=place.folder if place is not None and place.resume else None, progress=progress,
         )  # fmt: skip
         url = destination.push(None, merged, base, saved)
     return FusedModel(saved if destination.out is not None else None, url, merged, merged.remarks)
@@ -264,7 +289,7 @@ def _whole(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What of a merge's options a plan does not ask for: how it is computed.
-_COMPUTING = ("device", "allow_zero", "keep_dense", "progress")
+_COMPUTING = ("device", "allow_zero", "keep_dense", "resume", "progress")
 
 
 def _planning(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ except ImportError:  # Windows
 
 _ENDING = ".dc-merge-work"
 _MANIFEST, _LOCK = "manifest.json", "lock"
-MODEL = "model"  # a fused model that is being written
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,12 @@ RenameName = Annotated[
         help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.", rich_help_panel=RUN
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=RUN)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to compute, as in cuda:0; several as in cuda:0,cuda:1, or auto. Default: cpu.", rich_help_panel=RUN
+    ),
+]
 DoraRank = Annotated[
     int | None,
     typer.Option(help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=RUN),
@@ -76,6 +81,12 @@ CreatePr = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUT)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=OUT)
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Keep finished modules, and go on where an earlier run stopped.", rich_help_panel=RUN
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=OUT)]
 

@@ -59,8 +59,13 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | None = None) -> Iterator[Path]:
     """A new directory beside ``path`` to write into; renamed to ``path`` on success, removed on failure.
+
+    Args:
+        path: Where it belongs in the end.
+        overwrite: Replace what stands there.
+        kept: A directory on the same file system to write into instead, which may hold something and stays on failure.
 
     Raises:
         OutputError: see :func:`check_target`, or the file system refuses.
@@ -68,7 +73,9 @@ def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     target = check_target(path, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+        if kept is not None:
+            kept.mkdir(exist_ok=True)
+        building = kept or Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
     except OSError as error:
         raise OutputError(f"can't write beside '{path}' ({first_line(error)}): choose a writable place") from error
     try:
@@ -80,7 +87,8 @@ def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
             f"can't write '{path}' ({first_line(error)}): nothing new was left there; make room or choose another place"
         ) from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if kept is None:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _give_ordinary_modes(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +61,15 @@ def checked_size(size: int | str | None) -> int | str:
     return found
 
 
-def write_headers(shards: list[Shard], folder: Path) -> None:
-    """Make the files with their headers, each at its full size, and the index where there are several."""
-    for shard in shards:
+def write_headers(shards: list[Shard], folder: Path, left: Sequence[Shard]) -> None:
+    """Make the files with their headers, each at its full size, and the index where there are several.
+
+    Args:
+        shards: All files of the model.
+        folder: Where.
+        left: Those that are not there yet.
+    """
+    for shard in left:
         shard.layout.create(folder / shard.name)
     if len(shards) > 1:
         index = {
