@@ -50,6 +50,7 @@ class Team:
     token: str  # of this run
     _folder: Path | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
+    _living: threading.Thread | None = None
     _seen: dict[int, tuple[bytes, float]] = field(
         default_factory=dict
     )  # by rank: its last sign of life, and when it came
@@ -115,7 +116,8 @@ class Team:
             time.sleep(_POLL)
         self._folder = own
         self._say("alive", _whereabouts(0))
-        threading.Thread(target=self._live, name="dc-merge-alive", daemon=True).start()
+        self._living = threading.Thread(target=self._live, name="dc-merge-alive", daemon=True)
+        self._living.start()
 
     def _live(self) -> None:
         beat = 0
@@ -126,10 +128,16 @@ class Team:
 
     def leave(self, failure: str | None = None) -> None:
         """The last sign of this process: that it has failed, or else nothing."""
+        self._end()
         if failure is not None and self._folder is not None and self._folder.is_dir():
             with suppress(OSError):
                 self._say("failed", failure.encode())
+
+    def _end(self) -> None:
+        """No more signs of life: the main process may delete the folder at any time."""
         self._ended.set()
+        if self._living is not None:
+            self._living.join()
 
     def start(self, manifest: Mapping[str, Any], shares: Sequence[Sequence[int]]) -> None:
         """Of the main process: what is merged, and which modules each process does."""
@@ -149,6 +157,7 @@ class Team:
 
     def done(self) -> None:
         """Say that this process has nothing left to do."""
+        self._end()
         self._say("done", b"")
 
     def wait(self) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class WorkPlace:
                 self.team.leave()
             if lock is not None:
                 if done or not self.resume:
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                    _delete(self.folder)
                 os.close(lock)
 
     def _made(self) -> int:
@@ -220,6 +221,15 @@ class Modules:
             if self.team is not None:
                 self.team.check()
         return merged
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, into which other processes that have not yet seen the end may write meanwhile."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def unfinished(out: str | Path) -> str | None:
