@@ -25,6 +25,7 @@ from dc_merge_peft.errors import MergeError, OptionError, first_line
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one, after which a process counts as dead; a network's file system may be that slow to show it
+MEETING = timedelta(minutes=10)  # in which the processes of one launch have to come together
 _POLL = 0.05
 # As launchers say how many processes there are: torch's, and those of MPI.
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -80,7 +81,7 @@ class Team:
             or os.environ.get("ACCELERATE_USE_CPU") in ("1", "True", "true")
         )
         try:
-            state = PartialState(cpu=cpu, timeout=timedelta(minutes=10))
+            state = PartialState(cpu=cpu, timeout=MEETING)
             token = broadcast_object_list([secrets.token_hex(8)], from_process=0)[0]
             state.wait_for_everyone()
             if torch.distributed.is_initialized():

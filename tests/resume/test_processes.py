@@ -89,7 +89,7 @@ def test_a_killed_process_ends_all_and_resumes(tmp_path: Path) -> None:
     adapters = many_modules(tmp_path, 40, size=300, rank=24)
     work, arguments = tmp_path / ".out.dc-merge-work", ["merge", *adapters, "-o", tmp_path / "out"]
     process = launched([*arguments, "--resume"], tmp_path)
-    wait_until(lambda: work.is_dir() and len(list(work.glob("*.module"))) > 2, process)
+    wait_until(lambda: len(list(work.glob("*.module"))) > 2 and bool(list(work.glob("team-*/1.alive"))), process)
     (sign,) = work.glob("team-*/1.alive")
     os.kill(int(sign.read_text().split('"process": ')[1].split(",")[0]), signal.SIGKILL)
     finished(process, code=1)

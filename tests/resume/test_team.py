@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,9 @@ def side_by_side(*parts: Callable[[], Any]) -> list[Any]:
 
 def merged_by(sources: list[Path], out: Path, team: Team, **options: Any) -> None:
     """What the program does in one process."""
-    with WorkPlace.beside(out, resume=False, team=team).opened() as place:
-        with DCMergeAdapter().merging(sources, resume=place, **options) as merged:
-            merged.save_pretrained(out)
+    place = WorkPlace.beside(out, resume=False, team=team)
+    with place.opened(), DCMergeAdapter().merging(sources, resume=place, **options) as merged:
+        merged.save_pretrained(out)
 
 
 def test_shares(tmp_path: Path) -> None:
@@ -83,13 +85,21 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
 
 def test_a_main_process_that_fails(tmp_path: Path) -> None:
     """Its reason reaches those that wait for it to start."""
-    sources, (main, other) = many_modules(tmp_path, 3), pair()
-    found = side_by_side(
-        lambda: merged_by([sources[0], tmp_path / "missing"], tmp_path / "out", main),
-        lambda: merged_by(sources, tmp_path / "out", other),
+    sources, (main, other), out = many_modules(tmp_path, 3), pair(), tmp_path / "out"
+
+    def fail() -> None:
+        place = WorkPlace.beside(out, resume=False, team=main)
+        with place.opened():
+            while not list(place.folder.glob("team-*/1.alive")):
+                time.sleep(0.01)
+            raise MergeError("no such adapter")
+
+    found = side_by_side(fail, lambda: merged_by(sources, out, other))
+    assert isinstance(found[1], MergeError)
+    assert any(
+        words in str(found[1]) for words in ("process 0 has failed: no such adapter", "process 0 has ended early")
     )
-    assert "missing" in str(found[0])
-    assert isinstance(found[1], MergeError) and any(words in str(found[1]) for words in ("missing", "has ended early"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
@@ -113,7 +123,6 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sign = json.loads(teams._whereabouts(3))
     (tmp_path / "team-run" / "1.alive").write_text(json.dumps({**sign, "process": dead.pid}))
     dead.wait()
-    main.check([1])  # a first sign of life
     with refused(MergeError, "process 1 of 2 has ended"):
         main.check([1])
     (tmp_path / "team-run" / "1.alive").write_text(json.dumps({**sign, "system": "another", "process": dead.pid}))
@@ -184,6 +193,7 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(teams, "MEETING", timedelta(seconds=1))
     try:
         with refused(MergeError, "the 2 processes of this launch can't reach each other", "accelerate launch"):
             Team.join("cpu")
