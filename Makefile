@@ -34,7 +34,7 @@ lowest:
 		--ignore tests/io/test_security_files.py --ignore tests/test_notebooks.py
 
 benchmark: $(VENV)/.demo
-	$(BIN)/python examples/benchmarks/factor_space.py
+	$(BIN)/python examples/benchmarks/factor_space.py --size 1024 1024 --peft-modules 0
 
 clean:
 	rm -rf $(VENV) dc-merge-demo site

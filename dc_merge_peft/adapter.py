@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dc_merge_peft.errors import OptionError
+from dc_merge_peft.full_models import FullModelMerger
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.merging import merging
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class DCMergeAdapter:
+class DCMergeAdapter(FullModelMerger):
     """Merge LoRA adapters from disk or the Hub, without their base model.
 
     Examples:
@@ -52,6 +53,7 @@ class DCMergeAdapter:
         if config is not None and (options or method is not None):
             raise OptionError("found both a config and a method or options: expected one of them")
         self.method: Method = method_for(config) if config is not None else method_named(method or "dc", options)
+        self._options = None if config is not None else options
 
     @property
     def config(self) -> MethodConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.errors import MergeError
-from dc_merge_peft.linalg import SVD, svd_of_matrix
+from dc_merge_peft.linalg import SVD, leading_svd_of_matrix, svd_of_matrix
 from dc_merge_peft.lowrank import LowRank, concatenate
 
 # Entries of a delta that are made or changed at a time: a bound on what float64 needs beside an m x n matrix in float32.
@@ -56,6 +56,23 @@ class Dense:
     def svd(self) -> SVD:
         """Thin SVD, null components dropped; computed once."""
         return svd_of_matrix(self.W)
+
+    def leading(self, rank: int) -> SVD:
+        """The ``rank`` leading components of :attr:`svd`, without the others."""
+        return self._at_least(rank)[0].truncate(rank)
+
+    def real_rank(self, wanted: int) -> int:
+        """How many components :attr:`svd` has; ``wanted`` of them are kept for :meth:`leading`."""
+        return self._at_least(wanted)[1]
+
+    def _at_least(self, rank: int) -> tuple[SVD, int]:
+        """So many leading components or more, and how many there are in all; kept until more of them are asked for."""
+        if "svd" in self.__dict__ or rank >= self.rank:
+            return self.svd, len(self.svd.S)
+        known: tuple[SVD, int] | None = self.__dict__.get("_leading")
+        if known is None or len(known[0].S) < min(rank, known[1]):
+            known = self.__dict__["_leading"] = leading_svd_of_matrix(self.W, rank)
+        return known
 
     def dense(self) -> Tensor:
         """The (m, n) delta itself."""
@@ -170,6 +187,18 @@ def inner(one: Delta, other: Delta) -> float:
 def as_lowrank(delta: Delta) -> LowRank:
     """Any delta by factors: its own, or those of its thin SVD."""
     return delta if isinstance(delta, LowRank) else LowRank.from_svd(delta.svd)
+
+
+def leading_svd(delta: Delta, rank: int | None) -> SVD:
+    """The ``rank`` leading components of any delta; all of them for ``None``."""
+    if isinstance(delta, Dense) and rank is not None:
+        return delta.leading(rank)
+    return delta.svd.truncate(rank)
+
+
+def real_rank(delta: Delta, wanted: int) -> int:
+    """The number of components of any delta, of which ``wanted`` will be asked for."""
+    return delta.real_rank(wanted) if isinstance(delta, Dense) else len(delta.svd.S)
 
 
 def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -238,13 +239,17 @@ def _merge_one(
     largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
     _refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
+    if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):
+        merged = Dense(merged.dense())  # its factors hold more numbers than it does, and take longer to decompose
     norm = merged.norm()
     _refuse_overflow(norm, "merged delta", module.name, method)
     # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
     if norm <= FLOAT32_EPS * largest:
-        (m, n), like = merged.shape, merged.svd.U
-        merged = LowRank(like.new_zeros(m, 0), like.new_zeros(0, n))
-    fit = fit_alpha(seen.tasks, seen.weights, merged)
+        (m, n), options = merged.shape, {"dtype": torch.float64, "device": merged.device}
+        merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
+    # Of dense tasks it takes decompositions, which not every method needs.
+    fitted = method.config.alpha == "auto" or any(isinstance(task, LowRank) for task in seen.tasks)
+    fit = fit_alpha(seen.tasks, seen.weights, merged) if fitted else AlphaFit()
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
     kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))

@@ -1,7 +1,7 @@
 """Two passes over the tall factors of several tasks: the Gram matrix of their stack, and one product with it.
 
-Everything between the two is k x k, k the number of columns of the stack. The stack itself is never put together: on the CPU
-some rows at a time are converted into memory that each thread uses again, since new pages cost as much as the arithmetic.
+Everything between the two is k x k, k the number of columns of the stack. On the CPU the stack keeps the dtype of its parts, and
+some rows at a time are converted for the arithmetic, in memory that each thread uses again: new pages cost as much as that.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,25 +20,26 @@ GRAM_CONDITION_LIMIT = 1e4
 # Up to this condition number the product runs in float32 on the CPU: its coefficients are then no larger than the condition, and
 # its error stays at some units in the last place of the float32 result.
 FLOAT32_CONDITION_LIMIT = 8.0
-# Rows of a stack that are converted at a time: 1 MB of float64 at k = 128, which stays in a core's cache.
-ROWS = 1024
+# Rows of a stack that are converted at a time: 2 MB of float64 at k = 128, which stays in a core's cache.
+ROWS = 2048
 
 
 class Scratch(threading.local):
-    """Memory of one thread, by dtype."""
+    """Memory of one thread, by use and dtype."""
 
     def __init__(self) -> None:
-        self._held: dict[torch.dtype, Tensor] = {}
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def forget(self) -> None:
         """Give the memory back."""
         self._held.clear()
 
-    def take(self, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A (rows, columns) matrix whose longer steps are those of ``like``, so that copies from it run along memory."""
-        held = self._held.get(dtype)
+    def take(self, use: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A (rows, columns) matrix whose longer steps are those of ``like``, so that copies from it run along memory; it lasts
+        until the next one is taken for the same use."""
+        held = self._held.get((use, dtype))
         if held is None or held.numel() < rows * columns:
-            held = self._held[dtype] = torch.empty(rows * columns, dtype=dtype)
+            held = self._held[use, dtype] = torch.empty(rows * columns, dtype=dtype)
         flat = held[: rows * columns]
         return flat.view(columns, rows).mT if like.stride(0) == 1 else flat.view(rows, columns)
 
@@ -96,14 +98,19 @@ class Stack:
         if first.device.type != "cpu":
             yield slice(0, m), self.joined(dtype)
             return
-        step = max(min(ROWS, m), 1)
+        X, step = self._side_by_side(), max(min(ROWS, m), 1)
         for start in range(0, m, step):
             rows = slice(start, min(start + step, m))
-            block, end = SCRATCH.take(rows.stop - start, k, first, dtype), 0
-            for part in self.parts:
-                begin, end = end, end + part.shape[1]
-                block[:, begin:end].copy_(part[rows])
-            yield rows, block
+            block = SCRATCH.take("block", rows.stop - start, k, first, dtype)
+            yield rows, block.copy_(X[rows])
+
+    def _side_by_side(self) -> Tensor:
+        """The (m, k) matrix in the dtype of its parts, until the next one is made."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        dtype = reduce(torch.promote_types, (part.dtype for part in self.parts))
+        X = SCRATCH.take("stack", *self.shape, self.parts[0], dtype)
+        return torch.cat([part.to(dtype) for part in self.parts], dim=1, out=X)
 
 
 @dataclass(frozen=True, eq=False)

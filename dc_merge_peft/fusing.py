@@ -5,21 +5,21 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import MergeWarning, OptionError, OutputError, first_line
+from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import NotStreamable, open_base_files
 from dc_merge_peft.sources.base_model import BaseModel
-from dc_merge_peft.workplace import WorkPlace, unfinished
+from dc_merge_peft.workplace import WorkPlace, work_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +59,6 @@ class Destination:
             return
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "model"
-
-    def work_place(self, resume: bool | str | Path | WorkPlace | None) -> AbstractContextManager[WorkPlace | None]:
-        """Where finished modules are kept: beside the output for ``True``, or in a folder by name.
-
-        Raises:
-            OptionError: there is no output to be beside.
-        """
-        if not resume:
-            if self.out is not None and (left := unfinished(self.out)):
-                warnings.warn(left, MergeWarning, stacklevel=4)
-            return nullcontext()
-        if isinstance(resume, WorkPlace):  # its owner's
-            return nullcontext(resume)
-        if resume is not True:
-            return WorkPlace(Path(resume).expanduser(), resume=True).opened()
-        if self.out is None:
-            raise OptionError(
-                "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
-            )
-        return WorkPlace.beside(self.out, resume=True).opened()
 
     def push(
         self, model: nn.Module | None, result: MergeResult, base: str | Path | None, saved: Path | None
@@ -143,7 +123,7 @@ def fuse_in_memory(
     from dc_merge_peft.outputs.fused import fuse_into, save_fused
 
     destination.check()
-    with destination.work_place(options.pop("resume", None)) as place:
+    with work_place(options.pop("resume", None), destination.out) as place:
         merged = merge(**{"base": base, **_whole(options), "resume": place})
         model, where = base.model, base.location
         fuse_into(model, merged)
@@ -180,7 +160,7 @@ def fuse_to_disk(
     if destination.out is None and destination.push_to is None:
         raise OutputError("found no output: expected a directory, or a Hub repository to push to")
     destination.check()
-    with destination.work_place(options.pop("resume", None)) as place:
+    with work_place(options.pop("resume", None), destination.out) as place:
         options["resume"] = place
         try:
             return _fuse_streamed(merge, plan, base, destination, progress, trust_remote_code, options)
@@ -237,9 +217,9 @@ def _fuse_streamed(
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
     place: WorkPlace | None = options["resume"]
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
-    with destination.directory() as out, _shelf(out) as shelf:
+    with destination.directory() as out, shelf(out) as folder:
         whole = _whole(options)
-        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and shelf})
+        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder})
         saved = stream_fused(
             model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
             work=place.folder if place is not None and place.resume else None, progress=progress,
@@ -249,7 +229,7 @@ def _fuse_streamed(
 
 
 @contextmanager
-def _shelf(out: Path) -> Iterator[Path]:
+def shelf(out: Path) -> Iterator[Path]:
     """A folder beside the output, deleted in the end.
 
     Raises:

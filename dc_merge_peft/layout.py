@@ -83,10 +83,12 @@ class Layout:
         return A[number * rank : (number + 1) * rank], B[:, number :: self.experts]
 
     def to_lowrank(self, A: Tensor, B: Tensor, scaling: float) -> LowRank:
-        """A module's own factors as a LowRank (m, n) with the scaling folded into B (in float32 or wider)."""
+        """A module's own factors as a LowRank (m, n) with the scaling folded into B: in float32 or wider, or in bfloat16, which has
+        the range of float32, where the scaling is a power of two and so exact."""
         if self.kind == "conv":
             A, B = A.flatten(1), B.flatten(1)
-        wide = B if B.element_size() >= 4 else B.float()
+        exact = B.element_size() >= 4 or (B.dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
+        wide = B if exact else B.float()
         return LowRank(wide * scaling if scaling != 1 else wide, A)
 
     def to_stored(self, deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
-from dc_merge_peft.workplace import WorkPlace
+from dc_merge_peft.workplace import WorkPlace, work_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,7 @@ def merging(
     model = BaseModel.of(base, token)
     try:
         joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
-        with _work_place(resume) as place:
+        with work_place(resume) as place:
             plan = planned(joined)
             settings = {"devices": devices, "allow_zero": allow_zero, "keep_dense": bool(keep_dense)}
             result = run_merge(
@@ -72,10 +72,3 @@ def merging(
     finally:
         for source in opened:
             source.close()
-
-
-def _work_place(resume: str | Path | WorkPlace | None) -> AbstractContextManager[WorkPlace | None]:
-    """Where finished modules are kept; a place that is open already stays its owner's."""
-    if resume is None or isinstance(resume, WorkPlace):
-        return nullcontext(resume)
-    return WorkPlace(Path(resume).expanduser(), resume=True).opened()

@@ -1,7 +1,7 @@
 """Independent pieces of work on the CPU, several at a time and each on one thread.
 
-Merging is many small decompositions. Threads inside one of them wait for each other more than they work, and stand still
-where other programs want the cores; whole modules side by side do not.
+Merging is many small decompositions, which more threads inside each make little faster. Whole modules side by side use the cores,
+and give the same bytes whatever their number.
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ def cost(method: Method, module: PlannedModule) -> float:
 def workers(method: Method, plan: MergePlan, threads: int) -> int:
     """How many modules are merged at a time: one a thread, and of methods on entries no more than there is room for."""
     most = min(threads, len(plan.modules))
-    if method.equivariant:
-        return most
-    largest = max(math.prod(module.shape) for module in plan.modules)
-    return max(min(most, ROOM // (MATRICES * 4 * largest)), 1)
+    sizes = [_matrices(method, module) * math.prod(module.shape) for module in plan.modules]
+    return max(min(most, ROOM // max(4 * max(sizes), 1)), 1)
+
+
+def _matrices(method: Method, module: PlannedModule) -> int:
+    """How many m x n matrices in float32 merging a module takes beside factors: of full models, whose rank is min(m, n), the
+    deltas of all tasks in float32 and float64, and the bases of their leading directions."""
+    full = max(module.ranks) >= min(module.shape)
+    return (0 if method.equivariant else MATRICES) + (MATRICES + 5 * len(module.tasks) if full else 0)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, is_ordinary
@@ -45,8 +46,8 @@ class Reader:
         return ModuleTasks(module.name, self._placed(deltas, module), weights, module.tasks)
 
     def again(self, module: PlannedModule) -> Sequence[LowRank]:
-        """The same deltas once more, after they have been checked."""
-        return self._placed(self._read(module), module)
+        """The same factors once more, after they have been checked."""
+        return [delta for delta in self._placed(self._read(module), module) if isinstance(delta, LowRank)]
 
     def rereading(self, module: PlannedModule) -> Callable[[], Sequence[LowRank]]:
         """:meth:`again` of one module, for later."""
@@ -67,14 +68,14 @@ class Reader:
         """Whether reading the module again costs next to nothing."""
         return all(self.sources[task].cheap for task in module.tasks)
 
-    def _read(self, module: PlannedModule) -> list[LowRank]:
+    def _read(self, module: PlannedModule) -> list[Delta]:
         with self._reading:
             return [self.sources[task].factors(module.name) for task in module.tasks]
 
     def _device(self, module: PlannedModule) -> torch.device | None:
         return self.dealt.get(module.name, self.device)
 
-    def _placed(self, deltas: Sequence[LowRank], module: PlannedModule) -> list[LowRank]:
+    def _placed(self, deltas: Sequence[Delta], module: PlannedModule) -> list[Delta]:
         where = compute_device(self._device(module) or deltas[0].device)
         return [delta.to(where) for delta in deltas]
 
@@ -129,16 +130,19 @@ def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:
         SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
     """
     delta = source.factors(module)
+    assert isinstance(delta, LowRank), "a full model has no factors"
     check_factors(delta, source, module, allow_zero)
     return delta
 
 
-def check_factors(delta: LowRank, source: Source, module: str, allow_zero: bool) -> None:
-    """Refuse factors that hold NaN, Inf or, unless allowed, only zeros.
+def check_factors(delta: Delta, source: Source, module: str, allow_zero: bool) -> None:
+    """Refuse factors that hold NaN, Inf or, unless allowed, only zeros. Dense deltas their source has checked.
 
     Raises:
         SourceError: they do.
     """
+    if isinstance(delta, Dense):
+        return
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         if is_ordinary(factor):
             continue
@@ -162,4 +166,4 @@ def _all_zero(source: Source, module: str, name: str) -> bool:
     layout = source.modules[module].layout
     shared = (source.factors(other) for other in layout.modules(layout.layer(module)) if layout.kind == "expert")
     index = layout.factor_names.index(name)
-    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared)
+    return not any(bool((delta.A, delta.B)[index].any()) for delta in shared if isinstance(delta, LowRank))

@@ -71,6 +71,18 @@ class DoraRecord:
     errors: Mapping[int, float]  # by index into MergeResult.adapters: relative error of that rank over all modules
 
 
+@dataclass(frozen=True, kw_only=True)
+class FullRecord:
+    """That full fine-tuned models were merged, and what became of the stored tensors of their base model."""
+
+    base: str | None  # directory or Hub id; None where it is not to be published
+    average: tuple[str, ...]  # patterns of what was averaged beside the rule
+    merged: int
+    averaged: int
+    copied: int
+    lora: bool  # a LoRA adapter was extracted
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergeResult:
     """A finished merge. Immutable; :meth:`with_alpha` gives a rescaled copy that shares the factors."""
@@ -85,6 +97,7 @@ class MergeResult:
     dtype: torch.dtype  # of the factors when they are written
     extras: MergedExtras = field(default_factory=MergedExtras)  # tensors outside B and A; alpha does not scale them
     dora: DoraRecord | None = None  # where any of the adapters is DoRA
+    full: FullRecord | None = None  # where full models were merged
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging
 

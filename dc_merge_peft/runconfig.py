@@ -34,6 +34,9 @@ class RunConfig:
     base: str | None = None
     dora_rank: int | None = None
     extras: str | None = None
+    models: tuple[str, ...] = ()  # full models, in the place of adapters
+    average: tuple[str, ...] = ()
+    lora_rank: int | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
@@ -61,16 +64,20 @@ class RunConfig:
         twice = set(options) & set(loose)
         if twice:
             raise OptionError(f"the configuration '{path}' gives option '{min(twice)}' twice: expected it once")
-        for name in ("adapters", "weights"):
+        examples = {
+            "adapters": "[math-lora, code-lora]", "weights": "[1, 0.5]", "models": "[math-model, code-model]",
+            "average": "[q_proj]",
+        }  # fmt: skip
+        for name, example in examples.items():
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
             elif values.get(name) is not None:
-                example = "[math-lora, code-lora]" if name == "adapters" else "[1, 0.5]"
                 raise OptionError(
                     f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in {example}"
                 )
-        if values.get("adapters") is not None:
-            values["adapters"] = tuple(map(str, values["adapters"]))  # a directory may be called 2024
+        for name in ("adapters", "models", "average"):
+            if values.get(name) is not None:
+                values[name] = tuple(map(str, values[name]))  # a directory may be called 2024
         for name in ("output", "method", "rename", "dtype", "device", "base", "extras"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
@@ -78,22 +85,29 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of what is set."""
-        values = {name: value for name, value in vars(self).items() if value is not None}
+        unused = {name for name in ("models", "average") if not getattr(self, name)} | (
+            {"adapters"} if self.models else set()
+        )
+        values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def run_record(result: MergeResult) -> dict[str, Any]:
     """The exact configuration that made ``result``, in the form :meth:`RunConfig.read` takes, and under ``record`` what
     came of it. No time, so that the same merge gives the same bytes."""
+    full, places = result.full, tuple(info.whole_location for info in result.adapters)
     config = RunConfig(
-        adapters=tuple(info.whole_location for info in result.adapters),
+        adapters=() if full else places,
+        models=places if full else (),
+        average=full.average if full else (),
+        lora_rank=result.svd_rank if full else None,
         weights=result.weights,
         method=result.method,
         options=dict(result.options),
         rename=result.rename,
-        svd_rank=result.svd_rank,
-        dtype=str(result.dtype).removeprefix("torch."),
-        base=result.dora.base if result.dora else None,
+        svd_rank=None if full else result.svd_rank,
+        dtype=None if full else str(result.dtype).removeprefix("torch."),
+        base=result.dora.base if result.dora else full.base if full else None,
         dora_rank=result.dora.rank if result.dora else None,
         extras=_policy(result),
     )
@@ -104,6 +118,8 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         "rank": result.max_rank,
         "truncation_error": result.truncation_error,
     }
+    if full:
+        record["tensors"] = {"merged": full.merged, "averaged": full.averaged, "copied": full.copied}
     if extras := result.extras.record(result.adapters):
         record["extras"] = extras
     if result.dora:

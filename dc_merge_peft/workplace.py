@@ -7,13 +7,14 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.errors import MergeError, OutputError, first_line
+from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, OutputError, first_line
 from dc_merge_peft.manifest import differences, without_times
 from dc_merge_peft.methods import Method
 from dc_merge_peft.parallel import cost, dealt
@@ -221,6 +222,30 @@ class Modules:
             if self.team is not None:
                 self.team.check()
         return merged
+
+
+def work_place(
+    resume: bool | str | Path | WorkPlace | None, out: str | Path | None = None
+) -> AbstractContextManager[WorkPlace | None]:
+    """Where finished modules are kept, as users say it: not at all, in a folder, or for ``True`` beside the output. A place that is
+    open already stays its owner's.
+
+    Raises:
+        OptionError: there is no output to be beside.
+    """
+    if not resume:
+        if out is not None and (left := unfinished(out)):
+            warnings.warn(left, MergeWarning, stacklevel=4)
+        return nullcontext()
+    if isinstance(resume, WorkPlace):
+        return nullcontext(resume)
+    if resume is not True:
+        return WorkPlace(Path(resume).expanduser(), resume=True).opened()
+    if out is None:
+        raise OptionError(
+            "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
+        )
+    return WorkPlace.beside(out, resume=True).opened()
 
 
 def _delete(folder: Path) -> None:

@@ -17,7 +17,7 @@ from dc_merge_peft.cli import app
 from dc_merge_peft.methods import METHODS
 from dc_merge_peft.runconfig import RunConfig
 from tests.support.llava import make_llava_workspace
-from tests.support.workspace import make_workspace
+from tests.support.workspace import make_full_workspace, make_workspace
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 # Pages whose examples assume other files.
-WORKSPACES = {"llava.md": make_llava_workspace}
+WORKSPACES = {"llava.md": make_llava_workspace, "merge-full.md": make_full_workspace}
 
 
 @pytest.fixture

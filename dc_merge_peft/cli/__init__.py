@@ -8,6 +8,7 @@ from dc_merge_peft.cli.demo import demo
 from dc_merge_peft.cli.fuse import fuse
 from dc_merge_peft.cli.inspect import inspect
 from dc_merge_peft.cli.merge import merge
+from dc_merge_peft.cli.merge_full import merge_full
 from dc_merge_peft.cli.methods import methods
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(merge)
 app.command()(fuse)
+app.command()(merge_full)
 app.command()(inspect)
 app.command()(methods)
 app.command()(demo)

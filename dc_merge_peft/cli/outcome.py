@@ -31,7 +31,7 @@ def print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
         f"\n{summary['modules']} modules, {summary['shared_by_all']} of them in every adapter; merged rank at most "
         f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
     )
-    _print_remarks(out, plan.remarks)
+    print_remarks(out, plan.remarks)
     out.print("dry run: nothing was merged or written")
 
 
@@ -51,20 +51,20 @@ def print_fuse_plan(plan: FusePlan, run: RunConfig, *, as_json: bool) -> None:
             f"{summary['modules']} modules; {plan.changed} of {plan.tensors} tensors of {plan.base} would change "
             f"({bytes_in_words(plan.changed_bytes)} of {bytes_in_words(plan.total_bytes)}), written to {files}",
         )
-    _print_remarks(out, plan.remarks)
+    print_remarks(out, plan.remarks)
     out.print("dry run: nothing was merged or written")
 
 
 def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, seconds: float, *, as_json: bool) -> None:
     """The summary: modules by kind, ranks, truncation error, time, and how to go on."""
     if as_json:
-        typer.echo(json.dumps(_done(merged, output, url, merged.remarks, seconds)))
+        typer.echo(json.dumps(outcome_record(merged, output, url, merged.remarks, seconds)))
         return
     out = console()
-    _print_merged(out, merged, seconds)
-    _print_remarks(out, merged.remarks)
+    print_merged(out, merged, seconds)
+    print_remarks(out, merged.remarks)
     if output is not None:
-        say(out, f"written to {output} ({_size_of(output)}): PeftModel.from_pretrained(base, '{output}')")
+        say(out, f"written to {output} ({size_of(output)}): PeftModel.from_pretrained(base, '{output}')")
     if url is not None:
         say(out, f"uploaded: {url}")
 
@@ -72,13 +72,13 @@ def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, se
 def print_fused(fused: FusedModel, output: str | None, seconds: float, *, as_json: bool) -> None:
     """The same of a full model."""
     if as_json:
-        typer.echo(json.dumps(_done(fused.merged, output, fused.url, fused.remarks, seconds)))
+        typer.echo(json.dumps(outcome_record(fused.merged, output, fused.url, fused.remarks, seconds)))
         return
     out = console()
-    _print_merged(out, fused.merged, seconds)
-    _print_remarks(out, fused.remarks)
+    print_merged(out, fused.merged, seconds)
+    print_remarks(out, fused.remarks)
     if output is not None:
-        say(out, f"written to {output} ({_size_of(output)}): a full model, which transformers loads by its path")
+        say(out, f"written to {output} ({size_of(output)}): a full model, which transformers loads by its path")
     if fused.url is not None:
         say(out, f"uploaded: {fused.url}")
 
@@ -88,9 +88,10 @@ def _planned(plan: MergePlan, run: RunConfig) -> dict[str, Any]:
     return {"dry_run": True, **run.to_dict(), "sources": adapters}
 
 
-def _done(
+def outcome_record(
     merged: MergeResult, output: str | None, url: str | None, remarks: Sequence[str], seconds: float
 ) -> dict[str, Any]:
+    """Plain values of a finished merge."""
     return {
         **run_record(merged),
         "output": output,
@@ -121,21 +122,25 @@ def _print_adapters(out: Console, plan: MergePlan) -> None:
     out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))
 
 
-def _print_merged(out: Console, merged: MergeResult, seconds: float) -> None:
-    out.print(table("Merged modules", GROUP_COLUMNS, grouped_modules(merged), right=GROUP_COLUMNS[1:]))
+def print_merged(out: Console, merged: MergeResult, seconds: float, *, things: str = "adapters") -> None:
+    """The table of modules, and the merge in a line; ``things`` is what was merged."""
+    columns = [things if column == "adapters" else column for column in GROUP_COLUMNS]
+    out.print(table("Merged modules", columns, grouped_modules(merged), right=columns[1:]))
     out.print(
-        f"\n{len(merged.adapters)} adapters, method {merged.method}, alpha {merged.alpha:.4g}"
+        f"\n{len(merged.adapters)} {things}, method {merged.method}, alpha {merged.alpha:.4g}"
         f"{' (auto)' if merged.options.get('alpha') == 'auto' else ''}, "
         f"truncation error {merged.truncation_error:.2%}, {merged.seconds:.2f} s to read and merge, {seconds:.2f} s in all",
         markup=False,
     )
 
 
-def _print_remarks(out: Console, remarks: Sequence[str]) -> None:
+def print_remarks(out: Console, remarks: Sequence[str]) -> None:
+    """A line each."""
     for remark in remarks:
         say(out, f"note: {remark}")
 
 
-def _size_of(folder: str) -> str:
+def size_of(folder: str) -> str:
+    """Of its files, in words."""
     files = Path(folder).expanduser().iterdir()
     return bytes_in_words(sum(file.stat().st_size for file in files if file.is_file()))

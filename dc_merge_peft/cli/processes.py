@@ -40,3 +40,13 @@ def work_place(run: RunConfig, *, resume: bool) -> Iterator[tuple[WorkPlace | No
             yield place, run
     except ShareDone as done:
         raise typer.Exit from done
+
+
+def one_process(command: str) -> None:
+    """Refuse several processes, which would all do the whole work.
+
+    Raises:
+        OptionError: a launcher has started several.
+    """
+    if launched() > 1:
+        raise OptionError(f"{command} is given to {launched()} processes: expected one; start it without a launcher")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from dc_merge_peft.dense import Delta
@@ -64,6 +65,10 @@ class Method(ABC):
     # Whether a common factor on all weights is a factor on the result. Where a method compares with fixed numbers it
     # is not; alpha multiplies the result all the same.
     homogeneous: ClassVar[bool] = True
+    # Whether it works on the factors A and B themselves, which full models don't have.
+    needs_factors: ClassVar[bool] = False
+    # Defaults that are others for full fine-tuned models.
+    full_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: MethodConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()

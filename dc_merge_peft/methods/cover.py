@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import Delta, leading_svd, real_rank
 from dc_merge_peft.linalg import SVD, polar_factor
 
 
@@ -19,10 +19,14 @@ def cover_basis(
 
 
 def leading_svds(tasks: Sequence[Delta], rank: int | None) -> list[SVD]:
-    """The thin SVD of each task (Algorithm 1, line 5), cut to ``rank`` components and to what :func:`ranks_that_fit`."""
-    svds = [task.svd.truncate(rank) for task in tasks]
-    ranks = ranks_that_fit([len(svd.S) for svd in svds], min(tasks[0].shape))
-    return [svd.truncate(fitting) for svd, fitting in zip(svds, ranks, strict=True)]
+    """The thin SVD of each task (Algorithm 1, line 5), cut to ``rank`` components and to what :func:`ranks_that_fit`.
+
+    T dense tasks of full rank get floor(min(m, n) / T) each, the paper's r of full fine-tuning: no more are looked for at first.
+    """
+    limit = min(tasks[0].shape)
+    ranks = [real_rank(task, limit // len(tasks)) for task in tasks]
+    ranks = ranks_that_fit([min(own, rank or own) for own in ranks], limit)
+    return [leading_svd(task, fitting) for task, fitting in zip(tasks, ranks, strict=True)]
 
 
 def crowding(shape: tuple[int, int], ranks: Sequence[int], rank: int | None) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
@@ -51,6 +52,7 @@ class DCMerge(ElementwiseMethod):
     title = "DC-Merge: energy smoothing and merging in a shared cover space"
     reference = "Zhang et al., DC-Merge: Improving Model Merging with Directional Consistency, CVPR 2026"
     link = "https://github.com/Tobeginwith/DC-Merge"
+    full_defaults = MappingProxyType({"smoothing": "none"})  # Section 4.1: truncation to r smooths enough
     Config = DCMergeConfig
     config: DCMergeConfig
 

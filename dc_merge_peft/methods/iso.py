@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense, weighted_sum
+from dc_merge_peft.dense import Delta, Dense, leading_svd, real_rank, weighted_sum
 from dc_merge_peft.linalg import FLOAT32_EPS, SVD, polar_factor
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
@@ -46,7 +46,7 @@ class IsoC(Method):
     config: IsoCConfig
 
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
-        total = common_svd(tasks, weights).truncate(directions(tasks, self.config.rank))
+        total = common_svd(tasks, weights, directions(tasks, self.config.rank))
         return isotropic(total.U, total.S, total.Vh.mT)
 
 
@@ -81,8 +81,8 @@ class IsoCTS(Method):
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         K = directions(tasks, self.config.rank)
         own = directions_of_a_task(K, len(tasks), self.config.common_fraction)
-        common = common_svd(tasks, weights).truncate(K - own * len(tasks))
-        specific = [residual_svd(task, w, common.U).truncate(own) for task, w in zip(tasks, weights, strict=True)]
+        common = common_svd(tasks, weights, K - own * len(tasks))
+        specific = [residual_svd(task, w, common.U, own) for task, w in zip(tasks, weights, strict=True)]
         # The official order: task-specific, then common.
         U = torch.cat([*(svd.U for svd in specific), common.U], dim=1)
         V = torch.cat([*(svd.Vh.mT for svd in specific), common.Vh.mT], dim=1)
@@ -92,8 +92,13 @@ class IsoCTS(Method):
 
 def directions(tasks: Sequence[Delta], rank: int | None) -> int:
     """K: the tasks' real ranks, each at most ``rank``, added up, and at most min(m, n)."""
-    ranks = [len(task.svd.S) for task in tasks]
-    return min(sum(min(own, rank or own) for own in ranks), *tasks[0].shape)
+    K, limit = 0, min(tasks[0].shape)
+    for task in tasks:
+        if limit <= K:  # of full fine-tuning after the first one: no other needs a decomposition
+            break
+        own = real_rank(task, 0)
+        K += min(own, rank or own)
+    return min(K, limit)
 
 
 def directions_of_a_task(K: int, tasks: int, common_fraction: float) -> int:
@@ -102,24 +107,25 @@ def directions_of_a_task(K: int, tasks: int, common_fraction: float) -> int:
     return min(round((K - math.floor(common_fraction * K)) / tasks), K // tasks)
 
 
-def common_svd(tasks: Sequence[Delta], weights: Sequence[float]) -> SVD:
-    """Of ``sum_i w_i dW_i``, free of what is rounding noise beside the summands: tasks may cancel."""
+def common_svd(tasks: Sequence[Delta], weights: Sequence[float], rank: int) -> SVD:
+    """The leading components of ``sum_i w_i dW_i``, free of what is rounding noise beside the summands: tasks may cancel."""
     scale = max(abs(weight) * task.norm() for task, weight in zip(tasks, weights, strict=True))
-    return significant(weighted_sum(tasks, weights).svd, scale)
+    return significant(leading_svd(weighted_sum(tasks, weights), rank), scale)
 
 
 def residual_svd(
     task: Delta,  # (m, n)
     weight: float,
     U: Tensor,  # (m, c), orthonormal columns
+    rank: int,
 ) -> SVD:
-    """Of ``(I - U U^T) w dW``, free of what is rounding noise beside w dW: the task may lie in the common space."""
+    """The leading components of ``(I - U U^T) w dW``, free of what is rounding noise beside w dW: the task may lie in the common space."""
     scaled = task.scaled(weight)
     if isinstance(scaled, LowRank):
         rest = LowRank(scaled.B - U @ (U.mT @ scaled.B), scaled.A)
     else:
         rest = Dense(scaled.W - U @ (U.mT @ scaled.W))
-    return significant(rest.svd, scaled.norm())
+    return significant(leading_svd(rest, rank), scaled.norm())
 
 
 def significant(svd: SVD, scale: float) -> SVD:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dc_merge_peft.dense import Delta, inner
+from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.methods.cover import leading_svds
 
 
 class AlphaFit(NamedTuple):
@@ -28,11 +29,16 @@ def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -
     """Least squares of the weighted task vectors on the merged delta inside each task's own subspaces.
 
     Minimises ``sum_i || alpha P_i dW~ - w_i dW_i ||^2`` with ``P_i X = U_i U_i^T X V_i V_i^T``, from factors. Since
-    ``P_i dW_i = dW_i`` the overlap needs no projection.
+    ``U_i^T dW_i V_i = diag(S_i)`` the overlap is a sum over its diagonal.
+
+    A dense task has directions everywhere, and its projection would be the identity: its own subspaces are those of its
+    leading directions, ``floor(min(m, n) / T)`` of them, as in merging.
     """
+    dense = any(isinstance(task, Dense) for task in tasks)
+    svds = leading_svds(tasks, None) if dense else [task.svd for task in tasks]
     fit = AlphaFit()
-    for task, weight in zip(tasks, weights, strict=True):
-        U, _, Vh = task.svd
+    for (U, S, Vh), weight in zip(svds, weights, strict=True):
         projected = merged.project(U, Vh.mT)  # (r, r)
-        fit = fit.plus(AlphaFit(weight * inner(merged, task), float(projected.square().sum())))
+        overlap = float((projected.diagonal() * S).sum())
+        fit = fit.plus(AlphaFit(weight * overlap, float(projected.square().sum())))
     return fit

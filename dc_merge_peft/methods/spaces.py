@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense, row_blocks
+from dc_merge_peft.dense import Delta, Dense, leading_svd, row_blocks
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
@@ -133,7 +133,7 @@ def smoothed_tasks(tasks: Sequence[Delta], config: CoverConfig) -> Sequence[Delt
     """The task vectors cut to ``rank`` and energy smoothed; as they are where nothing is to be done."""
     if config.smoothing == "none" and config.rank is None:
         return tasks
-    return [LowRank.from_svd(smoothed(task.svd.truncate(config.rank), config)) for task in tasks]
+    return [LowRank.from_svd(smoothed(leading_svd(task, config.rank), config)) for task in tasks]
 
 
 def parameter_view(module: ModuleTasks, config: CoverConfig) -> View:

@@ -41,11 +41,11 @@ _CARD = """---
 {header}
 ---
 
-# Merge of {count} LoRA adapters
+# Merge of {count} {things}
 
 {what}, merged with **{method}** ({title}; {reference}) by `dc_merge_peft`.
 {base}
-| adapter | weight |
+| {thing} | weight |
 |---|---|
 {sources}
 
@@ -84,6 +84,10 @@ def adapter_card(
         place=code(place or "path/or/id/of/this/adapter"),
     )
     header = metadata(result, base or CardFacts(), library="peft", relation="adapter")
+    if result.full:
+        return _card(
+            result, record, header, what="A LoRA adapter extracted from the merge", usage=usage, again=_again(record)
+        )
     return _card(result, record, header, what="One LoRA adapter in place of several", usage=usage)
 
 
@@ -95,10 +99,15 @@ def fused_card(
         model_class=model_class(result) or "AutoModel", place=code(place or "path/or/id/of/this/model")
     )
     header = metadata(result, base or CardFacts(), library="transformers", relation="merge")
-    again = ("fuse", "makes the model again") if "base" in record else _MERGE_AGAIN
-    return _card(
-        result, record, header, what="The base model with several LoRA adapters inside", usage=usage, again=again
-    )
+    what = "One full model in place of several" if result.full else "The base model with several LoRA adapters inside"
+    return _card(result, record, header, what=what, usage=usage, again=_again(record))
+
+
+def _again(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The command that makes the same again; without its base model a fused one is made in two steps."""
+    if "models" in record:
+        return "merge-full", "merges the models again"
+    return ("fuse", "makes the model again") if "base" in record else _MERGE_AGAIN
 
 
 def _card(
@@ -118,6 +127,8 @@ def _card(
     return _CARD.format(
         header=yaml.safe_dump(dict(header), sort_keys=True).strip(),
         count=len(result.adapters),
+        things="fine-tuned models" if result.full else "LoRA adapters",
+        thing="model" if result.full else "adapter",
         what=what,
         command=again[0],
         again=again[1],

@@ -26,7 +26,8 @@ _TASKS = {
 
 def metadata(result: MergeResult, base: CardFacts, *, library: str, relation: str) -> dict[str, Any]:
     """The block of metadata; a field that is not certain is left out."""
-    header: dict[str, Any] = {"library_name": library, "tags": ["dc-merge", "lora", "merge", "peft"]}
+    lora = [] if result.full and not result.full.lora else ["lora", "peft"]
+    header: dict[str, Any] = {"library_name": library, "tags": sorted(["dc-merge", "merge", *lora])}
     if (base_model := base_model_id(result)) is not None:
         header |= {"base_model": base_model, "base_model_relation": relation}
     if (pipeline := pipeline_tag(result)) is not None:

@@ -21,6 +21,8 @@ _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
 }  # fmt: skip
 
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of as many bytes
+
 
 class StoredShape(Protocol):
     """What a header says about a tensor."""
@@ -103,4 +105,4 @@ def write_at(file: Path, offset: int, content: memoryview) -> None:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(_WHOLE[tensor.element_size()]).numpy().data.cast("B")  # numpy has no bfloat16

@@ -12,11 +12,12 @@ from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_changes
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
-from dc_merge_peft.outputs.fused_targets import Target, find_targets, sharing
+from dc_merge_peft.outputs.fused_targets import Target, find_targets
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS
 from dc_merge_peft.sources.base_model import injected_layer
 from dc_merge_peft.sources.hub import HubId, fetch_files
+from dc_merge_peft.sources.ties import sharing
 
 
 @torch.no_grad()

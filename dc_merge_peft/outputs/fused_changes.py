@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from dc_merge_peft.errors import UnsupportedAdapterError
 from dc_merge_peft.layout import Layout
+from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_extras import ExtraChange, extra_changes
-from dc_merge_peft.outputs.fused_targets import Target, find_targets, sharing, sharing_parameters
+from dc_merge_peft.outputs.fused_targets import Target, find_targets
 from dc_merge_peft.sources.base import ExtraSpec
 from dc_merge_peft.sources.base_files import FLOATS, NotStreamable
 from dc_merge_peft.sources.base_names import FiledModel
+from dc_merge_peft.sources.ties import sharing, sharing_parameters
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class Changes:
 
     edits: Mapping[str, Edit]  # by stored tensor
     groups: tuple[Group, ...]
+    means: Mapping[str, Mean] = field(default_factory=dict)  # of full models, by stored tensor
 
     @property
     def keys(self) -> set[str]:
         """The stored tensors that change."""
-        return {*self.edits, *(key for group in self.groups for key in group.keys)}
+        return {*self.edits, *self.means, *(key for group in self.groups for key in group.keys)}
 
 
 def find_changes(

@@ -17,6 +17,7 @@ from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.files import write_at
+from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
 from dc_merge_peft.outputs.fused_targets import Target
@@ -153,6 +154,8 @@ class _Pieces:
             yield from self._of_group(unit)
         elif unit in self.changes.edits:
             yield from self._edited(unit, self.changes.edits[unit])
+        elif unit in self.changes.means:
+            yield from self._averaged(unit, self.changes.means[unit])
         elif unit not in self.changes.keys:
             yield from self._copied(unit, 0, self.model.files.tensors[unit].size)
 
@@ -177,6 +180,14 @@ class _Pieces:
                 yield from self._rows(key, number * size, slices[number])
             else:
                 yield from self._copied(key, number * size, size)
+
+    def _averaged(self, key: str, mean: Mean) -> Iterator[Piece]:
+        tensor, shares = self.model.files.tensors[key], mean.shares(self.result)
+        names = [info.name for info in self.result.adapters]
+        step = PIECE * tensor.itemsize
+        for start in range(0, tensor.size, step):
+            add = partial(mean.add, shares, names, start // tensor.itemsize)
+            yield self._piece(key, start, min(step, tensor.size - start), add)
 
     def _rows(self, key: str, start: int, target: Target) -> Iterator[Piece]:
         """The rows of a matrix, or of one expert's, that lies at ``start``."""

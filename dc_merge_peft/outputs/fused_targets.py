@@ -14,6 +14,7 @@ from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.sources.base_model import path_in_model
 from dc_merge_peft.sources.renames import fitting_rename
+from dc_merge_peft.sources.ties import sharing
 
 
 @dataclass(frozen=True)
@@ -99,35 +100,3 @@ def find_targets(
                 "would change both, the adapter changes one; untie them first, or keep the merged adapter"
             )
         yield target
-
-
-def sharing(model: nn.Module) -> dict[str, list[str]]:
-    """For the paths of modules that share a parameter all those that hold it."""
-    groups = [[name.rpartition(".")[0] for name in names] for names in sharing_parameters(model)]
-    return {path: paths for paths in groups for path in paths}
-
-
-def sharing_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of parameters that are one, in groups.
-
-    Offloaded parameters are meta tensors of their own, shared or not; there it counts what transformers declares.
-    """
-    holders: dict[object, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    for group in _declared_ties(model):
-        if all(model.get_parameter(name).is_meta for name in group):
-            holders[group] = list(group)
-    return [names for names in holders.values() if len(names) > 1]
-
-
-def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Groups of parameters that a transformers model ties, by name."""
-    ties = getattr(model, "all_tied_weights_keys", None)  # transformers 5: {target: source}
-    if ties is not None:
-        yield from ((target, source) for target, source in ties.items())
-    elif getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-        paths = {id(module): path for path, module in model.named_modules()}
-        names = tuple(f"{paths[id(module)]}.weight" for module in embeddings if module is not None)
-        yield names

@@ -29,8 +29,11 @@ def public_copy(result: R) -> R:
     dora = result.dora
     if dora and not is_hub_id(dora.base):
         dora = dataclasses.replace(dora, base=None)
+    full = result.full
+    if full and not is_hub_id(full.base):
+        full = dataclasses.replace(full, base=None)
     remarks = tuple(_renamed(remark, names) for remark in result.remarks)
-    return dataclasses.replace(result, adapters=adapters, dora=dora, remarks=remarks)
+    return dataclasses.replace(result, adapters=adapters, dora=dora, full=full, remarks=remarks)
 
 
 def _renamed(remark: str, names: Mapping[str, str]) -> str:

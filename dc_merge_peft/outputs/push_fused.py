@@ -72,16 +72,23 @@ def push_fused(
             return publish(
                 {**files, **own},
                 repo_id,
-                commit_message=commit_message
-                or f"Base model with {len(result.adapters)} adapters, merged with {result.method}",
+                commit_message=commit_message or _title(result),
                 private=private,
                 token=token,
                 create_pr=create_pr,
             )
         except OutputError as error:
             raise OutputError(
-                f"{error}; the fused model is in '{saved}'" if saved and keeps else str(error)
+                f"{error}; the {'merged' if result.full else 'fused'} model is in '{saved}'"
+                if saved and keeps
+                else str(error)
             ) from error.__cause__
+
+
+def _title(result: MergeResult) -> str:
+    if result.full:
+        return f"Merge of {len(result.adapters)} fine-tuned models with {result.method}"
+    return f"Base model with {len(result.adapters)} adapters, merged with {result.method}"
 
 
 def _given(model: nn.Module | None) -> nn.Module:

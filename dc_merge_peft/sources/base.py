@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 
@@ -173,8 +174,8 @@ class Source(ABC):
         return 1.0
 
     @abstractmethod
-    def factors(self, module: str) -> LowRank:
-        """The delta of one module, scaling folded in, on the device where it is stored.
+    def factors(self, module: str) -> Delta:
+        """The delta of one module, scaling folded in, on the device where it is stored: by factors, or dense of full models.
 
         Raises:
             SourceError: the factors can't be read.
@@ -186,7 +187,9 @@ class Source(ABC):
 
     def lora(self, module: str) -> LowRank:
         """``scaling * B @ A`` alone, which of a DoRA adapter is a part of the delta; see :class:`DoraSource`."""
-        return self.factors(module)
+        delta = self.factors(module)
+        assert isinstance(delta, LowRank), "a full model has no factors"
+        return delta
 
     def unmatched_targets(self) -> list[str]:
         """Names in the config's list of target modules that no module matches."""

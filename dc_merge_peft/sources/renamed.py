@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from torch import Tensor
 
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source, Targets
@@ -58,7 +59,7 @@ class RenamedSource(Source):
     def on_cpu(self, module: str) -> bool:
         return self._source.on_cpu(self._old[module])
 
-    def factors(self, module: str) -> LowRank:
+    def factors(self, module: str) -> Delta:
         return self._source.factors(self._old[module])
 
     def lora(self, module: str) -> LowRank:

@@ -13,138 +13,84 @@ deleted.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from common.command import Outcome, conclude, parsed, parser_of, say, scratch
+from common.floor import added_products, read, write
+from common.inputs import Shapes, write_adapters, write_base
+from common.process import DC_MERGE, Run, helper, measured
+from common.tables import Goal, goals, markdown, megabytes, seconds, times
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def make_base(folder: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
-    """A random Llama on disk; the shapes of its linear layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        max_position_embeddings=2048,
-        dtype="bfloat16",
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02, generator=generator)
-    model.save_pretrained(folder, max_shard_size=args.shard)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if name.endswith(LINEAR) and isinstance(module, torch.nn.Linear)
-    }
+QUICK = {"layers": 2, "hidden": 256, "repeat": 1, "shard": "10MB"}
+ROOM = 1e9  # beyond one shard
 
 
-def make_adapters(folder: Path, shapes: dict[str, tuple[int, int]], args: argparse.Namespace) -> list[Path]:
-    """Random adapters of one rank on all these layers."""
-    made = []
-    for number in range(args.tasks):
-        generator = torch.Generator().manual_seed(number + 1)
-        tensors = {}
-        for name, (m, n) in shapes.items():
-            prefix = f"base_model.model.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(args.rank, n, generator=generator) / n**0.5
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(m, args.rank, generator=generator) * 0.02
-        place = folder / f"task-{number}"
-        place.mkdir()
-        save_file(
-            {key: value.to(torch.bfloat16) for key, value in tensors.items()}, place / "adapter_model.safetensors"
-        )
-        config = {"peft_type": "LORA", "r": args.rank, "lora_alpha": args.rank, "target_modules": list(LINEAR)}
-        (place / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
-        made.append(place)
-    return made
-
-
-def floor(base: Path, scratch: Path, shapes: dict[str, tuple[int, int]], args: argparse.Namespace) -> dict[str, float]:
+def floor(base: Path, folder: Path, shapes: Shapes, k: int) -> dict[str, float]:
     """Seconds to read the files, to form and add the products, and to write as many bytes, all of which stay until the end."""
-    scratch.mkdir()
+    folder.mkdir()
     seconds = {"read": 0.0, "products": 0.0, "write": 0.0}
     for file in sorted(base.glob("*.safetensors")):
-        start = time.perf_counter()
-        content = bytearray(file.stat().st_size)
-        with file.open("rb", buffering=0) as opened:
-            done = 0
-            while done < len(content):
-                done += opened.readinto(memoryview(content)[done:])
-        seconds["read"] += time.perf_counter() - start
-        start = time.perf_counter()
-        with (scratch / file.name).open("wb", buffering=0) as opened:
-            done = 0
-            while done < len(content):
-                done += opened.write(memoryview(content)[done:])
-        seconds["write"] += time.perf_counter() - start
-    k = args.tasks * args.rank
-    for m, n in shapes.values():
-        weight, B, A = torch.zeros(m, n, dtype=torch.bfloat16), torch.randn(m, k), torch.randn(k, n)
-        wide = torch.zeros(m, n)  # before the clock starts, so that its pages cost nothing
-        start = time.perf_counter()
-        weight.copy_(wide.copy_(weight).addmm_(B, A))
-        seconds["products"] += time.perf_counter() - start
-    shutil.rmtree(scratch)
+        took, content = read(file)
+        seconds["read"] += took
+        seconds["write"] += write(folder / file.name, content, len(content))
+    seconds["products"] = added_products(shapes, k)
+    shutil.rmtree(folder)
     return seconds
 
 
-def fuse(base: Path, adapters: list[Path], out: Path, args: argparse.Namespace) -> tuple[float, int]:
-    """Seconds of the whole process, and its largest resident memory in bytes."""
-    command = [sys.executable, "-m", "dc_merge_peft", "fuse", str(base), *map(str, adapters), "-o", str(out)]
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "--method", args.method, "--max-shard-size", args.shard], stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit("dc-merge fuse failed")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def runs(args: argparse.Namespace) -> Iterator[tuple[dict[str, float], float, int, int]]:
-    """For each repetition the floor, the seconds, the memory, and the size of the largest shard.
-
-    Everything large is in a helper process: a process that is started counts the memory of the one that starts it.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(dir=args.folder) as name, spawn.Pool(1) as helper:
-        folder = Path(name)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Both, in turn, as often as asked."""
+    runs: list[tuple[Run, dict[str, float]]] = []
+    with scratch(args) as folder, helper() as beside:
         base, out = folder / "base", folder / "out"
-        shapes = helper.apply(make_base, (base, args))
-        adapters = helper.apply(make_adapters, (folder, shapes, args))
+        say("making the base model and the adapters")
+        shapes, parameters = beside.apply(write_base, (base, args.layers, args.hidden, args.shard))
+        adapters = beside.apply(write_adapters, (folder, shapes, args.tasks, args.rank, torch.bfloat16))
         largest = max(file.stat().st_size for file in base.glob("*.safetensors"))
-        for _ in range(args.repeat):
-            least = helper.apply(floor, (base, folder / "floor", shapes, args))
-            seconds, memory = fuse(base, adapters, out, args)
+        for number in range(args.repeat):
+            least = beside.apply(floor, (base, folder / "floor", shapes, args.tasks * args.rank))
+            say(f"run {number + 1} of {args.repeat}: the least {sum(least.values()):.1f} s")
+            words = ["fuse", base, *adapters, "-o", out, "--method", args.method, "--max-shard-size", args.shard]
+            run = measured([*DC_MERGE, *words])
+            say(f"dc-merge fuse {run.seconds:.1f} s")
             shutil.rmtree(out)
-            yield least, seconds, memory, largest
+            runs.append((run, least))
+    return {
+        "method": args.method,
+        "parameters": parameters,
+        "seconds": statistics.median(run.seconds for run, _ in runs),
+        "floor_seconds": {part: statistics.median(least[part] for _, least in runs) for part in runs[0][1]},
+        "ratio": statistics.median(run.seconds / sum(least.values()) for run, least in runs),
+        "peak_bytes": max(run.peak_bytes for run, _ in runs),
+        "largest_shard_bytes": largest,
+    }
 
 
-def main() -> None:
-    """Run both and print their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table(outcome: Outcome) -> str:
+    """Times, their ratio, and memory, as Markdown."""
+    found, settings = outcome["results"], outcome["settings"]
+    least = found["floor_seconds"]
+    beyond = found["peak_bytes"] - found["largest_shard_bytes"]
+    rows = [
+        ["the whole process", seconds(found["seconds"]), ""],
+        ["the least", seconds(sum(least.values())), f"{times(found['ratio'])} times"],
+        *([f"of it: {part}", seconds(value), ""] for part, value in least.items()),
+    ]
+    return (
+        f"`dc-merge fuse --method {found['method']}` of {settings['tasks']} adapters of rank {settings['rank']} into "
+        f"{found['parameters'] / 1e9:.2f} billion parameters in bfloat16 (median of {settings['repeat']} runs):\n\n"
+        f"{markdown(['what', 'time', 'process against it'], rows)}\n\nMemory: {megabytes(found['peak_bytes'])}, "
+        f"{megabytes(beyond)} more than the largest file of {megabytes(found['largest_shard_bytes'])}."
+        + goals([Goal("memory of at most one file and 1 GB", beyond <= ROOM, timed=False)], outcome)
+    )
+
+
+if __name__ == "__main__":
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 64")
     parser.add_argument("--tasks", type=int, default=4)
@@ -152,30 +98,4 @@ def main() -> None:
     parser.add_argument("--shard", default="600MB", help="largest weight file, in and out")
     parser.add_argument("--method", default="dc")
     parser.add_argument("--repeat", type=int, default=3, help="the median counts")
-    parser.add_argument("--folder", help="where the temporary folder is made")
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    args = parser.parse_args()
-    found = list(runs(args))
-    least = {part: statistics.median(run[0][part] for run in found) for part in found[0][0]}
-    seconds = statistics.median(run[1] for run in found)
-    memory, largest = max(run[2] for run in found), found[0][3]
-    outcome = {
-        "threads": torch.get_num_threads(),
-        **{f"floor_{part}_seconds": value for part, value in least.items()},
-        "floor_seconds": sum(least.values()),
-        "fuse_seconds": seconds,
-        "ratio": statistics.median(run[1] / sum(run[0].values()) for run in found),
-        "peak_memory_bytes": memory,
-        "largest_shard_bytes": largest,
-        "memory_beyond_one_shard_bytes": memory - largest,
-    }
-    if args.json:
-        print(json.dumps(outcome))
-        return
-    for name, value in outcome.items():
-        shown = f"{value / 1e6:.0f} MB" if name.endswith("bytes") else f"{value:.4g}"
-        print(f"{name.removesuffix('_bytes').replace('_', ' '):32}{shown}")
-
-
-if __name__ == "__main__":
-    main()
+    conclude(parsed(parser, QUICK), "fuse", measure, table)

@@ -181,6 +181,13 @@ def test_what_launchers_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 2 and "3 processes merge together without an output" in result.stderr
 
 
+def test_full_models_are_merged_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Several would all write the same."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("merge-full", "base", "tuned", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2 and "merge-full is given to 2 processes: expected one" in result.stderr
+
+
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of a launcher without the launcher."""
     from accelerate.state import PartialState

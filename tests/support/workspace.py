@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.support.full import tune
 from tests.support.models import bert, save_adapters, with_lora
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -19,4 +20,12 @@ def make_workspace(folder: Path, *, base: bool = True) -> Path:
     if base:
         model.save_pretrained(folder / "base-model")
     save_adapters(with_lora(model, ADAPTERS), folder)
+    return folder
+
+
+def make_full_workspace(folder: Path) -> Path:
+    """``base-model``, and ``math-model`` and ``code-model`` fine-tuned in full from it."""
+    model = bert()
+    for seed, name in enumerate(("base-model", "math-model", "code-model")):
+        (tune(model, seed) if seed else model).save_pretrained(folder / name)
     return folder

@@ -1,0 +1,135 @@
+"""``dc-merge merge-full``: a base model and its full fine-tuned models in, one model or an extracted adapter out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.cli import options as shared
+from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
+from dc_merge_peft.cli.processes import one_process
+from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.show import reports_errors
+from dc_merge_peft.errors import MergeWarning, OptionError
+from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.reading import checked_device
+
+# What else a configuration may say, of adapters alone.
+_FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras")
+
+
+@reports_errors
+def merge_full(
+    base: Annotated[
+        str | None, typer.Argument(help="Base model: a directory or a Hub id (org/name, org/name@revision).")
+    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Its fine-tuned models: directories or Hub ids.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Directory for the result.", rich_help_panel=shared.OUT)
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="One number a model, as in 1,0.5,1. Default: all 1.", rich_help_panel=shared.METHOD),
+    ] = None,
+    method: shared.MethodName = None,
+    smoothing: Annotated[
+        str | None,
+        typer.Option(help="Of singular values: linear, average or none. Default: none.", rich_help_panel=shared.METHOD),
+    ] = None,
+    rho: shared.Rho = None,
+    density: shared.Density = None,
+    alpha: shared.Alpha = None,
+    option: shared.MethodOptions = None,
+    average: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Average these parameters, too: the end of a name, or a regular expression. Repeatable.",
+            rich_help_panel=shared.RUN,
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(help="Write a LoRA adapter of this rank instead of a full model.", rich_help_panel=shared.RUN),
+    ] = None,
+    device: shared.Device = None,
+    config: shared.ConfigFile = None,
+    allow_identical: Annotated[
+        bool,
+        typer.Option("--allow-identical", help="Accept models equal to the base model.", rich_help_panel=shared.RUN),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code of the models' own.", rich_help_panel=shared.RUN),
+    ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=shared.OUT),
+    ] = None,
+    push_to: shared.PushTo = None,
+    private: shared.Private = False,
+    commit_message: shared.CommitMessage = None,
+    create_pr: shared.CreatePr = False,
+    overwrite: shared.Overwrite = False,
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Merge full fine-tuned models of one base model: a full model, or an extracted LoRA adapter.
+
+    Files are read one tensor of every model at a time; no model is ever in memory as a whole.
+
+    Example: dc-merge merge-full org/base org/model-a ./model-b -o merged
+    """
+    start = time.perf_counter()
+    shortcuts = {"smoothing": smoothing, "rho": rho, "density": density, "alpha": alpha}
+    run = run_settings(
+        config,
+        base=base,
+        models=tuple(models) if models else None,
+        output=output,
+        weights=numbers(weights) if weights is not None else None,
+        method=method,
+        options=dict(assignments(option or [], shortcuts)),
+        average=tuple(average) if average else None,
+        lora_rank=lora_rank,
+        device=device,
+    )
+    if run.base is None:
+        raise OptionError("found no base model: expected a directory or Hub id first; see dc-merge merge-full --help")
+    if not run.models:
+        raise OptionError(
+            f"found no models to merge beside '{run.base}': expected directories or Hub ids after the base model; see dc-merge "
+            "merge-full --help"
+        )
+    if odd := next((name for name in _FOR_ADAPTERS if getattr(run, name) not in (None, ())), None):
+        raise OptionError(
+            f"the configuration has {odd}: {getattr(run, odd)!r}, which is for adapters: expected models; use dc-merge merge or fuse"
+        )
+    push = shared.checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
+    if run.output is None and push_to is None and not dry_run:
+        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
+    if run.output is not None:
+        check_target(run.output, overwrite=overwrite)
+    checked_device(run.device)
+    one_process("merge-full")
+    merger = DCMergeAdapter(method=run.method, **run.options)
+    settings: dict[str, Any] = {
+        "average": run.average,
+        "lora_rank": run.lora_rank,
+        "allow_identical": allow_identical,
+        "max_shard_size": int(max_shard_size) if max_shard_size and max_shard_size.isdecimal() else max_shard_size,
+        "trust_remote_code": trust_remote_code,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
+        if dry_run:
+            print_full_plan(merger.plan_full(run.base, run.models, run.weights, **settings), run, as_json=as_json)
+            return
+        merged = merger.merge_full(
+            run.base, run.models, run.output, run.weights, device=run.device, overwrite=overwrite, push_to=push_to,
+            **push, **settings,
+        )  # fmt: skip
+    print_full(merged, run.output, time.perf_counter() - start, as_json=as_json)

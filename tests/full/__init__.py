@@ -1,0 +1,1 @@
+"""Merging full fine-tuned models."""
