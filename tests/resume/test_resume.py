@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,46 +13,17 @@ from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError
 from dc_merge_peft import manifest as manifests
 from dc_merge_peft.dense import Dense, FiledDense
 from dc_merge_peft.engine import run_merge
-from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.plan import plan_merge
-from dc_merge_peft.sources.checkpoint import CheckpointSource
 from dc_merge_peft.spanned import Spanned
 from dc_merge_peft.workfolder import Finished, WorkFolder
 from tests.support.dora import MODELS, save_dora
-from tests.support.many import many_modules
+from tests.support.many import many_modules, reads, stop_after
 from tests.support.refused import listing, refused
 from tests.support.strategies import memory_sources, random_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:method 'ties' works on the entries")
 COUNT = 7
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, modules: int) -> Callable[[], None]:
-    """Interrupt merges once so many modules are kept; the function that is given back ends that."""
-    keep, kept = WorkFolder.keep, Counter[str]()
-
-    def counted(self: WorkFolder, module, finished: Finished) -> Finished:
-        result = keep(self, module, finished)
-        kept["all"] += 1
-        if kept["all"] == modules:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(WorkFolder, "keep", counted)
-    return lambda: monkeypatch.setattr(WorkFolder, "keep", keep)
-
-
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the factors of each module are read from now on."""
-    read, count = CheckpointSource.lora, Counter[str]()
-
-    def counted(self: CheckpointSource, module: str) -> LowRank:
-        count[module] += 1
-        return read(self, module)
-
-    monkeypatch.setattr(CheckpointSource, "lora", counted)
-    return count
 
 
 @pytest.mark.parametrize("lazily", [False, True])

@@ -6,10 +6,17 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.plan import PlannedModule
+from dc_merge_peft.sources.checkpoint import CheckpointSource
+from dc_merge_peft.workfolder import Finished, WorkFolder
 from tests.support.models import factors, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -56,3 +63,30 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> Non
     while not there():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, modules: int) -> Callable[[], None]:
+    """Interrupt merges once so many modules are kept; the function that is given back ends that."""
+    keep, kept = WorkFolder.keep, Counter[str]()
+
+    def counted(self: WorkFolder, module: PlannedModule, finished: Finished) -> Finished:
+        result = keep(self, module, finished)
+        kept["all"] += 1
+        if kept["all"] == modules:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(WorkFolder, "keep", counted)
+    return lambda: monkeypatch.setattr(WorkFolder, "keep", keep)
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the factors of each module are read from now on."""
+    read, count = CheckpointSource.lora, Counter[str]()
+
+    def counted(self: CheckpointSource, module: str) -> LowRank:
+        count[module] += 1
+        return read(self, module)
+
+    monkeypatch.setattr(CheckpointSource, "lora", counted)
+    return count
