@@ -21,7 +21,7 @@ from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
 from dc_merge_peft.outputs.fused_targets import Target
-from dc_merge_peft.outputs.shards import Shard, plan_shards, write_headers
+from dc_merge_peft.outputs.shards import Shard, plan_shards, write_headers, write_index
 from dc_merge_peft.outputs.written import Written
 from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.progress import Progress, silent
@@ -100,7 +100,8 @@ def stream_fused(
     with whole_directory(out, overwrite=overwrite, kept=None if written is None else written.building) as building:
         shards = plan_shards(model.files.tensors, max_shard_size)
         left = shards if written is None else written.left(shards)
-        write_headers(shards, building, left)
+        write_headers(left, building)
+        write_index(shards, building)
         places = {
             key: (building / shard.name, offset) for shard in shards for key, offset in shard.layout.places.items()
         }

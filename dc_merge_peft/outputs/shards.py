@@ -61,16 +61,14 @@ def checked_size(size: int | str | None) -> int | str:
     return found
 
 
-def write_headers(shards: list[Shard], folder: Path, left: Sequence[Shard]) -> None:
-    """Make the files with their headers, each at its full size, and the index where there are several.
-
-    Args:
-        shards: All files of the model.
-        folder: Where.
-        left: Those that are not there yet.
-    """
-    for shard in left:
+def write_headers(shards: Sequence[Shard], folder: Path) -> None:
+    """Make the files with their headers, each at its full size."""
+    for shard in shards:
         shard.layout.create(folder / shard.name)
+
+
+def write_index(shards: Sequence[Shard], folder: Path) -> None:
+    """Which file of a model holds which tensor, where there are several."""
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(shard.layout.size - len(shard.layout.header) for shard in shards)},
