@@ -13,6 +13,7 @@ import torch
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.full_models import FullModelMerger
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
+from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.merging import merging
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
@@ -134,6 +135,7 @@ class DCMergeAdapter(FullModelMerger):
         extras: str | None = None,
         lazily: bool = True,
         progress: bool | None = None,
+        out: str | Path | None = None,
         **merge_options: Any,
     ) -> Iterator[MergedAdapter]:
         """:meth:`merge` for a result that is written and not kept: the merged factors are never all in memory.
@@ -142,10 +144,9 @@ class DCMergeAdapter(FullModelMerger):
         ``with`` block ends. The files that come out are those of :meth:`merge` to the last bit.
 
         Args:
-            sources: As for :meth:`merge`, and so are all others; what ``resume`` keeps is deleted when the block ends without an
-                error.
+            sources: As for :meth:`merge`, and so are all others. What ``resume`` keeps lasts until the block has ended well.
             lazily: ``False`` multiplies them out at once.
-            **merge_options: Everything else :meth:`merge` takes.
+            out: Where the result will be written: refused before any work where there is no room for it.
 
         Examples:
             >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP
@@ -154,10 +155,9 @@ class DCMergeAdapter(FullModelMerger):
         plan = partial(
             self.plan, weights=weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases, extras=extras
         )  # fmt: skip
-        shown = progress_bar(progress)
-        with merging(
-            self.method, sources, plan, extras=extras, lazily=lazily, progress=shown, **merge_options
-        ) as merged:
+        with memory_in_words(), merging(
+            self.method, sources, plan, extras=extras, lazily=lazily, progress=progress_bar(progress), out=out, **merge_options
+        ) as merged:  # fmt: skip
             yield merged
 
     def plan(
@@ -186,6 +186,7 @@ class DCMergeAdapter(FullModelMerger):
             extras=extras,
         )
 
+    @memory_in_words()
     def fuse(
         self,
         base: str | Path | nn.Module,
@@ -233,6 +234,7 @@ class DCMergeAdapter(FullModelMerger):
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
         return fuse_in_memory(merge, found, destination, **merge_options)[0]
 
+    @memory_in_words()
     def fuse_to_disk(
         self,
         base: str | Path,

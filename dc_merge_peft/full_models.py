@@ -12,9 +12,10 @@ import torch
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.full_plan import FullPlan, plan_full
-from dc_merge_peft.fusing import Destination, FusedModel, shelf
+from dc_merge_peft.fusing import Destination, FusedModel
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, method_named
+from dc_merge_peft.outputs.directory import hidden_beside
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.result import MergeResult
@@ -152,7 +153,7 @@ class _Job:
 
         base = self.plan.base
         # The merged deltas are as many numbers as the base model has, in float32: they wait on disk for their turn.
-        with self.destination.directory() as out, shelf(out) as folder:
+        with self.destination.directory() as out, hidden_beside(out) as folder:
             merged = self._merged(keep_dense=folder)
             saved = stream_fused(
                 base, full_changes(self.plan), merged, out, overwrite=self.destination.overwrite,

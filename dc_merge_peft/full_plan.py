@@ -14,11 +14,11 @@ from dc_merge_peft.methods import Method
 from dc_merge_peft.plan import MergePlan, PlannedModule, check_weights, uniquely_named
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import FullRecord
-from dc_merge_peft.sources.base_files import FLOATS, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.finetuned import BaseReader, FullModel, FullModelSource
 from dc_merge_peft.sources.full_kinds import Kinds, StoredMatrix, tensors_of
 from dc_merge_peft.sources.full_match import same
+from dc_merge_peft.sources.stored import FLOATS, StoredTensor
 
 # Of batch norm with its usual momentum nothing depends on this count, and models trained for different times differ in it.
 _COUNT = "num_batches_tracked"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import MergeWarning, OutputError, first_line
-from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.errors import MergeWarning, OutputError
+from dc_merge_peft.outputs.directory import check_target, hidden_beside, tidy_up
+from dc_merge_peft.outputs.room import check_room, scratch
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
@@ -57,8 +57,8 @@ class Destination:
         if self.out is not None:
             yield Path(self.out).expanduser()
             return
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / "model"
+        with scratch() as folder:
+            yield folder / "model"
 
     def push(
         self, model: nn.Module | None, result: MergeResult, base: str | Path | None, saved: Path | None
@@ -159,6 +159,8 @@ def fuse_to_disk(
     """
     if destination.out is None and destination.push_to is None:
         raise OutputError("found no output: expected a directory, or a Hub repository to push to")
+    if destination.out is not None:
+        tidy_up(destination.out)  # now: what is left there may be as large as the model
     destination.check()
     with work_place(options.pop("resume", None), destination.out) as place:
         options["resume"] = place
@@ -217,7 +219,9 @@ def _fuse_streamed(
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
     place: WorkPlace | None = options["resume"]
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
-    with destination.directory() as out, shelf(out) as folder:
+    with destination.directory() as out, hidden_beside(out) as folder:
+        there = 0 if place is None else place.written()
+        check_room(out, sum(tensor.size for tensor in model.files.tensors.values()) - there)
         whole = _whole(options)
         merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder})
         saved = stream_fused(
@@ -226,23 +230,6 @@ def _fuse_streamed(
         )  # fmt: skip
         url = destination.push(None, merged, base, saved)
     return FusedModel(saved if destination.out is not None else None, url, merged, merged.remarks)
-
-
-@contextmanager
-def shelf(out: Path) -> Iterator[Path]:
-    """A folder beside the output, deleted in the end.
-
-    Raises:
-        OutputError: there is no room.
-    """
-    parent = next(parent for parent in out.resolve().parents if parent.is_dir())
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}.deltas.", dir=parent) as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise OutputError(
-            f"can't write beside '{out}' ({first_line(error)}): nothing new was left there; make room or choose another place"
-        ) from error
 
 
 def _located(

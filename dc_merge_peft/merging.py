@@ -11,6 +11,7 @@ from dc_merge_peft.engine import run_merge
 from dc_merge_peft.manifest import manifest
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
+from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, checked_devices
@@ -41,6 +42,7 @@ def merging(
     resume: str | Path | WorkPlace | None = None,
     progress: Progress = silent,
     token: str | bool | None = None,
+    out: str | Path | None = None,
 ) -> Iterator[MergedAdapter]:
     """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merge` for the options.
 
@@ -48,6 +50,7 @@ def merging(
         method: The method.
         sources: What to merge.
         planned: Plans the merge of opened sources.
+        out: Where the result will be written.
     """
     devices = checked_devices(device)
     opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
@@ -56,6 +59,8 @@ def merging(
         joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
         with work_place(resume) as place:
             plan = planned(joined)
+            if out is not None:
+                check_room(out, plan.summary()["largest_bytes"])
             settings = {"devices": devices, "allow_zero": allow_zero, "keep_dense": bool(keep_dense)}
             result = run_merge(
                 plan,

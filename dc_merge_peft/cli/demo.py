@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.cli.options import checked_output
 from dc_merge_peft.cli.show import console, reports_errors, table
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import METHODS, method_named
-from dc_merge_peft.outputs.directory import check_target, whole_directory
+from dc_merge_peft.outputs.directory import whole_directory
 
 # Validation and test texts a task: about two minutes on two cores, and intervals of some 3 points on an average.
 QUICK = (30, 100)
@@ -50,7 +51,7 @@ def demo(
             raise OptionError(
                 f"the demo needs the package {package}, which is not installed: run pip install 'dc-merge-peft[demo]'"
             )
-    check_target(output, overwrite=overwrite)
+    checked_output(output, overwrite=overwrite)
     # These import transformers, and need what was just looked for.
     from dc_merge_peft.demo.report import save_report, table_cells, verdict
     from dc_merge_peft.demo.run import CONTENDERS, load_demo, run_demo

@@ -16,7 +16,6 @@ from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.reading import checked_devices
 
 
@@ -99,7 +98,7 @@ def fuse(
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
-        check_target(run.output, overwrite=overwrite)
+        shared.checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
     checked_devices(run.device)
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {

@@ -17,7 +17,6 @@ from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.reading import checked_devices
 
 
@@ -97,7 +96,7 @@ def merge(
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
-        check_target(run.output, overwrite=overwrite)
+        shared.checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
     checked_devices(run.device)
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
@@ -114,7 +113,7 @@ def merge(
         return
     with warnings.catch_warnings(), work_place(run, resume=resume) as (place, here):
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
-        settings |= {"device": here.device, "allow_zero": allow_zero, "resume": place}
+        settings |= {"device": here.device, "allow_zero": allow_zero, "resume": place, "out": run.output}
         with merger.merging(run.adapters, run.weights, **settings) as merged:
             if run.output is not None:
                 merged.save_pretrained(run.output, overwrite=overwrite, progress=None)

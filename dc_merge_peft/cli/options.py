@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.errors import OptionError
+from dc_merge_peft.errors import OptionError, printable
+from dc_merge_peft.outputs.directory import check_target, tidied
 from dc_merge_peft.outputs.publish import check_repository
 from dc_merge_peft.sources.renames import RENAMES
 
@@ -89,6 +90,18 @@ Resume = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=OUT)]
+
+
+def checked_output(output: str | Path, *, overwrite: bool, dry_run: bool = False) -> None:
+    """Make the place of an output ready, with a note on standard error on what dead runs had left there.
+
+    Raises:
+        OutputError: something stands in its way.
+    """
+    if not dry_run:
+        for line in tidied(output):
+            typer.echo(f"note: {printable(line)}", err=True)
+    check_target(output, overwrite=overwrite)
 
 
 def checked_push(repo_id: str | None, *, private: bool, commit_message: str | None, create_pr: bool) -> dict[str, Any]:

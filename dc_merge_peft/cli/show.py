@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
 from dc_merge_peft.errors import MergeError, printable
+from dc_merge_peft.memory import memory_in_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,15 +36,23 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
 
 
 def reports_errors(command: F) -> F:
-    """A command whose :class:`MergeError` ends as one line on standard error and exit code 2."""
+    """A command whose :class:`MergeError` ends as one line on standard error and exit code 2, and a signal as one line and
+    the exit code that shells give it."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with stopped_by_signals(), memory_in_words():
+                return command(*args, **kwargs)
         except MergeError as error:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
+        except Stopped as stop:
+            left = (
+                "finished modules are kept for the next run" if kwargs.get("resume") else "nothing unfinished was left"
+            )
+            typer.secho(f"stopped by {stop.signal.name}: {left}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(stop.exit_code) from stop
 
     return wrapped  # type: ignore[return-value]
 

@@ -26,6 +26,7 @@ from dc_merge_peft.inspection.findings import findings_before
 from dc_merge_peft.inspection.reading import Opened, open_leniently
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
+from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.metrics.energy import effective_rank_of
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
@@ -33,6 +34,7 @@ from dc_merge_peft.sources import Source
 
 
 @torch.no_grad()
+@memory_in_words()
 def inspect_adapters(
     sources: Sequence[str | Path | Source],
     *,

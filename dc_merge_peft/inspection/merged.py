@@ -15,6 +15,7 @@ from dc_merge_peft.inspection.data import Finding, Kept, MergeInspection
 from dc_merge_peft.inspection.findings import findings_after
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
+from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
@@ -28,6 +29,7 @@ NOTHING = Kept(projected_dir_sim=0.0, projected_cos_sim=0.0, retained_energy=0.0
 
 
 @torch.no_grad()
+@memory_in_words()
 def inspect_merge(
     merged: MergeResult | str | Path | Source,
     sources: Sequence[str | Path | Source] | None = None,

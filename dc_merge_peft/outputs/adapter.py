@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dc_merge_peft.outputs.files import PlannedTensor, bytes_of, lay_out, write_
 from dc_merge_peft.outputs.lora_config import StoredLayer, lora_fields, stored_layers
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
+from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
@@ -61,10 +61,10 @@ def push_adapter(
         OutputError: see :func:`dc_merge_peft.outputs.publish.publish`.
     """
     base = base_facts(result, token=token, ask_hub=True)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_files(public_copy(result), Path(folder), base=base, place=repo_id if is_hub_id(repo_id) else None)
+    with scratch() as folder:
+        _write_files(public_copy(result), folder, base=base, place=repo_id if is_hub_id(repo_id) else None)
         return publish(
-            {file.name: file for file in Path(folder).iterdir()},
+            {file.name: file for file in folder.iterdir()},
             repo_id,
             commit_message=commit_message or f"Merge of {len(result.adapters)} adapters with {result.method}",
             private=private,

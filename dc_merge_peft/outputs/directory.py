@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.errors import MergeWarning, OutputError, first_line
+from dc_merge_peft.outputs.placing import place, to_disk
+from dc_merge_peft.outputs.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
 _MARKS = ("dc_merge.yaml", "adapter_config.json", "config.json", "results.json")
@@ -60,7 +61,10 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | None = None) -> Iterator[Path]:
-    """A new directory beside ``path`` to write into; renamed to ``path`` on success, removed on failure.
+    """A new directory to write into, hidden beside ``path``; put in the place of ``path`` on success, removed on failure.
+
+    Of two that are written to one path at a time the first is there as if it were alone; the other one is refused, or with
+    ``overwrite`` replaces it.
 
     Args:
         path: Where it belongs in the end.
@@ -70,25 +74,71 @@ def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | N
     Raises:
         OutputError: see :func:`check_target`, or the file system refuses.
     """
+    tidy_up(path)
     target = check_target(path, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if kept is not None:
-            kept.mkdir(exist_ok=True)
-        building = kept or Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"can't write beside '{path}' ({first_line(error)}): choose a writable place") from error
-    try:
+    with hidden_beside(path, target) as hidden:
+        building = kept or hidden / NEW
+        building.mkdir(exist_ok=kept is not None)
         yield building
         _give_ordinary_modes(building)
-        _replace(building, target)
-    except (OSError, SafetensorError) as error:
+        to_disk(building)
+        check_target(path, overwrite=overwrite)  # another run may have been quicker
+        if kept is not None:
+            building = kept.rename(hidden / NEW)
+        place(building, target, _MARKS)
+
+
+@contextmanager
+def hidden_beside(path: str | Path, target: Path | None = None) -> Iterator[Path]:
+    """A hidden folder beside an output, for as long as the output is being made.
+
+    Args:
+        path: The output as the user calls it.
+        target: Where that is.
+
+    Raises:
+        OutputError: the file system refuses, in the block too.
+    """
+    target = target or Path(path).expanduser().resolve()
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with workshop(target) as folder:
+            yield folder
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _failed_to_write(error):
+            raise
         raise OutputError(
             f"can't write '{path}' ({first_line(error)}): nothing new was left there; make room or choose another place"
         ) from error
     finally:
-        if kept is None:
-            shutil.rmtree(building, ignore_errors=True)
+        if not target.exists():
+            for parent in made:
+                _remove_empty(parent)
+
+
+def tidied(path: str | Path) -> list[str]:
+    """Remove what dead runs have left beside an output; a sentence for each."""
+    try:
+        return tidy(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):  # no path at all, which check_target says better
+        return []
+
+
+def tidy_up(path: str | Path) -> None:
+    """The same, said by warnings."""
+    for line in tidied(path):
+        warnings.warn(line, MergeWarning, stacklevel=3)
+
+
+def _failed_to_write(error: RuntimeError) -> bool:
+    """Whether it is torch's own error of a file that it could not write."""
+    return "PytorchStreamWriter" in str(error)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _give_ordinary_modes(folder: Path) -> None:
@@ -102,25 +152,3 @@ def _give_ordinary_modes(folder: Path) -> None:
     probe_folder.rmdir()
     for path in (folder, *folder.rglob("*")):
         path.chmod(folder_mode if path.is_dir() else file_mode)
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target``. What stood there is moved aside first, comes back if anything goes wrong,
-    an interrupt too, and is deleted last."""
-    if not target.exists():
-        new.rename(target)
-    elif not any(target.iterdir()):
-        for file in new.iterdir():  # the directory itself may be a mount point or someone's working directory
-            file.rename(target / file.name)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.old.", dir=target.parent))
-        old = aside / target.name
-        try:
-            target.rename(old)
-            new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            aside.rmdir()  # only if empty: should the old directory not come back, it is not lost
-            raise
-        shutil.rmtree(aside, ignore_errors=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base_files import StoredTensor
 from dc_merge_peft.sources.finetuned import check_finite
+from dc_merge_peft.sources.stored import StoredTensor
 
 
 @dataclass(frozen=True)

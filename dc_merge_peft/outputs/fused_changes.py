@@ -13,8 +13,9 @@ from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_extras import ExtraChange, extra_changes
 from dc_merge_peft.outputs.fused_targets import Target, find_targets
 from dc_merge_peft.sources.base import ExtraSpec
-from dc_merge_peft.sources.base_files import FLOATS, NotStreamable
+from dc_merge_peft.sources.base_files import NotStreamable
 from dc_merge_peft.sources.base_names import FiledModel
+from dc_merge_peft.sources.stored import FLOATS
 from dc_merge_peft.sources.ties import sharing, sharing_parameters
 
 

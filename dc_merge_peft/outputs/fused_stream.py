@@ -26,8 +26,9 @@ from dc_merge_peft.outputs.written import Written
 from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG, StoredTensor
+from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG
 from dc_merge_peft.sources.base_names import FiledModel
+from dc_merge_peft.sources.stored import StoredTensor
 
 # Entries of a piece of a matrix: its product, sum and rounding take place in 2 MB that stay in the processor's cache.
 PIECE = 2**19

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import yaml
@@ -16,6 +15,7 @@ from dc_merge_peft.outputs.fused import save_fused
 from dc_merge_peft.outputs.fused_papers import fused_record
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
+from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME
 from dc_merge_peft.sources.hub import HubId
@@ -65,8 +65,8 @@ def push_fused(
         "README.md": card.encode(),
         FILE_NAME: yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        place = saved or save_fused(_given(model), result, Path(folder) / "model", base=base, token=token)
+    with scratch() as folder:
+        place = saved or save_fused(_given(model), result, folder / "model", base=base, token=token)
         files = {file.relative_to(place).as_posix(): _public(file) for file in place.rglob("*") if file.is_file()}
         try:
             return publish(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.outputs.files import FileLayout, lay_out
-from dc_merge_peft.sources.base_files import INDEX, StoredTensor
+from dc_merge_peft.sources.base_files import INDEX
+from dc_merge_peft.sources.stored import StoredTensor
 
 DEFAULT_SIZE = "5GB"  # the Hub's own
 _PATTERN = "model{suffix}.safetensors"

@@ -1,25 +1,17 @@
-"""The weight files of a base model, safetensors alone: where every tensor lies, without reading any.
-
-A safetensors file is a length, a JSON header with the place of each tensor, and the tensors' bytes one after the other, in
-row-major order. So single rows of a tensor can be read, and a tensor can be copied without knowing what it is.
-"""
+"""The weight files of a base model, safetensors alone: where every tensor lies, without reading any."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from dc_merge_peft.errors import SourceError, first_line
 from dc_merge_peft.sources.hub import HubId, fetch_files
+from dc_merge_peft.sources.stored import StoredTensor, Unreadable, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What belongs to a model beside its weights and its config: how to generate, tokenizers, processors and terms.
@@ -28,65 +20,25 @@ COMPANIONS = (
     "merges.txt", "spiece.model", "sentencepiece*.model", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
-# The types of numbers that are computed with; all others are copied as bytes.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KNOWN = {**FLOATS, "I64": torch.int64}  # the count of a batch norm's batches
-
 
 class NotStreamable(Exception):
     """A base model that has to be loaded as a whole, with the reason in words."""
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a weight file."""
+class BaseTensor(StoredTensor):
+    """One tensor of a base model, whose errors name the file."""
 
-    file: Path
-    offset: int  # of its first byte
-    size: int  # in bytes
-    dtype: str  # as safetensors calls it
-    shape: tuple[int, ...]
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """None for a type that is copied alone."""
-        return _KNOWN.get(self.dtype)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number; 1 where several numbers share a byte, or there is none."""
-        return max(self.size // max(math.prod(self.shape), 1), 1)
-
-    def read(self) -> Tensor:
-        """The whole tensor, in memory of its own; of a type that is computed with.
+    def read_into(self, content: memoryview, start: int, opened: int | None = None) -> None:
+        """As :class:`StoredTensor` does.
 
         Raises:
-            SourceError: the file has become shorter.
+            SourceError: the file is no longer what it was, or can't be read.
         """
-        assert self.torch_dtype is not None
-        content = bytearray(self.size)
-        self.read_into(memoryview(content), 0)
-        numbers = (
-            torch.frombuffer(content, dtype=self.torch_dtype) if content else torch.empty(0, dtype=self.torch_dtype)
-        )
-        return numbers.view(self.shape)
-
-    def read_into(self, content: memoryview, start: int) -> None:
-        """As many of the tensor's bytes as ``content`` has, from ``start`` on.
-
-        Raises:
-            SourceError: the file has become shorter, or can't be read.
-        """
-        done = 0
         try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset + start)
-                while done < len(content) and (got := file.readinto(content[done:])):
-                    done += got
-        except OSError as error:
-            raise _unreadable(self.file, first_line(error)) from error
-        if done < len(content):
-            raise _unreadable(self.file, "it has become shorter")
+            super().read_into(content, start, opened)
+        except Unreadable as error:
+            raise _unreadable(self.file, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -176,24 +128,14 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found
 
 
-def _tensors(file: Path) -> dict[str, StoredTensor]:
+def _tensors(file: Path) -> dict[str, BaseTensor]:
     try:
-        with safe_open(file, framework="pt"):  # checks the header against the file's size, reads no tensor
-            pass
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+            return {name: BaseTensor(**vars(tensor)) for name, tensor in read_header(file, opened.fileno()).items()}
+    except OSError as error:
         raise _unreadable(file, first_line(error)) from error
-    header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {
-        name: StoredTensor(
-            file, 8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
-            entry["dtype"], tuple(entry["shape"]),
-        )
-        for name, entry in entries
-    }  # fmt: skip
+    except Unreadable as error:
+        raise _unreadable(file, str(error)) from error
 
 
 def _unreadable(file: Path, reason: str) -> SourceError:

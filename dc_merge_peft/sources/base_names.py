@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import SourceError, preview
-from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, StoredTensor
+from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable
 from dc_merge_peft.sources.base_model import BaseModel, cannot_load, model_class
+from dc_merge_peft.sources.stored import StoredTensor
 
 # Conversions that only move numbers, so that what they do to W + dW is what they do to W, plus what they do to dW.
 _MOVES = {

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import weakref
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dc_merge_peft.errors import SourceError, first_line
 from dc_merge_peft.sources.hub import CONFIG_FILE, WEIGHT_FILES
+from dc_merge_peft.sources.stored import KNOWN, Unreadable, read_header
 
 
 class Tensors(Protocol):
@@ -44,36 +47,35 @@ def open_weights(directory: Path, name: str) -> Tensors:
 # Before this version a pickle could run code in spite of ``weights_only=True`` (CVE-2025-32434, CVE-2026-24747).
 SAFE_PICKLES = "2.10"
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-}  # fmt: skip
-
 
 class SafetensorsFile:
-    """A safetensors file, memory-mapped."""
+    """A safetensors file, open for as long as it is read, so that a new file in its place changes nothing."""
 
     def __init__(self, path: Path, adapter: str) -> None:
         self._path, self._adapter = path, adapter
         try:
-            self._file = safe_open(path, framework="pt")
-            slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
+            self._opened = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._closing = weakref.finalize(self, os.close, self._opened)
+            self._tensors = read_header(path, self._opened)
+        except (OSError, Unreadable) as error:
             raise _unreadable(path, adapter, error) from error
-        self.shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
-        self.dtypes = {key: _plain_dtype(piece.get_dtype(), key, adapter) for key, piece in slices.items()}
+        self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
+        self.dtypes = {key: _plain_dtype(tensor.dtype, key, adapter) for key, tensor in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
         try:
-            return self._file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
+            if not self._closing.alive:
+                raise Unreadable("it is closed")
+            return self._tensors[key].read(self._opened)
+        except Unreadable as error:
             raise _unreadable(self._path, self._adapter, error) from error
 
     def close(self) -> None:
-        self._file.__exit__(None, None, None)
+        self._closing()
 
 
 class PickleFile:
-    """An old ``.bin``: a pickle, read with ``weights_only=True`` so that it can't run code, and mapped if it can be."""
+    """An old ``.bin``: a pickle, read as a whole, with ``weights_only=True`` so that it can't run code."""
 
     def __init__(self, path: Path, adapter: str) -> None:
         if torch.__version__ < SAFE_PICKLES:
@@ -83,10 +85,8 @@ class PickleFile:
                 "trust it"
             )
         try:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, ValueError):  # files from before PyTorch 1.6 can't be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            _refuse_packed(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise SourceError(
                 f"adapter '{adapter}' has an {path.name} that holds more than tensors, or is corrupt: expected a plain "
@@ -125,14 +125,31 @@ def _is_plain(key: object, value: object) -> bool:
 
 def _plain_dtype(found: str | torch.dtype, key: str, adapter: str) -> torch.dtype:
     """The dtype of a tensor that is not quantised: a float, or beside the factors a count, which batch norm keeps."""
-    dtype = _SAFETENSORS_DTYPES.get(found) if isinstance(found, str) else found
-    if dtype not in _SAFETENSORS_DTYPES.values() or (dtype == torch.int64 and ".lora_" in key):
+    dtype = KNOWN.get(found) if isinstance(found, str) else found
+    if dtype not in KNOWN.values() or (dtype == torch.int64 and ".lora_" in key):
         raise SourceError(
             f"adapter '{adapter}' stores '{key}' as {found}: expected float64, float32, float16 or bfloat16; save the "
             "adapter unquantised"
         )
     assert dtype is not None
     return dtype
+
+
+def _refuse_packed(path: Path) -> None:
+    """torch packs nothing; a file that is packed can be a thousand times as large in memory.
+
+    Raises:
+        ValueError: it is.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch tells its formats apart
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+        sum(entry.file_size for entry in entries) > path.stat().st_size
+    ):
+        raise ValueError("it is compressed")
 
 
 def _unreadable(path: Path, adapter: str, error: Exception) -> SourceError:

@@ -13,13 +13,14 @@ from torch import Tensor
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
-from dc_merge_peft.sources.base_files import FLOATS, BaseFiles, NotStreamable, StoredTensor, open_base_files
+from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.cards import read_card
 from dc_merge_peft.sources.full_kinds import StoredMatrix
 from dc_merge_peft.sources.full_match import matched_tensors
 from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
 from dc_merge_peft.sources.opening import short_names
+from dc_merge_peft.sources.stored import FLOATS, StoredTensor
 
 
 @dataclass(frozen=True)

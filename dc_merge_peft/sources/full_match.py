@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, UnsupportedAdapterError, preview
-from dc_merge_peft.sources.base_files import FLOATS, StoredTensor
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.full_kinds import tensors_of
+from dc_merge_peft.sources.stored import FLOATS, StoredTensor
 from dc_merge_peft.sources.ties import sharing_parameters
 
 # Bytes that are compared at a time.

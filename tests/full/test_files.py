@@ -18,7 +18,7 @@ from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import MergeWarning
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import full_match
-from dc_merge_peft.sources.base_files import StoredTensor
+from dc_merge_peft.sources.stored import StoredTensor
 from tests.support import models
 from tests.support.families import FAMILIES, V5, answer
 from tests.support.full import tune, write_models
@@ -157,8 +157,8 @@ def test_no_more_than_one_tensor_of_every_model(tmp_path: Path, monkeypatch: pyt
     most, pieces = 0, []
     read, read_into = StoredTensor.read, StoredTensor.read_into
 
-    def watched(self: StoredTensor) -> Any:
-        found = read(self)
+    def watched(self: StoredTensor, *opened: int | None) -> Any:
+        found = read(self, *opened)
         assert self.size <= largest
         born.append(weakref.ref(found))
         return found
@@ -172,7 +172,7 @@ def test_no_more_than_one_tensor_of_every_model(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(StoredTensor, "read", watched)
     monkeypatch.setattr(
-        StoredTensor, "read_into", lambda self, into, at: (pieces.append(len(into)), read_into(self, into, at))[1]
+        StoredTensor, "read_into", lambda self, into, *at: (pieces.append(len(into)), read_into(self, into, *at))[1]
     )
     monkeypatch.setattr(Dense, "__init__", made)
     TA.merge_full(base, places, tmp_path / "out")

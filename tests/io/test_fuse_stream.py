@@ -266,7 +266,7 @@ def test_no_room_for_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FiledDense, "__init__", full)
-    with refused(OutputError, f"can't write beside '{tmp_path / 'out'}' (No space left on device)", "make room"):
+    with refused(OutputError, f"can't write '{tmp_path / 'out'}' (No space left on device)", "make room"):
         DCMergeAdapter(method="ties").fuse_to_disk(base, folders, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
 

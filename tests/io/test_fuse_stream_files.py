@@ -134,7 +134,7 @@ def test_a_file_that_shrinks_meanwhile(tmp_path: Path, monkeypatch: pytest.Monke
         truncated(base)
 
     monkeypatch.setattr(fused_stream, "write_headers", write_headers)
-    with refused(SourceError, "can't be read (it has become shorter)"):
+    with refused(SourceError, "can't be read (it was changed after it had been opened)"):
         TA.fuse_to_disk(base, folders, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

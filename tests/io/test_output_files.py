@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError
 from dc_merge_peft.outputs import adapter as writer
+from dc_merge_peft.outputs import placing
+from dc_merge_peft.outputs.workshop import NEW
 from dc_merge_peft.runconfig import RunConfig
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import listing, refused
@@ -92,7 +94,7 @@ def test_overwrite(tmp_path: Path) -> None:
     assert RunConfig.read(out / "dc_merge.yaml").options["alpha"] == 2.0
 
 
-@pytest.mark.parametrize("step", ["write_weights", "lora_fields", "adapter_card", "rename"])
+@pytest.mark.parametrize("step", ["write_weights", "lora_fields", "adapter_card", "rename", "exchange"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
 def test_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
     """A failure at any step leaves nothing new, and an existing directory as it was."""
@@ -104,13 +106,14 @@ def test_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step:
         raise error
 
     def fail_to_place(self: Path, target: Path) -> Path:
-        if Path(target).name in ("stood", "new") and ".old." not in str(self) and ".old." not in str(target):
+        if self.name == NEW:
             raise error
         return original(self, target)
 
     original = Path.rename
-    if step == "rename":
+    if step in ("rename", "exchange"):
         monkeypatch.setattr(Path, "rename", fail_to_place)
+        monkeypatch.setattr(placing, "exchange", fail if step == "exchange" else lambda *_: False)
     else:
         monkeypatch.setattr(writer, step, fail)
     for name in ("new", "stood"):

@@ -33,8 +33,10 @@ def test_killed(adapters: Path, tmp_path: Path, stop: signal.Signals) -> None:
     moment = random.Random(stop).randrange(1, COUNT // 2)
     wait_until(lambda: work.is_dir() and len(list(work.glob("*.module"))) >= moment, process)
     process.send_signal(stop)
-    process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and not out.exists()
+    words = "stopped by SIGTERM: finished modules are kept for the next run\n"
+    assert errors == (words if stop is signal.SIGTERM else "")
     kept = len(list(work.glob("*.module")))
     assert moment <= kept <= COUNT
     finished(program(arguments, adapters))

@@ -1,0 +1,116 @@
+"""A finished directory put in its place, in one step wherever the system has one, and on the disk before that."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dc_merge_peft.outputs.workshop import OLD
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def place(new: Path, target: Path, last: Sequence[str]) -> None:
+    """Put ``new`` in the place of ``target``: of nothing, of an empty directory, or of what may be replaced.
+
+    Args:
+        new: A directory in a folder of its own beside ``target``.
+        target: Its place.
+        last: Files without which a directory counts for nothing.
+    """
+    if not target.exists():
+        new.rename(target)
+    elif not any(target.iterdir()):
+        if _alike(new, target):
+            new.rename(target)
+        else:
+            _fill(new, target, last)
+    elif not exchange(new, target):
+        _replace(new, target)
+    _flush(target.parent)
+
+
+def to_disk(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk: a power cut after its renaming must find it there."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places in one step; False where system or file system have no such step."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    found = ctypes.get_errno()
+    if found in _NO_EXCHANGE:
+        return False
+    raise OSError(found, os.strerror(found), str(other))
+
+
+def _replace(new: Path, target: Path) -> None:
+    """In two steps. What stood there is moved aside first and comes back if anything goes wrong, an interrupt too; after a
+    kill between them the next run puts it back."""
+    old = new.parent / OLD
+    try:
+        target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+
+
+def _alike(new: Path, target: Path) -> bool:
+    """Whether an empty directory is one like any other: not somebody's mount point, of other rights, or this process's
+    working directory, all of which have to stay themselves."""
+    found, wanted = target.stat(), new.stat()
+    alike = (found.st_mode, found.st_uid, found.st_gid, found.st_dev)
+    return (
+        os.name == "posix"
+        and alike == (wanted.st_mode, wanted.st_uid, wanted.st_gid, wanted.st_dev)
+        and not target.is_mount()
+        and not Path.cwd().is_relative_to(target)
+    )
+
+
+def _fill(new: Path, target: Path, last: Sequence[str]) -> None:
+    """Move the content, file by file; nothing stays if anything goes wrong.
+
+    Raises:
+        OSError: it can't be moved, or something has come to stand there.
+    """
+    moved = []
+    try:
+        for child in sorted(new.iterdir(), key=lambda child: (child.name in last, child.name)):
+            moved.append(child.name)
+            if (target / child.name).exists():
+                moved.pop()
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / child.name))
+            child.rename(target / child.name)
+    except BaseException:
+        for name in moved:
+            if not (new / name).exists():
+                (target / name).rename(new / name)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Raises OSError where a file's content can't be written; of a folder some file systems know no such thing."""
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return
+    opened = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not folder:
+            raise
+    finally:
+        os.close(opened)

@@ -1,0 +1,136 @@
+"""Inputs that change while they are merged: noticed, or as if they had not; never a crash, never numbers of two files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dc_merge_peft import DCMergeAdapter, SourceError
+from dc_merge_peft.outputs import adapter as writer
+from dc_merge_peft.outputs import fused_stream
+from dc_merge_peft.sources import CheckpointSource
+from tests.support import models
+from tests.support.fused import BERT, saved
+from tests.support.models import needs_safe_pickles, write_checkpoint
+from tests.support.refused import listing, refused
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def truncate(file: Path) -> None:
+    """Cut the end off, as a copy does that begins again."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def rewrite(file: Path) -> None:
+    """Other numbers in the same file."""
+    later = file.stat().st_mtime_ns + 10**9
+    content = file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.write(content[:-64] + bytes(64))
+    os.utime(file, ns=(later, later))
+
+
+def replace(file: Path) -> None:
+    """Another file under the same name, as programs that save carefully make it."""
+    new = file.with_name("new")
+    save_file({key: value + 1 for key, value in load_file(file).items()}, new)
+    new.replace(file)
+
+
+def delete(file: Path) -> None:
+    """No file at all."""
+    file.unlink()
+
+
+IN_PLACE, BESIDE = (truncate, rewrite), (replace, delete)
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_an_adapter_that_is_written_to(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """Every look at a file that has changed is refused; mapped, a shorter one would end the process."""
+    folder = write_checkpoint(tmp_path / "one")
+    source = CheckpointSource(folder)
+    (module,) = source.modules
+    assert torch.isfinite(source.factors(module).B).all()
+    change(folder / WEIGHTS)
+    with refused(SourceError, f"'one' has an unreadable {WEIGHTS}", "it was changed after it had been opened", "again"):
+        source.factors(module)
+    source.close()
+
+
+@pytest.mark.parametrize("change", BESIDE)
+def test_an_adapter_that_is_replaced(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """A new file under the same name is another adapter: the one that was opened is read to its end."""
+    folder = write_checkpoint(tmp_path / "one")
+    source = CheckpointSource(folder)
+    (module,) = source.modules
+    before = source.factors(module)
+    change(folder / WEIGHTS)
+    after = source.factors(module)
+    assert torch.equal(before.B, after.B) and torch.equal(before.A, after.A)
+    source.close()
+    with refused(SourceError, "closed"):
+        source.factors(module)
+
+
+@pytest.mark.parametrize("change", [*IN_PLACE, *BESIDE])
+def test_while_the_result_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    """Factors that are multiplied out while they are written are those that were merged, or nothing is written."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    DCMergeAdapter().merge(folders).save_pretrained(tmp_path / "expected")
+    original = writer.adapter_card
+
+    def card(*arguments: object) -> str:
+        change(folders[1] / WEIGHTS)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer, "adapter_card", card)
+    with DCMergeAdapter().merging(folders) as merged:
+        if change in IN_PLACE:
+            with refused(SourceError, "'two'", "it was changed after it had been opened"):
+                merged.save_pretrained(tmp_path / "out")
+        else:
+            merged.save_pretrained(tmp_path / "out")
+    found = {path.name for path in tmp_path.iterdir()} - {"one", "two", "expected"}
+    assert found == (set() if change in IN_PLACE else {"out"})
+    if found:
+        assert listing(tmp_path / "out") == listing(tmp_path / "expected")
+
+
+@needs_safe_pickles
+@pytest.mark.parametrize("change", [truncate, delete])
+def test_a_pickle(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """An old ``.bin`` is read when it is opened, and what becomes of it then does not matter."""
+    folder = write_checkpoint(tmp_path / "one")
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    source = CheckpointSource(folder)
+    (module,) = source.modules
+    before = source.factors(module).dense().clone()
+    change(folder / "adapter_model.bin")
+    assert torch.equal(source.factors(module).dense(), before)
+
+
+@pytest.mark.parametrize("change", [*IN_PLACE, *BESIDE])
+def test_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
+    """The files of a base model are opened piece by piece, so that a new one is noticed as well."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    original = fused_stream.write_headers
+
+    def write_headers(*arguments: object) -> None:
+        original(*arguments)  # type: ignore[arg-type]
+        change(base / "model.safetensors")
+
+    monkeypatch.setattr(fused_stream, "write_headers", write_headers)
+    reason = "No such file" if change is delete else "it was changed after it had been opened"
+    with refused(SourceError, "the base model's file", reason, "download or save the model again"):
+        DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "in"}
