@@ -147,6 +147,7 @@ class DCMergeAdapter(FullModelMerger):
             sources: As for :meth:`merge`, and so are all others. What ``resume`` keeps lasts until the block has ended well.
             lazily: ``False`` multiplies them out at once.
             out: Where the result will be written: refused before any work where there is no room for it.
+            **merge_options: Everything else :meth:`merge` takes.
 
         Examples:
             >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP

@@ -13,9 +13,11 @@ from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.full_plan import FullPlan, plan_full
 from dc_merge_peft.fusing import Destination, FusedModel
+from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, method_named
 from dc_merge_peft.outputs.directory import hidden_beside
+from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.result import MergeResult
@@ -28,6 +30,7 @@ class FullModelMerger:
     method: Method
     _options: Mapping[str, Any] | None  # of the method, as given; None where a config was
 
+    @memory_in_words()
     def merge_full(
         self,
         base: str | Path,
@@ -154,6 +157,7 @@ class _Job:
         base = self.plan.base
         # The merged deltas are as many numbers as the base model has, in float32: they wait on disk for their turn.
         with self.destination.directory() as out, hidden_beside(out) as folder:
+            check_room(out, sum(tensor.size for tensor in base.files.tensors.values()))
             merged = self._merged(keep_dense=folder)
             saved = stream_fused(
                 base, full_changes(self.plan), merged, out, overwrite=self.destination.overwrite,

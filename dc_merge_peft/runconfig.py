@@ -16,6 +16,7 @@ from dc_merge_peft.extras import POLICIES
 from dc_merge_peft.result import MergeResult
 
 FILE_NAME = "dc_merge.yaml"
+LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class RunConfig:
             OptionError: an option given twice, or a value of the wrong type.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = _loaded(Path(path))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = str(error).replace("\n", " ")
             raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
@@ -90,6 +91,30 @@ class RunConfig:
         )
         values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _loaded(path: Path) -> object:
+    """The content of a YAML file that is no larger than it looks: aliases and merge keys can stand for billions of values.
+
+    Raises:
+        ValueError: it is larger.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {LARGEST}")
+    text = path.read_text(encoding="utf-8")
+    if _unfolded(yaml.compose(text, Loader=yaml.SafeLoader), {}) > LARGEST:
+        raise ValueError("its aliases stand for too many values")
+    return yaml.safe_load(text)
+
+
+def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many values a node stands for; infinitely many where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # until it is known
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def run_record(result: MergeResult) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, OutputError, first_line
 from dc_merge_peft.manifest import differences, without_times
 from dc_merge_peft.methods import Method
+from dc_merge_peft.outputs.workshop import claim, workshop_of
 from dc_merge_peft.parallel import cost, dealt
 from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.team import ShareDone, Team
@@ -28,7 +30,9 @@ except ImportError:  # Windows
     fcntl = None
 
 _ENDING = ".dc-merge-work"
-_MANIFEST, _LOCK = "manifest.json", "lock"
+# The manifest says that a folder is one of ours, which may be deleted: nobody else has a file of this name.
+_MANIFEST, _LOCK = "dc-merge-manifest.json", "lock"
+_BEFORE_IT = re.compile(rf"{_LOCK}|team-[0-9a-f]+|{re.escape(_MANIFEST)}\.new")  # what is made before the manifest
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class WorkPlace:
     folder: Path
     resume: bool  # whether they are kept where the merge ends early
     team: Team | None = None  # the processes that share them
+    target: Path | None = (
+        None  # the output of a run whose modules nobody resumes: the next one to it removes what is left of them
+    )
 
     @classmethod
     def beside(cls, out: str | Path, *, resume: bool, team: Team | None = None) -> WorkPlace:
         """The hidden folder beside an output; of several processes that are not to be resumed one of their own."""
         target = Path(out).expanduser().resolve()
-        token = "" if resume or team is None else f".{team.token}"
-        return cls(target.parent / f"{_prefix(target)}{token}{_ENDING}", resume, team)
+        if resume or team is None:
+            return cls(target.parent / f"{_prefix(target)}{_ENDING}", resume, team)
+        return cls(workshop_of(target, team.token), resume, team, target)
 
     @contextmanager
     def opened(self) -> Iterator[WorkPlace]:
@@ -87,6 +95,9 @@ class WorkPlace:
     def _made(self) -> int:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_strangers()
+            if self.target is not None:
+                return claim(self.folder, self.target)
             lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             raise OutputError(
@@ -103,6 +114,16 @@ class WorkPlace:
             except OSError:  # a file system without locks
                 pass
         return lock
+
+    def _refuse_strangers(self) -> None:
+        """A folder that holds anything but an interrupted merge, all of which would be deleted in the end."""
+        children = sorted(child.name for child in self.folder.iterdir())
+        stranger = next((name for name in children if not _BEFORE_IT.fullmatch(name)), None)
+        if stranger is not None and _MANIFEST not in children:
+            raise OutputError(
+                f"the folder '{self.folder}' for finished modules holds other things ('{stranger}'): expected a new or empty folder, "
+                "which is deleted in the end, or one that an interrupted merge has left; choose another"
+            )
 
     def prepared(self, manifest: Mapping[str, Any], work: WorkFolder, method: Method) -> Modules:
         """The modules of a merge, of which those that were finished before are taken from here.
@@ -137,7 +158,7 @@ class WorkPlace:
                 "the same merge to resume; delete that folder to start anew, or leave out --resume (resume=False)"
             )
         if found is None:
-            hidden = file.with_suffix(".new")
+            hidden = file.with_name(f"{_MANIFEST}.new")
             hidden.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             hidden.replace(file)
 

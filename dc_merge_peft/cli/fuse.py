@@ -16,7 +16,6 @@ from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.reading import checked_devices
 
 
 @reports_errors
@@ -47,16 +46,8 @@ def fuse(
     resume: shared.Resume = False,
     allow_different_bases: shared.AllowDifferentBases = False,
     allow_zero: shared.AllowZero = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code of the base model's own.", rich_help_panel=shared.RUN
-        ),
-    ] = False,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(help="Of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=shared.OUT),
-    ] = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
+    max_shard_size: shared.MaxShardSize = None,
     push_to: shared.PushTo = None,
     private: shared.Private = False,
     commit_message: shared.CommitMessage = None,
@@ -94,15 +85,12 @@ def fuse(
             f"found no adapters to fuse into '{run.base}': expected directories or Hub ids after the base model; see dc-merge "
             "fuse --help"
         )
-    push = shared.checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
-    if run.output is None and push_to is None and not dry_run:
-        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
-    if run.output is not None:
-        shared.checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
-    checked_devices(run.device)
+    push = shared.checked_destination(
+        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
+    )  # fmt: skip
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
-        "max_shard_size": int(max_shard_size) if max_shard_size and max_shard_size.isdecimal() else max_shard_size,
+        "max_shard_size": shared.shard_size(max_shard_size),
         "trust_remote_code": trust_remote_code,
         "svd_rank": run.svd_rank,
         "allow_different_bases": allow_different_bases,

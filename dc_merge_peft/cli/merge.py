@@ -17,7 +17,6 @@ from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.reading import checked_devices
 
 
 @reports_errors
@@ -92,12 +91,9 @@ def merge(
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
-    push = shared.checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
-    if run.output is None and push_to is None and not dry_run:
-        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
-    if run.output is not None:
-        shared.checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
-    checked_devices(run.device)
+    push = shared.checked_destination(
+        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
+    )  # fmt: skip
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
         "svd_rank": run.svd_rank,

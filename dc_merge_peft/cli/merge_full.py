@@ -15,8 +15,6 @@ from dc_merge_peft.cli.processes import one_process
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
-from dc_merge_peft.outputs.directory import check_target
-from dc_merge_peft.reading import checked_device
 
 # What else a configuration may say, of adapters alone.
 _FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras")
@@ -61,14 +59,8 @@ def merge_full(
         bool,
         typer.Option("--allow-identical", help="Accept models equal to the base model.", rich_help_panel=shared.RUN),
     ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run Python code of the models' own.", rich_help_panel=shared.RUN),
-    ] = False,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(help="Of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=shared.OUT),
-    ] = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
+    max_shard_size: shared.MaxShardSize = None,
     push_to: shared.PushTo = None,
     private: shared.Private = False,
     commit_message: shared.CommitMessage = None,
@@ -108,19 +100,16 @@ def merge_full(
         raise OptionError(
             f"the configuration has {odd}: {getattr(run, odd)!r}, which is for adapters: expected models; use dc-merge merge or fuse"
         )
-    push = shared.checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
-    if run.output is None and push_to is None and not dry_run:
-        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
-    if run.output is not None:
-        check_target(run.output, overwrite=overwrite)
-    checked_device(run.device)
     one_process("merge-full")
+    push = shared.checked_destination(
+        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
+    )  # fmt: skip
     merger = DCMergeAdapter(method=run.method, **run.options)
     settings: dict[str, Any] = {
         "average": run.average,
         "lora_rank": run.lora_rank,
         "allow_identical": allow_identical,
-        "max_shard_size": int(max_shard_size) if max_shard_size and max_shard_size.isdecimal() else max_shard_size,
+        "max_shard_size": shared.shard_size(max_shard_size),
         "trust_remote_code": trust_remote_code,
     }
     with warnings.catch_warnings():

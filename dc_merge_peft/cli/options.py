@@ -11,6 +11,8 @@ import typer
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.outputs.directory import check_target, tidied
 from dc_merge_peft.outputs.publish import check_repository
+from dc_merge_peft.reading import checked_devices
+from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources.renames import RENAMES
 
 METHOD, RUN, OUT = "Method", "Run", "Output"
@@ -71,6 +73,12 @@ AllowDifferentBases = Annotated[
     bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=RUN)
 ]
 AllowZero = Annotated[bool, typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=RUN)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code of the models' own.", rich_help_panel=RUN)
+]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=OUT)
+]
 PushTo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.", rich_help_panel=OUT)]
 Private = Annotated[
     bool, typer.Option("--private", help="Make that repository private if it is new.", rich_help_panel=OUT)
@@ -127,3 +135,34 @@ def checked_push(repo_id: str | None, *, private: bool, commit_message: str | No
             f"{flag} is given without --push-to: expected a Hub repository for it, as in --push-to me/merged"
         )
     return dict(options)
+
+
+def checked_destination(
+    run: RunConfig,
+    push_to: str | None,
+    *,
+    private: bool,
+    commit_message: str | None,
+    create_pr: bool,
+    overwrite: bool,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Everything about where a result goes, before any work: an output or an upload, its place, and the device; returns the
+    options of the upload.
+
+    Raises:
+        OptionError: nowhere to go, an upload as :func:`checked_push` refuses it, or no such device.
+        OutputError: something stands in the output's way.
+    """
+    push = checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
+    if run.output is None and push_to is None and not dry_run:
+        raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
+    if run.output is not None:
+        checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
+    checked_devices(run.device)
+    return push
+
+
+def shard_size(text: str | None) -> int | str | None:
+    """``--max-shard-size`` as Python takes it: a plain number is bytes."""
+    return int(text) if text and text.isdecimal() else text

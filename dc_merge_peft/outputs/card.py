@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import quote
 
+import torch
 import yaml
 
 from dc_merge_peft._version import __version__
@@ -193,8 +194,9 @@ def _table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 
 def _versions() -> list[str]:
     """The programs that had a part in the numbers and the files, by name and version."""
-    found = {"dc_merge_peft": __version__}
-    for package in ("torch", "safetensors", "peft", "transformers", "huggingface_hub"):
+    # A CUDA build of torch has the plain number in its metadata, and says which it is itself.
+    found = {"dc_merge_peft": __version__, "torch": torch.__version__}
+    for package in ("safetensors", "peft", "transformers", "huggingface_hub"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     found["Python"] = platform.python_version()

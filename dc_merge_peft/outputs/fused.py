@@ -12,7 +12,7 @@ from dc_merge_peft.offload import Offloading, unreadable
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_changes
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
-from dc_merge_peft.outputs.fused_targets import Target, find_targets
+from dc_merge_peft.outputs.fused_targets import Target, find_targets, refuse_unless_finite
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS
 from dc_merge_peft.sources.base_model import injected_layer
@@ -65,7 +65,9 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
         weight = whole[place.layout.number(name)] if expert else whole
         delta = place.layout.to_weight(result.delta(name).to(weight.device), weight, transposed=place.transposed)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_((weight.to(wide) + delta).to(weight.dtype))
+        fused = (weight.to(wide) + delta).to(weight.dtype)
+        refuse_unless_finite(fused, name)
+        weight.copy_(fused)
         if stored:
             stored.write(whole)
 

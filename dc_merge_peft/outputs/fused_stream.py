@@ -20,7 +20,7 @@ from dc_merge_peft.outputs.files import write_at
 from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
-from dc_merge_peft.outputs.fused_targets import Target
+from dc_merge_peft.outputs.fused_targets import Target, refuse_unless_finite
 from dc_merge_peft.outputs.shards import Shard, plan_shards, write_headers, write_index
 from dc_merge_peft.outputs.written import Written
 from dc_merge_peft.parallel import in_parallel, one_thread
@@ -59,6 +59,7 @@ class Scratch(threading.local):
 class Piece:
     """Bytes of a stored tensor, what is done to them, and where they go."""
 
+    name: str
     tensor: StoredTensor
     start: int
     count: int
@@ -67,11 +68,17 @@ class Piece:
     edit: Change | None = None
 
     def carry_out(self, scratch: Scratch) -> None:
-        """Read, change, write."""
+        """Read, change, write.
+
+        Raises:
+            OutputError: a changed number is not finite.
+        """
         content = scratch.bytes(self.count)
         self.tensor.read_into(content, self.start)
         if self.edit is not None and self.count:
-            self.edit(torch.frombuffer(content, dtype=self.tensor.torch_dtype or torch.uint8), scratch)
+            numbers = torch.frombuffer(content, dtype=self.tensor.torch_dtype or torch.uint8)
+            self.edit(numbers, scratch)
+            refuse_unless_finite(numbers, self.name)
         write_at(self.file, self.offset, content)
 
 
@@ -163,7 +170,7 @@ class _Pieces:
 
     def _piece(self, key: str, start: int, count: int, edit: Change | None = None) -> Piece:
         file, offset = self.places[key]
-        return Piece(self.model.files.tensors[key], start, count, file, offset + start, edit)
+        return Piece(key, self.model.files.tensors[key], start, count, file, offset + start, edit)
 
     def _copied(self, key: str, start: int, count: int) -> Iterator[Piece]:
         for first in range(start, start + count, COPY):

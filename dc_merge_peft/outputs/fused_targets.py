@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.layout import Layout
+from dc_merge_peft.lowrank import is_ordinary
 from dc_merge_peft.sources.base_model import path_in_model
 from dc_merge_peft.sources.renames import fitting_rename
 from dc_merge_peft.sources.ties import sharing
@@ -40,6 +42,20 @@ class Target:
     def flipped(self) -> bool:
         """Whether the parameter holds the (m, n) delta as (n, m)."""
         return self.place.layout.kind == "embedding" or self.place.transposed
+
+
+def refuse_unless_finite(weight: Tensor, name: str) -> None:
+    """A sum that its type can't hold, or of a base weight that was no number, must not become a model.
+
+    Raises:
+        OutputError: one of the numbers is NaN or infinite.
+    """
+    finite = is_ordinary(weight) if weight.is_floating_point() else True
+    if not (finite or bool(torch.isfinite(weight).all())):
+        raise OutputError(
+            f"base weight and delta of '{name}' give NaN or Inf in {str(weight.dtype).removeprefix('torch.')}: expected finite base "
+            "weights, and sums that this type can hold; look at the base model, or give smaller weights or alpha"
+        )
 
 
 def find_targets(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 
@@ -79,7 +79,7 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
         trust_remote_code: Run the Python code that the repository or directory brings along.
 
     Raises:
-        SourceError: it can't be loaded, or brings code that is not trusted.
+        SourceError: it can't be loaded, brings code that is not trusted, or lacks weights.
     """
     import transformers
 
@@ -90,10 +90,16 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
-        return model_class(config).from_pretrained(place, dtype="auto", **options)
+        model, found = model_class(config).from_pretrained(place, dtype="auto", output_loading_info=True, **options)
     except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
         known = secrets(token)
         raise SourceError(cannot_load(error, base, hub_id, known)) from harmless(error, known)
+    if missing := sorted(found["missing_keys"]):
+        raise SourceError(
+            f"the base model '{base}' lacks the weights {preview(missing)} of its {type(model).__name__}, which would be random "
+            "numbers: expected all of them; download or save it again, or give a model object"
+        )
+    return model
 
 
 def model_class(config: Any) -> Any:

@@ -27,6 +27,7 @@ from common.tables import Goal, goals, markdown, megabytes, seconds, times
 
 QUICK = {"layers": 2, "hidden": 256, "repeat": 1, "shard": "10MB"}
 ROOM = 1e9  # beyond one shard
+MOST = 2  # times the least
 
 
 def floor(base: Path, folder: Path, shapes: Shapes, k: int) -> dict[str, float]:
@@ -85,7 +86,13 @@ def table(outcome: Outcome) -> str:
         f"{found['parameters'] / 1e9:.2f} billion parameters in bfloat16 (median of {settings['repeat']} runs):\n\n"
         f"{markdown(['what', 'time', 'process against it'], rows)}\n\nMemory: {megabytes(found['peak_bytes'])}, "
         f"{megabytes(beyond)} more than the largest file of {megabytes(found['largest_shard_bytes'])}."
-        + goals([Goal("memory of at most one file and 1 GB", beyond <= ROOM, timed=False)], outcome)
+        + goals(
+            [
+                Goal(f"at most {MOST} times the least", found["ratio"] <= MOST),
+                Goal("memory of at most one file and 1 GB", beyond <= ROOM, timed=False),
+            ],
+            outcome,
+        )
     )
 
 

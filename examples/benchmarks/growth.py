@@ -179,6 +179,7 @@ def table(outcome: Outcome) -> str:
 def figure(outcome: Outcome) -> Figure:
     """Time along every sweep on logarithmic axes, with the claim as a dashed line through the last point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     found = outcome["results"]
     drawn = Figure(figsize=(9, 2.6 * math.ceil(len(found) / 3)), layout="constrained", facecolor="white")
@@ -193,6 +194,10 @@ def figure(outcome: Outcome) -> Figure:
         claim = [y[-1] * (value / x[-1]) ** most for value in x]
         axes.loglog(x, claim, "--", color="#D55E00", linewidth=1, label=f"power {most}")
         axes.set_ylim(bottom=min(y) / 2)
+        axes.set_xscale("log", base=2)  # as the points are
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(y) < 20 * min(y) else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"along {name}", fontsize=9)
         axes.set_xlabel(sweep["over"], fontsize=8)
         axes.set_ylabel("seconds", fontsize=8)

@@ -27,6 +27,7 @@ from common.tables import Goal, goals, markdown, megabytes, seconds, times
 
 QUICK = {"layers": 2, "hidden": 256, "intermediate": 688, "repeat": 1}
 ROOM = 1e9  # beyond the output
+MOST = 2  # times the least
 
 
 def floor(files: list[Path], folder: Path, written: int, shapes: Shapes, k: int) -> dict[str, float]:
@@ -102,7 +103,16 @@ def table(outcome: Outcome) -> str:
         f"(median of {settings['repeat']} runs):\n\n{markdown(['what', 'time', 'process against it'], rows)}\n\n"
         f"The process used {seconds(found['processor_seconds'])} of processor time and {megabytes(found['peak_bytes'])} of "
         f"memory, {megabytes(beyond)} more than the size of its output."
-        + goals([Goal("memory of at most the output and 1 GB", beyond <= ROOM, timed=False)], outcome)
+        + goals(
+            [
+                *(
+                    Goal(f"at most {MOST} times the least with products in {dtype}", ratios[dtype] <= MOST)
+                    for dtype in ("float32", "float64")
+                ),
+                Goal("memory of at most the output and 1 GB", beyond <= ROOM, timed=False),
+            ],
+            outcome,
+        )
     )
 
 

@@ -53,7 +53,7 @@ def test_notes_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 2 and "--resume is given without an output" in result.stderr
     work = tmp_path / ".out.dc-merge-work"
     work.mkdir()
-    (work / "manifest.json").write_text('{"method": "ta"}')
+    (work / "dc-merge-manifest.json").write_text('{"method": "ta"}')
     result = run("merge", "lora-0", "lora-1", "-o", "out", "--resume")
     assert result.exit_code == 2 and 'method "ta" there, "dc" here' in result.stderr and not Path("out").exists()
     result = run("merge", "lora-0", "lora-1", "-o", "out")

@@ -189,7 +189,7 @@ def test_other_adapters_and_versions_are_refused(tmp_path: Path, monkeypatch: py
 def test_damaged_manifests_are_refused(tmp_path: Path, text: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can tell what its modules are."""
     sources, work = interrupted(tmp_path, monkeypatch)
-    (work / "manifest.json").write_text(text)
+    (work / "dc-merge-manifest.json").write_text(text)
     with refused(OutputError, words, str(work), "to start anew"):
         DCMergeAdapter().merge(sources, resume=work)
 
@@ -197,7 +197,7 @@ def test_damaged_manifests_are_refused(tmp_path: Path, text: str, words: str, mo
 def test_manifest_says_what_was_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checksums of whole files, options, versions."""
     sources, work = interrupted(tmp_path, monkeypatch)
-    found = json.loads((work / "manifest.json").read_text())
+    found = json.loads((work / "dc-merge-manifest.json").read_text())
     assert found["torch"] == torch.__version__ and found["options"]["rho"] == 5.0 and found["modules"] == 3
     assert [set(adapter["files"]) for adapter in found["adapters"]] == [
         {"adapter_config.json", "adapter_model.safetensors"}
@@ -227,6 +227,17 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(WorkFolder, "keep", full)
     with refused(OutputError, "can't keep finished modules", "No space left", "make room"):
         DCMergeAdapter().merge(sources, resume=tmp_path / "work")
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "manifest.json", ".git"])
+def test_folders_of_other_things_are_refused(tmp_path: Path, stranger: str) -> None:
+    """The folder is deleted in the end: one with anything else in it stays as it is."""
+    sources, work = many_modules(tmp_path / "in", 2), tmp_path / "work"
+    work.mkdir()
+    (work / stranger).write_text("{}")
+    with refused(OutputError, f"'{work}'", "holds other things", stranger, "choose another"):
+        DCMergeAdapter().merge(sources, resume=work)
+    assert listing(work) == {stranger: b"{}"}
 
 
 def test_adapters_in_memory_are_refused(tmp_path: Path) -> None:

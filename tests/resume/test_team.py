@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 
-from dc_merge_peft import DCMergeAdapter, MergeError, OptionError
+from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning, OptionError
 from dc_merge_peft import team as teams
 from dc_merge_peft.team import ShareDone, Team, launched
 from dc_merge_peft.workplace import WorkPlace
-from tests.support.many import many_modules
+from tests.support.many import finished, many_modules, started
 from tests.support.program import run
 from tests.support.refused import listing, refused
+
+RUN = "0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pair() -> tuple[Team, Team]:
     """Two processes of one run."""
-    return Team(0, 2, "cpu", "run"), Team(1, 2, "cpu", "run")
+    return Team(0, 2, "cpu", RUN), Team(1, 2, "cpu", RUN)
 
 
 def side_by_side(*parts: Callable[[], Any]) -> list[Any]:
@@ -121,17 +124,17 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     main.enter(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     sign = json.loads(teams._whereabouts(3))
-    (tmp_path / "team-run" / "1.alive").write_text(json.dumps({**sign, "process": dead.pid}))
+    (tmp_path / f"team-{RUN}" / "1.alive").write_text(json.dumps({**sign, "process": dead.pid}))
     dead.wait()
     with refused(MergeError, "process 1 of 2 has ended"):
         main.check([1])
-    (tmp_path / "team-run" / "1.alive").write_text(json.dumps({**sign, "system": "another", "process": dead.pid}))
+    (tmp_path / f"team-{RUN}" / "1.alive").write_text(json.dumps({**sign, "system": "another", "process": dead.pid}))
     main.check([1])
     main.check([1])  # another machine's numbers mean nothing here
-    (tmp_path / "team-run" / "1.failed").write_text("no room")
+    (tmp_path / f"team-{RUN}" / "1.failed").write_text("no room")
     with refused(MergeError, "process 1 has failed: no room"):
         main.check()
-    (tmp_path / "team-run" / "1.done").write_text("")
+    (tmp_path / f"team-{RUN}" / "1.done").write_text("")
     main.check()
     main.wait()
     main.leave()
@@ -145,11 +148,29 @@ def test_silence_is_noticed(tmp_path: Path) -> None:
     side_by_side(main.check, lambda: threading.Event().wait(0.8))
     main.check()  # it lives, longer than anyone's patience
     other._end()
-    sign = tmp_path / "team-run" / "1.alive"
+    sign = tmp_path / f"team-{RUN}" / "1.alive"
     sign.write_text(json.dumps({**json.loads(sign.read_text()), "system": "elsewhere"}))
     with refused(MergeError, "shows no sign of life"):
         main.wait()
     main.leave()
+
+
+def test_a_main_process_that_is_killed(tmp_path: Path) -> None:
+    """Nobody can resume what it has left: the next run to the same output removes it, though not that of one that lives."""
+    sources, out = many_modules(tmp_path / "in", 2), tmp_path / "out"
+    lines = [
+        "import os, signal",
+        "from dc_merge_peft.workplace import WorkPlace",
+        "from dc_merge_peft.team import Team",
+        f"with WorkPlace.beside({str(out)!r}, resume=False, team=Team(0, 2, 'cpu', '{RUN}')).opened():",
+        "    os.kill(os.getpid(), signal.SIGKILL)",
+    ]
+    finished(started([sys.executable, "-c", "\n".join(lines)], tmp_path), code=-signal.SIGKILL)
+    assert len(list(tmp_path.glob(".*"))) == 1
+    with WorkPlace.beside(out, resume=False, team=Team(0, 2, "cpu", RUN[::-1])).opened() as place:
+        with pytest.warns(MergeWarning, match="had left beside"):
+            DCMergeAdapter().merge(sources).save_pretrained(out)
+        assert list(tmp_path.glob(".*")) == [place.folder]
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
@@ -159,9 +180,9 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     other.enter(tmp_path)
     main.leave()
     other._end()
-    for file in (tmp_path / "team-run").iterdir():
+    for file in (tmp_path / f"team-{RUN}").iterdir():
         file.unlink()
-    (tmp_path / "team-run").rmdir()
+    (tmp_path / f"team-{RUN}").rmdir()
     with refused(MergeError, "is gone", "process 0 has ended early"):
         other.started()
     other.leave("too late")

@@ -1,0 +1,92 @@
+"""No model is fused out of numbers that are none: random ones in place of lost weights, NaN, and sums that overflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dc_merge_peft import DCMergeAdapter, OutputError, SourceError
+from dc_merge_peft.runconfig import RunConfig
+from tests.support import models
+from tests.support.families import V5
+from tests.support.fused import BERT, saved
+from tests.support.refused import listing, refused
+
+TA = DCMergeAdapter(method="ta")
+QUERY = "encoder.layer.0.attention.self.query.weight"
+
+
+def edited(base: Path, name: str, value: torch.Tensor | None) -> None:
+    """Another value for one stored tensor of a base model; None takes it away."""
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(name))
+    del tensors[key]
+    save_file(tensors if value is None else {**tensors, key: value}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("lost", [QUERY, "encoder.layer.1.output.dense.weight"])
+def test_a_base_model_that_lacks_a_weight(tmp_path: Path, lost: str) -> None:
+    """transformers would make it up; whether an adapter changes it or not, in memory there is no model to add to."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    edited(base, lost, None)
+    with refused(SourceError, "lacks the weights", lost, "random numbers", "download or save it again"):
+        TA.fuse(base, folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+def test_a_lost_weight_that_an_adapter_changes_is_not_streamed(tmp_path: Path) -> None:
+    """The stream finds none to add to, and what is loaded instead lacks it as well."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    edited(base, QUERY, None)
+    with refused(SourceError, "lacks the weights", QUERY):
+        TA.fuse_to_disk(base, folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("way", ["fuse", "fuse_to_disk"])
+def test_base_weights_that_are_no_numbers(tmp_path: Path, bad: float, way: str) -> None:
+    """One entry is enough; the error names the module or the stored tensor."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    before = listing(base)
+    weight = load_file(base / "model.safetensors")[QUERY].clone()
+    weight[3, 1] = bad
+    edited(base, QUERY, weight)
+    with refused(
+        OutputError, "encoder.layer.0.attention.self.query", "NaN or Inf in float32", "look at the base model"
+    ):
+        getattr(TA, way)(base, folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and set(listing(base)) == set(before)
+
+
+@pytest.mark.parametrize("way", ["fuse", "fuse_to_disk"])
+def test_sums_beyond_float16(tmp_path: Path, way: str) -> None:
+    """Large weights of either sign whose sum float16 can't hold are refused, and zeros, which no norm tells from them, are not."""
+    base, folders = saved(tmp_path, models.bert().half(), BERT)
+    TA.fuse_to_disk(base, folders, tmp_path / "fine") if V5 else None
+    edited(base, QUERY, torch.zeros_like(load_file(base / "model.safetensors")[QUERY]))
+    getattr(TA, way)(base, folders, tmp_path / "zeros")
+    with refused(OutputError, "NaN or Inf in float16", "smaller weights or alpha"):
+        getattr(TA, way)(base, folders, tmp_path / "out", [1e7, 1e7])
+    assert not (tmp_path / "out").exists()
+
+
+def test_configurations_that_unfold_without_end(tmp_path: Path) -> None:
+    """Aliases and merge keys of a few hundred bytes that stand for billions of values, and files that are too long."""
+    bomb = "\n".join(["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)])
+    (tmp_path / "run.yaml").write_text(bomb)
+    with refused(SourceError, "run.yaml", "aliases stand for too many values"):
+        RunConfig.read(tmp_path / "run.yaml")
+    (tmp_path / "long.yaml").write_text("a: 1\n" * 200_000)
+    with refused(SourceError, "long.yaml", "1000000 bytes"):
+        RunConfig.read(tmp_path / "long.yaml")
+    (tmp_path / "self.yaml").write_text("a: &a [*a]")
+    with refused(SourceError, "self.yaml", "too many values"):
+        RunConfig.read(tmp_path / "self.yaml")
+    (tmp_path / "fine.yaml").write_text("x: &x [1, 2]\nweights: *x\nadapters: [one, two]\noptions: {}\n")
+    assert RunConfig.read(tmp_path / "fine.yaml").weights == (1, 2)
