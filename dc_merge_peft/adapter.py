@@ -24,7 +24,7 @@ from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
-from dc_merge_peft.workplace import WorkPlace
+from dc_merge_peft.work.place import WorkPlace
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,8 +29,8 @@ from dc_merge_peft.reading import Devices, Reader, checked_devices
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.spanned import put_off
-from dc_merge_peft.workfolder import Finished, WorkFolder
-from dc_merge_peft.workplace import WorkPlace
+from dc_merge_peft.work.finished import Finished, WorkFolder
+from dc_merge_peft.work.place import WorkPlace
 
 # Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
 TOLERATED = 2e-3

@@ -19,7 +19,7 @@ from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import NotStreamable, open_base_files
 from dc_merge_peft.sources.base_model import BaseModel
-from dc_merge_peft.workplace import WorkPlace, work_place
+from dc_merge_peft.work.place import WorkPlace, work_place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_merge_peft.engine import run_merge
-from dc_merge_peft.manifest import manifest
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
 from dc_merge_peft.outputs.room import check_room
@@ -19,7 +18,8 @@ from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
-from dc_merge_peft.workplace import WorkPlace, work_place
+from dc_merge_peft.work.manifest import manifest
+from dc_merge_peft.work.place import WorkPlace, work_place
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.placing import place, to_disk
-from dc_merge_peft.outputs.workshop import NEW, tidy, workshop
+from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
 _MARKS = ("dc_merge.yaml", "adapter_config.json", "config.json", "results.json")

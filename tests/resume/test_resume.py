@@ -10,13 +10,13 @@ import torch
 
 import dc_merge_peft
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError, SourceError
-from dc_merge_peft import manifest as manifests
 from dc_merge_peft.dense import Dense, FiledDense
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.spanned import Spanned
-from dc_merge_peft.workfolder import Finished, WorkFolder
+from dc_merge_peft.work import manifest as manifests
+from dc_merge_peft.work.finished import Finished, WorkFolder
 from tests.support.dora import MODELS, save_dora
 from tests.support.many import many_modules, reads, stop_after
 from tests.support.refused import listing, refused

@@ -10,7 +10,7 @@ import torch
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.outputs.fused_stream import Piece
-from dc_merge_peft.workplace import WorkPlace
+from dc_merge_peft.work.place import WorkPlace
 from tests.support import models
 from tests.support.families import V5
 from tests.support.fused import BERT, saved, weight_files

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning, OptionError
-from dc_merge_peft import team as teams
-from dc_merge_peft.team import ShareDone, Team, launched
-from dc_merge_peft.workplace import WorkPlace
+from dc_merge_peft.work import team as teams
+from dc_merge_peft.work.place import WorkPlace
+from dc_merge_peft.work.team import ShareDone, Team, launched
 from tests.support.many import finished, many_modules, started
 from tests.support.program import run
 from tests.support.refused import listing, refused
@@ -160,8 +160,8 @@ def test_a_main_process_that_is_killed(tmp_path: Path) -> None:
     sources, out = many_modules(tmp_path / "in", 2), tmp_path / "out"
     lines = [
         "import os, signal",
-        "from dc_merge_peft.workplace import WorkPlace",
-        "from dc_merge_peft.team import Team",
+        "from dc_merge_peft.work.place import WorkPlace",
+        "from dc_merge_peft.work.team import Team",
         f"with WorkPlace.beside({str(out)!r}, resume=False, team=Team(0, 2, 'cpu', '{RUN}')).opened():",
         "    os.kill(os.getpid(), signal.SIGKILL)",
     ]

@@ -16,7 +16,7 @@ import pytest
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.sources.checkpoint import CheckpointSource
-from dc_merge_peft.workfolder import Finished, WorkFolder
+from dc_merge_peft.work.finished import Finished, WorkFolder
 from tests.support.models import factors, write_checkpoint
 
 ROOT = Path(__file__).parents[2]

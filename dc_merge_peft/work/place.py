@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, OutputError, first_line
-from dc_merge_peft.manifest import differences, without_times
 from dc_merge_peft.methods import Method
-from dc_merge_peft.outputs.workshop import claim, workshop_of
 from dc_merge_peft.parallel import cost, dealt
 from dc_merge_peft.plan import PlannedModule
-from dc_merge_peft.team import ShareDone, Team
-from dc_merge_peft.workfolder import Finished, WorkFolder, tidy
+from dc_merge_peft.work.finished import Finished, WorkFolder, tidy
+from dc_merge_peft.work.manifest import differences, without_times
+from dc_merge_peft.work.team import ShareDone, Team
+from dc_merge_peft.work.workshop import claim, workshop_of
 
 try:
     import fcntl
