@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "combination_types",
     ),
     ("outputs.*",),
-    ("merged", "merging", "fusing", "full_models", "adapter", "peft_plugin"),
+    ("merged", "merging", "fusing", "fused_models", "full_models", "adapter", "peft_plugin"),
     ("registration",),
     ("inspection.*",),
     ("plots.*",),
