@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ class ModelFuser:
     """Adds what :class:`DCMergeAdapter` merges to a base model's own weights."""
 
     merge: Callable[..., MergedAdapter]
+    merging: Callable[..., AbstractContextManager[MergedAdapter]]
     plan: Callable[..., MergePlan]
 
     @memory_in_words()
@@ -113,6 +115,7 @@ class ModelFuser:
         )  # fmt: skip
         return fuse_to_disk(
             partial(self.merge, sources, weights, token=token, progress=progress),
+            partial(self.merging, sources, weights, token=token, progress=progress),
             partial(self.plan, sources, weights, token=token),
             base,
             destination,

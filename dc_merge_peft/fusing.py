@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class FusedModel:
 
     path: Path | None  # None where it was pushed alone
     url: str | None  # of the commit or pull request
-    merged: MergeResult  # what was added to the base model; deltas of full rank are no longer at hand
+    merged: MergeResult  # what was added to the base model; the deltas themselves are no longer at hand
     remarks: tuple[str, ...]  # of the merge, and why the model had to be in memory, if it had
 
 
@@ -138,6 +138,7 @@ def fuse_in_memory(
 
 def fuse_to_disk(
     merge: Callable[..., MergeResult],
+    merging: Callable[..., AbstractContextManager[MergeResult]],
     plan: Callable[..., MergePlan],
     base: str | Path,
     destination: Destination,
@@ -150,6 +151,7 @@ def fuse_to_disk(
 
     Args:
         merge: As for :func:`fuse_in_memory`.
+        merging: The same merge for as long as its result is written: its factors are multiplied out one by one.
         plan: Plans the same merge.
         base: A model directory or Hub id.
         destination: Where it goes.
@@ -165,7 +167,7 @@ def fuse_to_disk(
     with work_place(options.pop("resume", None), destination.out) as place:
         options["resume"] = place
         try:
-            return _fuse_streamed(merge, plan, base, destination, progress, trust_remote_code, options)
+            return _fuse_streamed(merging, plan, base, destination, progress, trust_remote_code, options)
         except NotStreamable as found:
             reason = _in_memory(base, found)
         whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
@@ -206,7 +208,7 @@ def plan_fused(
 
 
 def _fuse_streamed(
-    merge: Callable[..., MergeResult],
+    merging: Callable[..., AbstractContextManager[MergeResult]],
     plan: Callable[..., MergePlan],
     base: str | Path,
     destination: Destination,
@@ -223,11 +225,11 @@ def _fuse_streamed(
         there = 0 if place is None else place.written()
         check_room(out, sum(tensor.size for tensor in model.files.tensors.values()) - there)
         whole = _whole(options)
-        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder})
-        saved = stream_fused(
-            model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
-            work=place.folder if place is not None and place.resume else None, progress=progress,
-        )  # fmt: skip
+        with merging(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder}) as merged:
+            saved = stream_fused(
+                model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
+                work=place.folder if place is not None and place.resume else None, progress=progress,
+            )  # fmt: skip
         url = destination.push(None, merged, base, saved)
     return FusedModel(saved if destination.out is not None else None, url, merged, merged.remarks)
 
