@@ -132,6 +132,13 @@ def test_all_contenders_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+def test_sizes() -> None:
+    """Every number of tasks has its own, none above the largest."""
+    assert Settings().examples(8) == {"validation": 64, "test": 200}
+    assert Settings().examples(16) == {"validation": 24, "test": 75}
+    assert SETTINGS.examples(2) == SETTINGS.examples(8) == {"validation": 20, "test": 30}
+
+
 def test_unknown_precision_is_refused() -> None:
     """Before anything runs."""
     with pytest.raises(ValueError, match="found precision 'float8': expected one of float32, bfloat16"):

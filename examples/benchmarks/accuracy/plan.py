@@ -29,8 +29,8 @@ class Settings:
     precision: str = "bfloat16"
     validation: int = 64  # examples of a task at most
     test: int = 200
-    all_validation: int = 512  # examples of all merged tasks together at most
-    all_test: int = 1600
+    # Fewer where there are many groups or tasks: number of tasks, validation and test examples of each.
+    fewer: tuple[tuple[int, int, int], ...] = ((2, 64, 100), (3, 64, 100), (16, 24, 75))
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -38,10 +38,10 @@ class Settings:
 
     def examples(self, count: int) -> dict[str, int]:
         """Examples of each of ``count`` tasks, by part; every part is shuffled, and these are its first."""
-        return {
-            "validation": min(self.validation, self.all_validation // count),
-            "test": min(self.test, self.all_test // count),
-        }
+        _, validation, test = next(
+            (line for line in self.fewer if line[0] == count), (count, self.validation, self.test)
+        )
+        return {"validation": min(validation, self.validation), "test": min(test, self.test)}
 
 
 @dataclass(frozen=True)

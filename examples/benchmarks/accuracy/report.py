@@ -51,7 +51,8 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def settings_text(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
-    settings = Settings(**{**results["settings"], "counts": tuple(results["settings"]["counts"])})
+    saved = results["settings"]
+    settings = Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
     sizes = {count: settings.examples(count) for count in sorted(settings.counts)}
     words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
