@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,11 +66,15 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     suite = benchmark.suite(options.cache, tuple(options.seeds))
     settings = Settings(tuple(options.counts), options.precision)
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
-    for stage in STAGES:
-        if stage in options.stages:
-            start = time.perf_counter()
-            done = _run_stage(stage, benchmark, suite, settings, rows, options)
-            say(f"{stage}: {done}, in {time.perf_counter() - start:.0f} s")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
+    try:
+        for stage in STAGES:
+            if stage in options.stages:
+                start = time.perf_counter()
+                done = _run_stage(stage, benchmark, suite, settings, rows, options)
+                say(f"{stage}: {done}, in {time.perf_counter() - start:.0f} s")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
