@@ -121,8 +121,7 @@ def cell(line: Line) -> str:
     """Mean, interval, range of alpha."""
     found = bounds(line["normalized"])
     if line.get("alpha"):
-        low, high = min(line["alpha"]), max(line["alpha"])
-        found += f", {low:.2g}" if low == high else f", {low:.2g} to {high:.2g}"
+        found += ", " + " to ".join(dict.fromkeys(f"{end(line['alpha']):.2g}" for end in (min, max)))
     return found
 
 
