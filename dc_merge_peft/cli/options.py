@@ -51,6 +51,19 @@ RenameName = Annotated[
         help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.", rich_help_panel=RUN
     ),
 ]
+SvdRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Rank of the merged adapter at most. Default: that of the adapters together.", rich_help_panel=RUN
+    ),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, float16 or bfloat16. Default: the widest input.", rich_help_panel=RUN)
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=RUN),
+]
 Device = Annotated[str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=RUN)]
 DoraRank = Annotated[
     int | None,
