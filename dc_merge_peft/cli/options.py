@@ -108,10 +108,15 @@ def checked_output(output: str | Path, *, overwrite: bool, dry_run: bool = False
     Raises:
         OutputError: something stands in its way.
     """
+    tidied_output(output, dry_run=dry_run)
+    check_target(output, overwrite=overwrite)
+
+
+def tidied_output(output: str | Path, *, dry_run: bool = False) -> None:
+    """Remove what dead runs had left beside an output, with a note on standard error."""
     if not dry_run:
         for line in tidied(output):
             typer.echo(f"note: {printable(line)}", err=True)
-    check_target(output, overwrite=overwrite)
 
 
 def checked_push(repo_id: str | None, *, private: bool, commit_message: str | None, create_pr: bool) -> dict[str, Any]:

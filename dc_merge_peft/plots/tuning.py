@@ -48,7 +48,7 @@ def tuning_figure(
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     better = "lower" if minimize else "higher"
-    figure.suptitle(f"{len(trials)} trials, {better} is better: best {score:.6g}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"{len(trials)} trials, {better} is better: best {score + 0.0:.6g}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -80,6 +80,7 @@ def _against(axes: Any, trials: Sequence[tuple[Mapping[str, Any], float, float]]
             axes.set_xscale("log")
     else:
         places = [float(labels.index(_label(value))) for value in values]
+        axes.set_xlim(-0.5, len(labels) - 0.5)
         axes.set_xticks(
             range(len(labels)), [short(label) for label in labels], fontsize=7, rotation=90 * (len(labels) > 4)
         )
