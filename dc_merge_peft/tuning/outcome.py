@@ -155,7 +155,8 @@ def edge_remark(space: Space, trials: Sequence[Trial], *, minimize: bool) -> str
     found, best = space.dimensions["alpha"], best_of(trials, minimize=minimize).settings["alpha"]
     values = found.values if isinstance(found, Choices) else (found.low, found.high)
     tried = [value for value in values if value != "auto"]
-    if best == "auto" or len(tried) < 3 or best not in (min(tried), max(tried)):
+    flat = len({trial.score for trial in trials}) == 1
+    if flat or best == "auto" or len(tried) < 3 or best not in (min(tried), max(tried)):
         return None
     where, beyond = ("largest", "larger") if best == max(tried) else ("smallest", "smaller")
     return f"the best alpha, {best:g}, is the {where} that was tried: {beyond} ones may be better (alphas, --alphas)"

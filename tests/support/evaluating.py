@@ -47,7 +47,7 @@ def distance(goal: Mapping[str, Tensor]) -> Callable[[MergedAdapter], float]:
     """An evaluation: minus the distance of a merge to dense deltas."""
 
     def evaluate(merged: MergedAdapter) -> float:
-        return -sum(float((merged.delta(name).double() - goal[name].double()).square().sum()) for name in goal) ** 0.5
+        return -(sum(float((merged.delta(name).double() - goal[name].double()).square().sum()) for name in goal) ** 0.5)
 
     return evaluate
 

@@ -31,7 +31,9 @@ def alpha_of(merged: MergedAdapter) -> float:
     return -abs(merged.alpha - 1)
 
 
-def test_the_papers_grid_finds_the_known_alpha(workspace: Path, deltas: Deltas, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_grid_finds_the_known_alpha(
+    workspace: Path, deltas: Deltas, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Task arithmetic against 0.72 times PEFT's own sum: 0.7 is the nearest of 0.1, 0.2 .. 3.0, by a known distance; one merge."""
     merges = count_merges(monkeypatch)
     result = tune(NAMES, distance(combined(deltas, 0.72, 0.72)), merger=SUM)
@@ -48,7 +50,9 @@ def test_weights_and_options(workspace: Path, deltas: Deltas, monkeypatch: pytes
     merges = count_merges(monkeypatch)
     goal = distance(combined(deltas, 2.0, 0.5))
     lists = tune(NAMES, goal, {"weights": [[1, 1], [2, 0.5], [0.5, 2]]}, merger=SUM, alphas=[0.5, 1.0, 2])
-    assert lists.best.settings == {"weights": (2.0, 0.5), "alpha": 1.0} and lists.best.score == pytest.approx(0, abs=1e-4)
+    assert lists.best.settings == {"weights": (2.0, 0.5), "alpha": 1.0} and lists.best.score == pytest.approx(
+        0, abs=1e-4
+    )
     assert [merge["weights"] for merge in merges] == [(1.0, 1.0), (2.0, 0.5), (0.5, 2.0)]
     merges.clear()
     space = {"weights": {"code-lora": {"min": 0.5, "max": 1.5, "step": 0.5}}, "smoothing": ["none", "average"]}
@@ -117,7 +121,10 @@ def test_kinds_of_numbers(workspace: Path, score: Any) -> None:
         ("0.5", "the evaluation gave '0.5': expected a number"),
         (True, "the evaluation gave True: expected a number"),
         (torch.ones(2), "the evaluation gave tensor([1., 1.]): expected a number"),
-        (math.nan, "the evaluation gave nan: expected a finite number; a candidate that breaks the model should score badly"),
+        (
+            math.nan,
+            "the evaluation gave nan: expected a finite number; a candidate that breaks the model should score badly",
+        ),
         (math.inf, "the evaluation gave inf: expected a finite number"),
     ],
 )
@@ -196,7 +203,9 @@ def test_remarks(workspace: Path) -> None:
     """What merges have to say is said once, at the end; so is a best alpha at the edge of its values."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        result = tune(NAMES, lambda merged: merged.alpha, {"scope": ["module", "global"]}, merger=DCMergeAdapter(method="ties"))
+        result = tune(
+            NAMES, lambda merged: merged.alpha, {"scope": ["module", "global"]}, merger=DCMergeAdapter(method="ties")
+        )
     texts = [str(warning.message) for warning in said if issubclass(warning.category, MergeWarning)]
     assert texts == list(result.remarks) and len(texts) == len(set(texts))
     assert any("works on the entries of dW" in text for text in texts)

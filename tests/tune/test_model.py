@@ -1,0 +1,168 @@
+"""Candidates in models in memory: the active adapter is the candidate, and in the end the model is as before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError, OutputError, tune
+from dc_merge_peft.sources.live import LiveSource
+from tests.support import models
+from tests.support.evaluating import NAMES, combined, count_merges
+from tests.support.refused import refused
+from tests.support.workspace import ADAPTERS
+
+SUM = DCMergeAdapter(method="ta")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory without folders of the adapters' names."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def with_adapters(**more: Any) -> Any:
+    """A BERT that holds both adapters, and perhaps others."""
+    return models.with_lora(models.bert(), {**ADAPTERS, **more})
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that a search must leave as it was."""
+    adapters = getattr(model, "active_adapters", None)
+    return {
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "parameters": {name: (id(value), value.requires_grad) for name, value in model.named_parameters()},
+        "active": list(adapters) if isinstance(adapters, (list, tuple)) else None,
+        "configs": sorted(getattr(model, "peft_config", None) or {}),
+        "output": models.output(model).tolist(),
+    }
+
+
+def to_goal(goal: dict[str, Tensor]) -> Any:
+    """Minus the distance of the active adapter's deltas, as PEFT computes them, to a goal."""
+
+    def evaluate(model: Any) -> float:
+        assert isinstance(model, PeftModel) and list(model.active_adapters) == ["candidate"]
+        found = models.deltas(model, "candidate")
+        return -(sum(float((found[name].double() - goal[name]).square().sum()) for name in goal) ** 0.5)
+
+    return evaluate
+
+
+def test_a_peft_model(elsewhere: Path, deltas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of the model itself: the known alpha, one merge, and everything as before."""
+    model = with_adapters()
+    model.set_adapter("code-lora")
+    before, merges = state(model), count_merges(monkeypatch)
+    result = tune(NAMES, to_goal(combined(deltas, 0.72, 0.72)), merger=SUM, model=model)
+    assert (result.best.alpha, len(merges)) == (0.7, 1)
+    assert state(model) == before and model.active_adapter == "code-lora"
+
+
+def test_another_alpha_is_written_in_place(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between alphas the model keeps its layers, and what they hold is what ``add_to`` would put there; the output follows."""
+    from dc_merge_peft.outputs import live
+
+    installed: list[int] = []
+    original = live.install
+    monkeypatch.setattr(live, "install", lambda *args, **named: installed.append(1) or original(*args, **named))
+    model = with_adapters()
+    sources = [LiveSource(model.base_model, name) for name in NAMES]
+    outputs: list[Tensor] = []
+    tune(
+        NAMES,
+        lambda found: outputs.append(models.output(found)) or 0.0,
+        {"smoothing": ["none", "linear"]},
+        alphas=[0.5, 1, 2],
+        model=model,
+    )
+    assert len(installed) == 2
+    monkeypatch.undo()
+    expected = []
+    for smoothing in ("none", "linear"):
+        for alpha in (0.5, 1.0, 2.0):
+            merged = DCMergeAdapter(smoothing=smoothing, alpha=alpha).merge(sources)
+            expected.append(models.output(merged.add_to(models.bert())))
+    assert all(map(torch.equal, outputs, expected)) and not torch.equal(outputs[0], outputs[1])
+
+
+def test_a_base_model(workspace: Path, deltas: Any) -> None:
+    """Adapters from disk in a base model, which is no PEFT model before and after."""
+    model = models.bert()
+    before = state(model)
+    result = tune(NAMES, to_goal(combined(deltas, 1.1, 1.1)), {"svd_rank": [4, None]}, merger=SUM, model=model)
+    assert result.best.settings == {"svd_rank": None, "alpha": 1.1}
+    assert state(model) == before and not isinstance(model, PeftModel)
+    result.to_yaml("tuned.yaml")  # adapters in files have a configuration all the same
+
+
+def test_adapters_from_disk_in_a_peft_model(workspace: Path, deltas: Any) -> None:
+    """Beside an adapter of its own with other modules: the layers that were wrapped for the candidate are gone again."""
+    other = {"r": 2, "target_modules": ["key"]}
+    model: Any = models.with_lora(models.bert(), {"speech": other})
+    before = state(model)
+    result = tune(NAMES, to_goal(combined(deltas, 0.5, 0.5)), merger=SUM, alphas=[0.5, 1], model=model)
+    assert result.best.alpha == 0.5 and state(model) == before
+
+
+def test_failures_leave_the_model(workspace: Path) -> None:
+    """An exception, also in the middle of the search."""
+    for model in (models.bert(), models.with_lora(models.bert(), {"speech": {"r": 2, "target_modules": ["query"]}})):
+        before, left = state(model), iter(range(3))
+
+        def broken(found: Any, left: Any = left) -> float:
+            return 1 / (0 if next(left, None) is None else 1)
+
+        with pytest.raises(ZeroDivisionError):
+            tune(NAMES, broken, model=model)
+        assert state(model) == before
+
+
+def test_in_memory_there_is_no_configuration(elsewhere: Path) -> None:
+    """A YAML file can't name adapters of a model; the merged adapter itself is there."""
+    model = with_adapters()
+    result = tune(NAMES, lambda found: 0.0, alphas=[0.5, 1], model=model)
+    with refused(
+        OutputError, "adapter 'math-lora' is in memory: expected adapters in files, which a configuration can name"
+    ):
+        result.to_yaml("tuned.yaml")
+    merged = result.merge()
+    assert isinstance(merged, MergedAdapter) and merged.alpha == 0.5
+    assert not list(elsewhere.iterdir())
+
+
+def test_dora_in_memory(elsewhere: Path) -> None:
+    """The model itself is the base model of its DoRA adapters."""
+    model = models.with_lora(models.bert(), {"math-lora": {**ADAPTERS["math-lora"], "use_dora": True}})
+    expected = models.deltas(model, "math-lora")
+    with pytest.warns(UserWarning, match="adapter 'math-lora' is DoRA"):
+        result = tune(["math-lora"], lambda found: 0.0, merger=SUM, alphas=[1], model=model, dora_rank=16)
+    merged = result.merge()
+    assert set(merged.modules) == set(expected)
+
+
+def test_refused(workspace: Path) -> None:
+    """No model, a name that is taken or ambiguous, another model."""
+    with refused(OptionError, "found a str as the model: expected a PeftModel or a base model in memory"):
+        tune(NAMES, lambda found: 0.0, model="base-model")  # type: ignore[arg-type]
+    with refused(OptionError, "the model already has an adapter 'candidate': expected a new name"):
+        tune(
+            NAMES,
+            lambda found: 0.0,
+            model=models.with_lora(models.bert(), {"candidate": {"r": 2, "target_modules": ["query"]}}),
+        )
+    with refused(OptionError, "'math-lora' is an adapter of the model and a directory, too", "write './math-lora'"):
+        tune(NAMES, lambda found: 0.0, model=with_adapters())
+    with refused(OutputError, "trial 1 (alpha 0.1): the model has no module"):
+        tune(NAMES, lambda found: 0.0, model=models.gpt2())
+    with refused(OptionError, "found the single adapter 'math-lora': expected a list of adapters"):
+        tune("math-lora", lambda found: 0.0)
+    assert os.path.isdir("math-lora")
