@@ -22,6 +22,7 @@ from dc_merge_peft.plots import figure_kind, require_matplotlib
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.runconfig import RunConfig, loaded_yaml
 from dc_merge_peft.tuning import CommandEvaluation, Search, TuneResult, prepare
+from dc_merge_peft.tuning.journal import Journal
 from dc_merge_peft.tuning.search import journal_of
 
 _SEARCH = "Search"
@@ -147,8 +148,8 @@ def tune(
     check_room(output, prepared.plan.summary()["largest_bytes"])
     journal = f"{output}.trials.jsonl"
     with (
-        _saying_what_is_kept(journal),
         journal_of(prepared, evaluate, journal, resume=resume, overwrite=overwrite) as opened,
+        _saying_what_is_kept(opened),
     ):
         result = prepared.run(evaluate, progress_bar(None, "trial"), opened)
     written = _write(result, output, save, plot, overwrite=replace)
@@ -199,13 +200,13 @@ def _prepared(run: RunConfig, space: Mapping[str, Any], **asked: Any) -> Search:
 
 
 @contextmanager
-def _saying_what_is_kept(journal: str) -> Iterator[None]:
+def _saying_what_is_kept(journal: Journal | None) -> Iterator[None]:
     """Where finished trials are, when a search ends early."""
     try:
         yield
     except BaseException:
-        if Path(journal).expanduser().exists():
-            typer.echo(f"note: the finished trials are kept in '{journal}'; --resume goes on with them", err=True)
+        if journal is not None and (journal.found or journal.added):
+            typer.echo(f"note: the finished trials are kept in '{journal.path}'; --resume goes on with them", err=True)
         raise
 
 

@@ -25,6 +25,7 @@ class Journal:
     def __init__(self, path: Path, file: int, found: list[dict[str, Any]]) -> None:
         self.path = path
         self.found = found  # the trials of before, in their order
+        self.added = 0
         self._file = file
 
     def add(self, trial: Mapping[str, Any]) -> None:
@@ -40,6 +41,7 @@ class Journal:
                 f"can't write to the journal '{self.path}' ({first_line(error)}): the trials before are kept in it; make room, and "
                 "resume"
             ) from error
+        self.added += 1
 
 
 @contextmanager

@@ -119,7 +119,8 @@ def test_resuming_what_failed(workspace: Path, command: str, deltas: Deltas) -> 
         "note: the finished trials are kept in 'tuned.yaml.trials.jsonl'; --resume goes on with them" in broken.stderr
     )
     assert not Path("tuned.yaml").exists()
-    failed(tune(command), "is there already, with 3 finished trials")
+    failed(again := tune(command), "is there already, with 3 finished trials")
+    assert "note" not in again.stderr
     failed(tune(command + " --all", "--resume"), "is of another search (command ")
     assert tune(command, "--resume").exit_code == 0
     assert Path("tuned.yaml").read_bytes() == whole and len(runs(workspace)) == len(trials) + 1
