@@ -11,6 +11,7 @@ import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
+from dc_merge_peft.cli.processes import one_process
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.cli.tune_outcome import print_search, print_tuned
@@ -118,6 +119,7 @@ def tune(
 
     Then: dc-merge merge --config tuned.yaml -o merged
     """
+    one_process("tune")
     shortcuts = {"smoothing": smoothing, "rho": rho, "density": density}
     run = run_settings(
         config,

@@ -8,7 +8,7 @@ from pathlib import Path
 from dc_merge_peft.errors import OutputError, first_line
 from dc_merge_peft.outputs.directory import hidden_beside
 from dc_merge_peft.outputs.placing import to_disk
-from dc_merge_peft.outputs.workshop import NEW
+from dc_merge_peft.work.workshop import NEW
 
 
 def check_file(path: str | Path, *, overwrite: bool = False, example: str = "tuned.yaml") -> Path:

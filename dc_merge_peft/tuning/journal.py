@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.errors import OutputError, first_line, preview
+from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.work.manifest import differences
 
 try:
     import fcntl
@@ -141,29 +142,11 @@ def _lines(file: int, target: Path) -> list[dict[str, Any]]:
 def _check(found: Mapping[str, Any], expected: Mapping[str, Any], target: Path) -> None:
     differing = list(differences(found, expected))
     if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise OutputError(
             f"the journal '{target}' is of another search ({'; '.join(differing[:3])}{more}): expected the same inputs and settings "
             "to resume; start anew with another output, or replace it (overwrite=True, --overwrite)"
         )
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two headers, in words."""
-    for key in dict.fromkeys([*expected, *found]):
-        one, other = found.get(key), expected.get(key)
-        if one == other:
-            continue
-        if isinstance(one, dict) and isinstance(other, dict) and {*one, *other} != {"min", "max", "log"}:
-            names = [name for name in dict.fromkeys([*other, *one]) if one.get(name) != other.get(name)]
-            yield f"{key} differ in {preview(names)}"
-        else:
-            yield f"{key} {_short(one)} there, {_short(other)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _delete_if_empty(file: int, target: Path) -> None:

@@ -14,6 +14,7 @@ from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.single import check_file, write_whole
+from dc_merge_peft.reading import Devices
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.tuning.merges import Merges, Recipe
@@ -143,11 +144,18 @@ def run_config(recipe: Recipe, settings: Settings) -> RunConfig:
         rename=extra.get("rename"),
         svd_rank=recipe.rank_of(settings),
         dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else None,
-        device=None if device is None else str(device),
+        device=_named(device),
         base=None if base is None else base.location,
         dora_rank=extra.get("dora_rank"),
         extras=extra.get("extras"),
     )
+
+
+def _named(device: Devices) -> str | None:
+    """One device or several, as configurations name them."""
+    if device is None or isinstance(device, (str, torch.device)):
+        return None if device is None else str(device)
+    return ",".join(map(str, device))
 
 
 def edge_remark(space: Space, trials: Sequence[Trial], *, minimize: bool) -> str | None:

@@ -13,7 +13,7 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import MergeError, OptionError, OutputError
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
-from dc_merge_peft.reading import checked_device
+from dc_merge_peft.reading import checked_devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.base_model import BaseModel
@@ -58,7 +58,7 @@ class Search:
         asked = {} if isinstance(self.sampler, Grid) else {"seed": self.seed, "optuna": optuna_version()}
         command = evaluate.command if isinstance(evaluate, CommandEvaluation) else None
         search = {"search": self.sampler.name, **asked, "minimize": self.minimize, "command": command}
-        return header(self.recipe, self.space, search)
+        return header(self.recipe, self.plan, self.space, search)
 
     def run(
         self, evaluate: Evaluate, progress: Progress, journal: Journal | None = None, model: nn.Module | None = None
@@ -128,7 +128,7 @@ def prepare(
     _refuse_unknown(merge_options)
     token = merge_options.get("token")
     options = {**merge_options, "base": BaseModel.of(merge_options.get("base"), token)}
-    checked_device(options.get("device"))
+    checked_devices(options.get("device"))
     reading = {name: options[name] for name in ("dora_rank", *_ENGINE) if name in options}
     opened_sources = from_model(sources, model, **reading)
     planned = {name: value for name, value in options.items() if name not in _ENGINE}

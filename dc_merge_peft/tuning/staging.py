@@ -7,11 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.reading import checked_device
+from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
 from dc_merge_peft.tuning.evaluation import Evaluate
@@ -96,7 +94,7 @@ def from_model(
     model: nn.Module | None,
     *,
     dora_rank: int | None = None,
-    device: torch.device | str | None = None,
+    device: Devices = None,
     allow_zero: bool = False,
 ) -> tuple[str | Path | Source, ...]:
     """The sources, of which names of the model's own adapters are read from there.
@@ -111,7 +109,8 @@ def from_model(
         return tuple(sources)
     from dc_merge_peft.sources.live import LiveSource
 
-    reading = DoraReading(dora_rank, checked_device(device), allow_zero)
+    devices = checked_devices(device)
+    reading = DoraReading(dora_rank, devices[0] if devices else None, allow_zero)
     found: list[str | Path | Source] = []
     for source in sources:
         if not isinstance(source, str) or source not in tuner.peft_config:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError, OutputError, TuneResult, tune
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, MergeWarning, OptionError, OutputError, TuneResult, tune
 from dc_merge_peft.tuning import journal
 from tests.support.evaluating import NAMES, count_merges
 from tests.support.refused import listing, refused
@@ -55,9 +55,7 @@ def test_lines(workspace: Path) -> None:
     head, *lines = [json.loads(line) for line in FILE.read_text().splitlines()]
     assert lines == [trial.to_dict() for trial in result.trials] and len(lines) == 12
     assert lines[11]["settings"] == {"smoothing": "linear", "weights": [2.0, 1.0], "alpha": "auto"}
-    assert head["journal"] == "dc-merge tune" and set(head["adapters"]["math-lora"]) == {
-        "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
+    assert (head["journal"], [each["location"] for each in head["adapters"]]) == ("dc-merge tune", list(NAMES))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -112,14 +110,14 @@ def test_a_journal_in_the_way(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"alphas": [0.5, 1, 2]}, ["space differ in 'alpha'"]),
+        ({"alphas": [0.5, 1, 2]}, ['alpha [0.5, 1.0, "auto"] there, [0.5, 1.0, 2.0] here']),
         ({"minimize": True}, ["minimize false there, true here"]),
         ({"weights": [1, 2]}, ["weights [1.0, 1.0] there, [1.0, 2.0] here"]),
         ({"svd_rank": 3}, ["svd_rank null there, 3 here"]),
-        ({"dtype": "float16"}, ["merge differ in 'dtype'"]),
-        ({"merger": DCMergeAdapter(rho=3.0)}, ["options differ in 'rho'"]),
-        ({"merger": DCMergeAdapter(method="ta")}, ["method \"dc\" there, \"ta\" here", "and 1 more"]),
-        ({"space": {"density": {"min": 0.1, "max": 0.5, "step": 0.1}}}, ["space differ in 'density', 'smoothing', 'weights'"]),
+        ({"dtype": "float16"}, ['dtype "float32" there, "float16" here']),
+        ({"merger": DCMergeAdapter(rho=3.0)}, ["(rho 5.0 there, 3.0 here)"]),
+        ({"merger": DCMergeAdapter(method="ta")}, ["method \"dc\" there, \"ta\" here", "smoothing"]),
+        ({"space": {"density": {"min": 0.1, "max": 0.5, "step": 0.1}}}, ["density null there, [0.1, 0.2, 0.3, 0.4, 0.5] here"]),
     ],
 )  # fmt: skip
 def test_another_search(workspace: Path, changes: dict[str, Any], words: list[str]) -> None:
@@ -141,7 +139,10 @@ def test_another_order_and_changed_inputs(workspace: Path) -> None:
     file = Path("math-lora/adapter_model.safetensors")
     tensors = load_file(file)
     save_file({key: value * 2 for key, value in tensors.items()}, file)
-    with refused(OutputError, "is of another search (adapters differ in 'math-lora'): expected the same inputs"):
+    with refused(
+        OutputError,
+        "is of another search ('adapter_model.safetensors' of 'math-lora' has changed): expected the same inputs",
+    ):
         search(resume=True)
 
 
@@ -222,14 +223,19 @@ def test_adapters_in_memory_have_no_journal(workspace: Path) -> None:
 
 
 def test_base_models_count(workspace: Path) -> None:
-    """The base model of DoRA adapters, by the sizes and times of its files; one in memory can't be known again."""
-    from tests.support.models import bert
+    """That of DoRA adapters, by the content of its files; one in memory can't be known again."""
+    from tests.support.models import bert, save_adapters, with_lora
 
-    Path("base").mkdir()
-    Path("base/config.json").write_text("{}")
-    search(base="base", alphas=[1])
-    Path("base/config.json").write_text('{"a": 1}')
-    with refused(OutputError, "is of another search (base differ in 'config.json')"):
-        search(base="base", alphas=[1], resume=True)
-    with refused(OptionError, "the base model is in memory: expected one in files", "search without a journal"):
-        search(base=bert(), alphas=[1], resume=True)
+    model = bert()
+    model.save_pretrained("base")
+    save_adapters(with_lora(model, {"speech": {"r": 2, "target_modules": ["query"], "use_dora": True}}), Path())
+    arguments: dict[str, Any] = {"alphas": [1], "journal": FILE, "merger": DCMergeAdapter(method="ta")}
+    with pytest.warns(MergeWarning, match="is DoRA"):
+        tune(["speech"], lambda merged: 0.0, base="base", **arguments)
+    Path("base/config.json").write_text(Path("base/config.json").read_text() + "\n")
+    with refused(OutputError, "is of another search ('config.json' of 'base' has changed)"):
+        tune(["speech"], lambda merged: 0.0, base="base", resume=True, **arguments)
+    with refused(
+        OptionError, "the base model of DoRA adapters is in memory: expected one in files", "without a journal"
+    ):
+        tune(["speech"], lambda merged: 0.0, base=bert(), resume=True, **arguments)
