@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -79,6 +80,31 @@ class TunerState:
         for name, parameter, requires_grad in self._trainable:
             parameter.requires_grad_(requires_grad)
             now.get(name, parameter).requires_grad_(requires_grad)
+
+
+class AttentionWeights:
+    """Copies of the weights of every ``nn.MultiheadAttention``: PEFT's forward pass adds the delta to them and takes it away
+    again, each time with an error of rounding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+        holders = [(module, "in_proj_weight") for module in attentions]
+        for module in attentions:
+            projection: nn.Module = module.out_proj
+            base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+            holders.append((base, "weight"))
+        weights = [(holder, name, getattr(holder, name)) for holder, name in holders]
+        self._kept = [
+            (holder, name, weight.detach().clone())
+            for holder, name, weight in weights
+            if weight is not None and not weight.is_meta
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Their numbers again."""
+        for holder, name, weight in self._kept:
+            getattr(holder, name).copy_(weight)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class CommandEvaluation:
             stdout, stderr = process.communicate(timeout=self.timeout)
         except subprocess.TimeoutExpired as error:
             raise EvaluationError(
-                f"the command '{self.command}' was ended after {self.timeout:g} s: expected a number by then; allow more (--timeout), or "
+                f"the command '{self.command}' was ended after {self.timeout:g} s: expected a number by then; allow more (timeout, --timeout), or "
                 "evaluate on less"
             ) from error
         finally:

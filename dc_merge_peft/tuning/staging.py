@@ -36,17 +36,19 @@ def staged(evaluate: Evaluate, model: nn.Module | None) -> Iterator[Evaluate]:
         yield evaluate
         return
     from dc_merge_peft.outputs.live import check_name, install, write_factors
-    from dc_merge_peft.outputs.live_state import PlainState, TunerState
+    from dc_merge_peft.outputs.live_state import AttentionWeights, PlainState, TunerState
 
     tuner: Any = tuner_of(model)
     check_name(NAME, tuner.peft_config if tuner is not None else ())
     before = PlainState(model) if tuner is None else TunerState(tuner)
+    attentions = AttentionWeights(model)
     there: MergedAdapter | None = None
     wrapped: Any = model if tuner is not None else None
     active: Any = getattr(model, "active_adapter", None)
 
     def on_stage(merged: MergedAdapter) -> float:
         nonlocal there, wrapped
+        attentions.restore()
         if there is not None and there.modules is merged.modules:  # the same merge at another alpha
             write_factors(merged, wrapped.base_model.model, NAME)
         else:
@@ -68,6 +70,7 @@ def staged(evaluate: Evaluate, model: nn.Module | None) -> Iterator[Evaluate]:
         yield on_stage
     finally:
         take_down()
+        attentions.restore()
         if tuner is not None:
             with suppress(AttributeError):  # a mixed model asks its tuner
                 model.active_adapter = active

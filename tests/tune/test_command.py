@@ -117,7 +117,7 @@ def test_time(merged: MergedAdapter) -> None:
     child = "import signal, time; signal.signal(15, signal.SIG_IGN); open('child', 'w').write('x'); time.sleep(60)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-I', '-c', {child!r}])"
     start = time.monotonic()
-    with refused(EvaluationError, "was ended after 1 s: expected a number by then; allow more (--timeout)"):
+    with refused(EvaluationError, "was ended after 1 s: expected a number by then; allow more (timeout, --timeout)"):
         evaluation(code, timeout=1)(merged)
     assert time.monotonic() - start < 8 and Path("child").exists()
     assert not [line for line in _commands() if "open('child'" in line]

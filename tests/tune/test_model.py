@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError, OutputError, tune
 from dc_merge_peft.sources.live import LiveSource
+from tests.law.adapters import separately, together
+from tests.law.nets import LAYERS, LayerType
 from tests.support import models
 from tests.support.evaluating import NAMES, combined, count_merges
 from tests.support.refused import refused
@@ -165,3 +167,93 @@ def test_refused(workspace: Path) -> None:
     with refused(OptionError, "found the single adapter 'math-lora': expected a list of adapters"):
         tune("math-lora", lambda found: 0.0)
     assert os.path.isdir("math-lora")
+
+
+@pytest.mark.filterwarnings("ignore:kept outside B and A")
+@pytest.mark.parametrize("own", [False, True])
+def test_trained_modules(workspace: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    """Modules trained in full come with each candidate, at any alpha, and go with it: from disk, or from the model itself."""
+    fields = {"r": 2, "target_modules": ["query"], "modules_to_save": ["pooler"]}
+    source: Any = models.with_lora(models.bert(), {"math-lora": fields, "speech": fields})
+    modules = source.base_model.model.pooler.modules_to_save
+    expected = modules["math-lora"].dense.weight.detach().clone()
+    modules["speech"].dense.weight.data += 1
+    models.save_adapters(source, workspace / "trained")
+    model: Any = source if own else models.bert()
+    monkeypatch.chdir(workspace / "trained" if not own else workspace / "trained" / "speech")
+    if own:
+        model.set_adapter("math-lora")
+    before = state(model)
+    seen: list[Tensor] = []
+
+    def evaluate(found: Any) -> float:
+        seen.append(found.base_model.model.pooler.modules_to_save["candidate"].dense.weight.detach().clone())
+        return 0.0
+
+    tune(["math-lora", "speech"], evaluate, {"svd_rank": [1, 2]}, alphas=[0.5, 2], extras="first", model=model)
+    assert len(seen) == 4 and all(torch.equal(value, expected) for value in seen)
+    assert state(model) == before
+
+
+def result_of(model: nn.Module, layer: LayerType) -> Tensor:
+    """What the network makes of its sample."""
+    with torch.no_grad():
+        return model(layer.inputs if layer.tokens else layer.inputs.float())
+
+
+def values(model: nn.Module) -> dict[str, tuple[list[float], bool]]:
+    """Every parameter by name: an attention gets new ones for the same numbers."""
+    return {name: (value.flatten().tolist(), value.requires_grad) for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kind_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """From disk in a base model and in the PEFT model itself: each candidate does what ``add_to`` would, and the model is as
+    before."""
+    layer = LAYERS[kind]
+    for made in separately(layer, "differing ranks"):
+        made.save_pretrained(str(tmp_path))
+    expected = []
+    for alpha in (0.5, -1.5):
+        merged = DCMergeAdapter(method="ta", alpha=alpha).merge([tmp_path / "one", tmp_path / "two"])
+        expected.append(result_of(merged.add_to(layer.net()), layer))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for model, sources in (
+        (layer.net(), [tmp_path / "one", tmp_path / "two"]),
+        (together(layer, "differing ranks"), ["one", "two"]),
+    ):
+        seen: list[Tensor] = []
+        output, before = (
+            result_of(model, layer),
+            values(model),
+        )  # in this order: PEFT's forward pass changes an attention's last digit
+
+        def evaluate(found: Any, seen: list[Tensor] = seen) -> float:
+            seen.append(result_of(found, layer))
+            return 0.0
+
+        tune(sources, evaluate, merger=SUM, alphas=[0.5, -1.5], model=model)
+        for found, wanted in zip(seen, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert values(model) == before
+        torch.testing.assert_close(result_of(model, layer), output, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixed_model(elsewhere: Path) -> None:
+    """A PeftMixedModel, whose active adapters are of several kinds."""
+    layer = LAYERS["Linear"]
+    model = together(layer, "MixedModel")
+    before, active, output = values(model), list(model.base_model.active_adapters), result_of(model, layer)
+    seen: list[Tensor] = []
+    tune(
+        ["one", "two"],
+        lambda found: seen.append(result_of(found, layer)) or 0.0,
+        merger=SUM,
+        alphas=[0.5, 1],
+        model=model,
+    )
+    assert len(seen) == 2 and not torch.equal(seen[0], output)
+    assert values(model) == before and list(model.base_model.active_adapters) == active
+    assert torch.equal(result_of(model, layer), output)
