@@ -88,7 +88,7 @@ class AttentionWeights:
 
     def __init__(self, model: nn.Module) -> None:
         attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-        holders = [(module, "in_proj_weight") for module in attentions]
+        holders: list[tuple[nn.Module, str]] = [(module, "in_proj_weight") for module in attentions]
         for module in attentions:
             projection: nn.Module = module.out_proj
             base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
