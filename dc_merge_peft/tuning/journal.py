@@ -35,13 +35,7 @@ class Journal:
         Raises:
             OutputError: there is no room. The trials before it are kept.
         """
-        try:
-            append(self._file, trial)
-        except OSError as error:
-            raise OutputError(
-                f"can't write to the journal '{self.path}' ({first_line(error)}): the trials before are kept in it; make room, and "
-                "resume"
-            ) from error
+        _append(self._file, trial, self.path)
         self.added += 1
 
 
@@ -82,7 +76,7 @@ def opened(path: str | Path, header: Mapping[str, Any], *, resume: bool, overwri
         ours = True
         if overwrite or not lines:
             os.ftruncate(file, 0)
-            append(file, header)
+            _append(file, header, target)
         yield Journal(target, file, found)
     finally:
         if ours:
@@ -90,7 +84,7 @@ def opened(path: str | Path, header: Mapping[str, Any], *, resume: bool, overwri
         os.close(file)
 
 
-def append(file: int, values: Mapping[str, Any]) -> None:
+def _append(file: int, values: Mapping[str, Any], target: Path) -> None:
     """A line at the end of a file, wholly or not at all."""
     before = os.fstat(file).st_size
     content = (json.dumps(values, allow_nan=False) + "\n").encode()
@@ -98,10 +92,15 @@ def append(file: int, values: Mapping[str, Any]) -> None:
         while content:
             content = content[os.write(file, content) :]
         os.fsync(file)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.ftruncate(file, before)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(
+            f"can't write to the journal '{target}' ({first_line(error)}): what was finished before is kept in it; make room, and "
+            "resume"
+        ) from error
 
 
 def _locked(file: int, target: Path) -> None:

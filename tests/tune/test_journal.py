@@ -207,6 +207,14 @@ def test_no_room(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         search()
     assert FILE.read_text().count("\n") == 3 and FILE.read_text().endswith("\n")
     assert len(search(resume=True).trials) == 12
+    FILE.unlink()
+    with (
+        monkeypatch.context() as patch,
+        refused(OutputError, "what was finished before is kept in it; make room, and resume"),
+    ):
+        patch.setattr(journal.os, "write", full)
+        search()
+    assert not FILE.exists()
 
 
 def test_adapters_in_memory_have_no_journal(workspace: Path) -> None:
