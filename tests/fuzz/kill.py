@@ -11,46 +11,55 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 
 from tests.support.refused import listing
 from tests.support.workspace import make_workspace
 
-# The program, which waits a moment at each step of writing, so that the moments of a kill are spread over them.
-SLOW = """
-import time
-from contextlib import suppress
+# The program, which counts its steps of writing, and is killed some milliseconds after one of them: by time alone most kills would
+# come before the writing, or on a busy machine after it.
+COUNTED = """
+import json, os, signal, sys, threading, time
 from pathlib import Path
 from dc_merge_peft.outputs import adapter, directory, files, fused_stream, placing, shards
 from dc_merge_peft.work import finished, workshop
-def slow(module, name):
-    original = getattr(module, name)
-    def waits(*arguments, **named):
-        time.sleep(0.002)
-        made = original(*arguments, **named)
-        time.sleep(0.002)
-        return made
-    setattr(module, name, waits)
-for module, names in ((adapter, ("write_at", "adapter_card")), (fused_stream, ("write_at", "write_papers", "write_headers")),
-                      (directory, ("place", "to_disk")), (placing, ("exchange",)), (workshop, ("claim", "settle")), (finished, ("_write_whole",))):
-    for name in names:
-        slow(module, name)
-import json, os, sys
 from transformers import AutoModel, BertModel  # what fusing imports at last
 from dc_merge_peft.cli import main
+steps, last, delay = 0, None, 0.0
+def step():
+    global steps
+    steps += 1
+    if steps == last:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if last is not None and steps >= last:
+        time.sleep(0.001)  # the moment is somewhere in the next steps
+def counted(module, name):
+    original = getattr(module, name)
+    def counts(*arguments, **named):
+        step()
+        made = original(*arguments, **named)
+        step()
+        return made
+    setattr(module, name, counts)
+for module, names in ((adapter, ("write_at", "adapter_card")), (fused_stream, ("write_at", "write_papers", "write_headers")),
+                      (directory, ("place", "to_disk")), (placing, ("exchange",)), (workshop, ("claim", "settle")),
+                      (finished, ("_write_whole",))):
+    for name in names:
+        counted(module, name)
 for line in sys.stdin:  # each run in a process of its own that has imported everything already
+    command, last, delay = json.loads(line)
     if not (child := os.fork()):
-        sys.stdin, sys.argv = open(os.devnull), ["dc-merge", *json.loads(line)]
+        sys.stdin, sys.argv = open(os.devnull), ["dc-merge", *command]
         os.dup2(2, 1)
-        main()
-        os._exit(0)
-    print(child, flush=True)
+        try:
+            main()
+        except SystemExit as end:
+            if not end.code:
+                Path("steps").write_text(str(steps))
+            os._exit(end.code or 0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 ADAPTERS = ("math-lora", "code-lora")
@@ -78,29 +87,25 @@ class Runs:
     """Runs of the program in a folder, one after the other."""
 
     def __init__(self, folder: Path) -> None:
-        self._said = (folder / "said.log").open("w+")
+        self._folder, self._said = folder, (folder / "said.log").open("w+")
         self._parent = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SLOW],
+            [sys.executable, "-W", "ignore", "-c", COUNTED],
             cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
         )  # fmt: skip
 
-    def run(self, command: tuple[str, ...], seconds: float | None = None) -> int:
-        """The exit code of a run, which is killed after so many seconds."""
+    def run(self, command: tuple[str, ...], last: int | None = None, delay: float = 0.0) -> int:
+        """The exit code of a run, which is killed so many seconds after its step ``last``."""
         assert self._parent.stdin is not None and self._parent.stdout is not None
-        self._parent.stdin.write(json.dumps(command) + "\n")
+        self._parent.stdin.write(json.dumps((command, last, delay)) + "\n")
         self._parent.stdin.flush()
-        child = int(self._parent.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            with suppress(ProcessLookupError):  # it was quicker
-                os.kill(child, signal.SIGKILL)
         return int(self._parent.stdout.readline())
 
-    def finish(self, command: tuple[str, ...]) -> None:
-        """A run that nobody kills, and that ends well."""
+    def finish(self, command: tuple[str, ...]) -> int:
+        """A run that nobody kills, and that ends well; how many steps it had."""
         code = self.run(command)
         self._said.seek(0)
         assert code == 0, self._said.read()
+        return int((self._folder / "steps").read_text())
 
     def end(self) -> None:
         """No more runs."""
@@ -109,7 +114,7 @@ class Runs:
 
 
 def kill_runs(folder: Path, name: str, count: int, chance: random.Random, *, exists: bool) -> dict[str, int]:
-    """Kill so many runs of a command, each at another moment of as long as one takes.
+    """Kill so many runs of a command, each at another moment of its writing.
 
     Args:
         folder: A workspace with a base model, in which nothing else is.
@@ -131,10 +136,7 @@ def kill_runs(folder: Path, name: str, count: int, chance: random.Random, *, exi
 def _killed(
     runs: Runs, folder: Path, command: tuple[str, ...], count: int, chance: random.Random, *, exists: bool
 ) -> dict[str, int]:
-    runs.finish(command)
-    begun = time.perf_counter()
-    runs.finish(command)
-    takes = time.perf_counter() - begun
+    steps = runs.finish(command)
     whole = listing(folder / "out")
     if exists:
         runs.finish((*command, "--svd-rank", "2"))
@@ -144,9 +146,12 @@ def _killed(
     for _ in range(count):
         if not exists:
             shutil.rmtree(folder / "out", ignore_errors=True)
-        runs.run(command, chance.random() * takes)
+        runs.run(command, chance.randint(1, steps), chance.random() * 0.005)
         found = listing(folder / "out") if (folder / "out").exists() else {}
-        assert found in (before, whole), f"neither what was there nor complete: {sorted(found)}"
+        other = [name for name in {**whole, **found} if found.get(name) != whole.get(name)]
+        assert found in (before, whole), (
+            f"neither what was there nor complete: {sorted(found)}, of which {other} differ"
+        )
         seen["absent" if not found else "complete" if found == whole else "as before"] += 1
         if exists and found == whole:
             shutil.rmtree(folder / "out")
