@@ -34,24 +34,10 @@ def merge(
     alpha: shared.Alpha = None,
     option: shared.MethodOptions = None,
     rename: shared.RenameName = None,
-    svd_rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Rank of the merged adapter at most. Default: that of the adapters together.",
-            rich_help_panel=shared.RUN,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. Default: the widest input.", rich_help_panel=shared.RUN),
-    ] = None,
+    svd_rank: shared.SvdRank = None,
+    dtype: shared.Dtype = None,
     device: shared.Device = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=shared.RUN
-        ),
-    ] = None,
+    base: shared.Base = None,
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
     config: shared.ConfigFile = None,
