@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "reading",
         "engine",
         "parallel",
+        "budget",
         "work.*",
         "runconfig",
         "combination_types",

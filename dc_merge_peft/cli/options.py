@@ -104,6 +104,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=OUT)
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Main memory at most, as in 8GB: fewer modules are merged side by side.", rich_help_panel=RUN),
+]
 Resume = Annotated[
     bool,
     typer.Option(
