@@ -10,6 +10,7 @@ from dc_merge_peft import metrics
 from dc_merge_peft._version import __version__
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import (
+    EvaluationError,
     IncompatibleAdaptersError,
     MergeError,
     MergeWarning,
@@ -23,6 +24,7 @@ from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
+from dc_merge_peft.tuning import TuneResult, tune
 
 register()
 
@@ -30,6 +32,7 @@ __all__ = [
     "METHODS",
     "DCMergeAdapter",
     "DCMergeConfig",
+    "EvaluationError",
     "IncompatibleAdaptersError",
     "LowRank",
     "MergeError",
@@ -38,11 +41,13 @@ __all__ = [
     "OptionError",
     "OutputError",
     "SourceError",
+    "TuneResult",
     "UnsupportedAdapterError",
     "__version__",
     "inspect_adapters",
     "inspect_merge",
     "metrics",
     "register",
+    "tune",
     "unregister",
 ]

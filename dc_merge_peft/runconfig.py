@@ -48,13 +48,7 @@ class RunConfig:
             SourceError: the file is missing or no YAML mapping.
             OptionError: an option given twice, or a value of the wrong type.
         """
-        try:
-            values = _loaded(Path(path))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = str(error).replace("\n", " ")
-            raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
-        if not isinstance(values, dict):
-            raise SourceError(f"the configuration '{path}' is no mapping: expected lines such as 'method: dc'")
+        values = loaded_yaml(path, "configuration", "method: dc")
         values.pop("record", None)
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
@@ -91,6 +85,22 @@ class RunConfig:
         )
         values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:
+    """The mapping in a YAML file; ``what`` it is and an ``example`` of a line are for errors.
+
+    Raises:
+        SourceError: the file is missing, or holds no YAML mapping.
+    """
+    try:
+        values = _loaded(Path(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise SourceError(f"the {what} '{path}' can't be read ({reason}): expected a YAML file") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"the {what} '{path}' is no mapping: expected lines such as '{example}'")
+    return values
 
 
 def _loaded(path: Path) -> object:
