@@ -44,10 +44,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "combination_types",
     ),
     ("outputs.*",),
-    ("merged", "merging", "fusing", "full_models", "adapter", "peft_plugin"),
-    ("registration",),
     ("inspection.*",),
     ("plots.*",),
+    ("report.*",),
+    ("merged", "merging", "fusing", "full_models", "adapter", "peft_plugin"),
+    ("registration",),
     ("",),  # the package itself: its public names
     ("demo.*",),
     ("cli.*",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dc_merge_peft.sources.base import AdapterInfo
@@ -41,6 +41,14 @@ class ModuleSpectrum:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "norm": self.norm}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedSpectrum(ModuleSpectrum):
+    """The same of a merged delta, ``alpha`` applied. What truncation took is known of a merge in memory only."""
+
+    full_rank: int | None = None  # before truncation to svd_rank
+    truncation_error: float | None = None  # relative Frobenius error of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +225,14 @@ class MergeInspection:
     overall: Mapping[str, Kept]
     modules: Mapping[str, Mapping[str, Kept]]  # module: adapter: numbers
     findings: tuple[Finding, ...]
+    spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict)  # of the merged delta itself, by module
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; docs/inspect.md has the shape."""
         return {
             "merged": self.merged,
             "adapters": {name: asdict(kept) for name, kept in self.overall.items()},
+            "spectra": {name: plain(spectrum.to_dict()) for name, spectrum in self.spectra.items()},
             "modules": {
                 module: {name: asdict(kept) for name, kept in row.items()} for module, row in self.modules.items()
             },

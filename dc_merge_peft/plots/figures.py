@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.inspection.data import Inspection, MergeInspection
 from dc_merge_peft.inspection.grouping import places
+from dc_merge_peft.inspection.summary import cumulative_percent, quartiles
 from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, new_figure, settled
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ def spectrum_figure(inspection: Inspection) -> Figure:
             "linestyle": DASHES[index // len(LINES) % len(DASHES)],
         }
         relative = [[value / module.S[0] for value in module.S] for module in adapter.measured]
-        cumulative = [_cumulative(module.S) for module in adapter.measured]
+        cumulative = [cumulative_percent(module.S) for module in adapter.measured]
         for axes, curves in ((left, relative), (right, cumulative)):
-            low, middle, high = _quartiles(curves)
+            low, middle, high = quartiles(curves)
             places = range(1, len(middle) + 1)
             marker = "o" if len(middle) == 1 else None
             axes.plot(places, middle, label=adapter.name, linewidth=1.6, marker=marker, **style)
@@ -160,22 +161,3 @@ def _mean_blocks(inspection: Inspection, modules: Sequence[str]) -> list[list[fl
             for b, value in zip(report.adapters, row, strict=True):
                 found.setdefault((a, b), []).append(value)
     return [[statistics.fmean(found.get((a, b), [math.nan])) for b in range(count)] for a in range(count)]
-
-
-def _cumulative(S: Sequence[float]) -> list[float]:
-    """Percent of ``sum S^2`` in the first j values."""
-    whole, so_far, shares = sum(value**2 for value in S), 0.0, []
-    for value in S:
-        so_far += value**2
-        shares.append(100 * so_far / whole)
-    return shares
-
-
-def _quartiles(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
-    """Lower quartile, median and upper quartile at each place, over the curves that reach it."""
-    rows = []
-    for place in range(max(map(len, curves))):
-        column = [curve[place] for curve in curves if len(curve) > place]
-        rows.append(statistics.quantiles(column, n=4, method="inclusive") if len(column) > 1 else column * 3)
-    low, middle, high = map(list, zip(*rows, strict=True))
-    return low, middle, high
