@@ -117,6 +117,14 @@ def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
+def printable_yaml(record: Mapping[str, Any]) -> str:
+    """A record as YAML for people; characters that would not show, or turn the text around, are spelled out."""
+    dumped = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True).strip()
+    if all(line.isprintable() for line in dumped.split("\n")):
+        return dumped
+    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False).strip()
+
+
 def run_record(result: MergeResult) -> dict[str, Any]:
     """The exact configuration that made ``result``, in the form :meth:`RunConfig.read` takes, and under ``record`` what
     came of it. No time, so that the same merge gives the same bytes."""

@@ -1,0 +1,69 @@
+"""A single file that appears whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dc_merge_peft.errors import OutputError
+from dc_merge_peft.outputs.directory import hidden_beside, in_words, resolved, tidy_up
+from dc_merge_peft.outputs.placing import place_file, to_disk
+from dc_merge_peft.outputs.workshop import NEW
+
+# An earlier output says what it is within so many bytes.
+_HEAD = 4000
+
+
+def check_file(path: str | Path, mark: str, *, overwrite: bool = False) -> Path:
+    """Where a file goes, refused where something stands in its way; called before any work is done.
+
+    Args:
+        path: The file.
+        mark: What stands near the beginning of an earlier one, which alone can be overwritten.
+        overwrite: Whether it may be.
+
+    Raises:
+        OutputError: the path exists and may not be overwritten, is a directory, or can't be looked at.
+    """
+    with in_words(path):
+        target = resolved(path)
+        if target.is_dir():
+            raise OutputError(
+                f"the output '{path}' is a directory: expected a file, as in '{Path(path) / 'report.html'}'"
+            )
+        if target.exists() and not overwrite:
+            raise OutputError(
+                f"the output '{path}' already exists: expected a new file; choose another path, or overwrite it "
+                "(overwrite=True, --overwrite)"
+            )
+        if target.exists() and not (target.is_file() and mark.encode() in _head(target)):
+            raise OutputError(
+                f"the output '{path}' is something else than an earlier output, and is not overwritten: choose another path, "
+                "or delete it yourself"
+            )
+        return target
+
+
+def write_file(path: str | Path, content: bytes, mark: str, *, overwrite: bool = False) -> Path:
+    """Write a file in a hidden folder beside its place, and put it there in one step.
+
+    Raises:
+        OutputError: see :func:`check_file`, or the file system refuses.
+    """
+    tidy_up(path)
+    target = check_file(path, mark, overwrite=overwrite)
+    with hidden_beside(path, target) as hidden:
+        new = hidden / NEW
+        new.mkdir()
+        (new / "file").write_bytes(content)
+        to_disk(new)
+        try:
+            place_file(new / "file", target, replace=overwrite)
+        except FileExistsError:  # another run has been quicker
+            check_file(path, mark)
+            raise
+    return Path(path).expanduser()
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_HEAD)
