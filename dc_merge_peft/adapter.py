@@ -12,23 +12,25 @@ import torch
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.full_models import FullModelMerger
-from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
+from dc_merge_peft.fused_models import ModelFuser
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.merging import merging
 from dc_merge_peft.methods import Method, MethodConfig, method_for, method_named
 from dc_merge_peft.plan import MergePlan, plan_merge
 from dc_merge_peft.progress import progress_bar
+from dc_merge_peft.reading import Devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.work.place import WorkPlace
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class DCMergeAdapter(FullModelMerger):
+class DCMergeAdapter(ModelFuser, FullModelMerger):
     """Merge LoRA adapters from disk or the Hub, without their base model.
 
     Examples:
@@ -66,7 +68,7 @@ class DCMergeAdapter(FullModelMerger):
         *,
         svd_rank: int | None = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        device: Devices = None,
         allow_different_bases: bool = False,
         allow_zero: bool = False,
         rename: str | None = None,
@@ -74,6 +76,7 @@ class DCMergeAdapter(FullModelMerger):
         dora_rank: int | None = None,
         extras: str | None = None,
         keep_dense: bool | Path = False,
+        resume: str | Path | WorkPlace | None = None,
         progress: bool | None = None,
         token: str | bool | None = None,
     ) -> MergedAdapter:
@@ -85,7 +88,8 @@ class DCMergeAdapter(FullModelMerger):
             svd_rank: Rank of the merged adapter at most, by optimal truncation. By default the sum of the adapters' ranks:
                 that is all of it, but for methods that work on the entries of dW, whose result has full rank.
             dtype: Of the factors when they are written; the widest of the sources by default.
-            device: Where to compute; by default where the factors are, which is the CPU for files.
+            device: Where to compute; by default where the factors are, which is the CPU for files. Several GPUs (``"cuda:0,cuda:1"``,
+                a list, ``"auto"`` for all) merge modules side by side.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
             rename: For adapters of an old or foreign layout, as in ``"llava-hf"`` or ``"clip-vision-v5"``: read their modules
@@ -99,6 +103,8 @@ class DCMergeAdapter(FullModelMerger):
                 default adapters that hold any are refused.
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
                 weights, as :meth:`fuse` does; given a folder, its numbers lie in files there instead of in memory.
+            resume: A folder that keeps finished modules while the merge runs, made where there is none. The same merge goes on
+                there if it was interrupted; what was finished is not merged again. It is deleted in the end.
             progress: Show a progress bar; by default on a terminal only.
             token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
@@ -108,11 +114,12 @@ class DCMergeAdapter(FullModelMerger):
                 without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
             OptionError: a wrong weight, rank, dtype, device or rename.
+            OutputError: ``resume`` is a folder of another merge, or can't be written.
         """
         with self.merging(
             sources, weights, svd_rank=svd_rank, dtype=dtype, device=device, allow_different_bases=allow_different_bases,
             allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank, extras=extras, keep_dense=keep_dense,
-            lazily=False, progress=progress, token=token,
+            lazily=False, resume=resume, progress=progress, token=token,
         ) as merged:  # fmt: skip
             return merged
 
@@ -137,7 +144,7 @@ class DCMergeAdapter(FullModelMerger):
         ``with`` block ends. The files that come out are those of :meth:`merge` to the last bit.
 
         Args:
-            sources: As for :meth:`merge`, and so are all others.
+            sources: As for :meth:`merge`, and so are all others. What ``resume`` keeps lasts until the block has ended well.
             lazily: ``False`` multiplies them out at once.
             out: Where the result will be written: refused before any work where there is no room for it.
             **merge_options: Everything else :meth:`merge` takes.
@@ -179,115 +186,3 @@ class DCMergeAdapter(FullModelMerger):
             allow_different_bases=allow_different_bases,
             extras=extras,
         )
-
-    @memory_in_words()
-    def fuse(
-        self,
-        base: str | Path | nn.Module,
-        sources: Sequence[str | Path | Source],
-        out: str | Path | None = None,
-        weights: Sequence[float] | None = None,
-        *,
-        overwrite: bool = False,
-        push_to: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-        trust_remote_code: bool = False,
-        **merge_options: Any,
-    ) -> nn.Module:
-        """Merge adapters and add the result to the base model's own weights, in memory: a full model without PEFT.
-
-        Args:
-            base: A model directory, a Hub id (``org/name``, ``org/name@revision``), or a model in memory (changed in
-                place).
-            sources: As for :meth:`merge`.
-            out: Where to save it; nowhere by default.
-            weights: As for :meth:`merge`.
-            overwrite: Replace ``out`` if it exists.
-            push_to: A Hub repository to upload the model to, in one commit; ``private``, ``commit_message`` and
-                ``create_pr`` are as for :meth:`MergedAdapter.push_to_hub`.
-            token: For the Hub, to read and to push; by default that of the environment or login.
-            trust_remote_code: Run the Python code that the base model brings along.
-            **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
-
-        Returns:
-            The fused model. Where it is not needed, :meth:`fuse_to_disk` takes less memory and time.
-
-        Raises:
-            OutputError: a module is missing from the base, has another shape or shares its weight with another one, or
-                the model can't be saved or pushed.
-            SourceError: the base model can't be loaded.
-        """
-        destination = Destination(
-            out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token,
-        )  # fmt: skip
-        merge = partial(self.merge, sources, weights, token=token)
-        found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
-        return fuse_in_memory(merge, found, destination, **merge_options)[0]
-
-    @memory_in_words()
-    def fuse_to_disk(
-        self,
-        base: str | Path,
-        sources: Sequence[str | Path | Source],
-        out: str | Path | None = None,
-        weights: Sequence[float] | None = None,
-        *,
-        max_shard_size: int | str | None = None,
-        trust_remote_code: bool = False,
-        progress: bool | None = None,
-        overwrite: bool = False,
-        push_to: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-        **merge_options: Any,
-    ) -> FusedModel:
-        """What :meth:`fuse` makes, written straight from the base model's safetensors files, a few rows of a tensor at a time.
-
-        Tensors that no adapter changes, and the config, are those of the base model, byte for byte. A base model whose files
-        don't allow this (pickles, conversions that can't be turned round) is fused in memory, with a warning.
-
-        Args:
-            base: A model directory or a Hub id.
-            sources: As for :meth:`merge`.
-            out: Where to write it; only ``push_to`` may stand in its place.
-            weights: As for :meth:`merge`.
-            max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
-            trust_remote_code: Run the Python code that the base model brings along.
-            progress: Show progress bars; by default on a terminal only.
-            overwrite: As for :meth:`fuse`, and so are all others.
-        """
-        destination = Destination(
-            out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token, max_shard_size=max_shard_size,
-        )  # fmt: skip
-        return fuse_to_disk(
-            partial(self.merge, sources, weights, token=token, progress=progress),
-            partial(self.plan, sources, weights, token=token),
-            base,
-            destination,
-            progress_bar(progress),
-            trust_remote_code=trust_remote_code,
-            **merge_options,
-        )
-
-    def plan_fused(
-        self,
-        base: str | Path,
-        sources: Sequence[str | Path | Source],
-        weights: Sequence[float] | None = None,
-        *,
-        max_shard_size: int | str | None = None,
-        trust_remote_code: bool = False,
-        token: str | bool | None = None,
-        **merge_options: Any,
-    ) -> FusePlan:
-        """Everything :meth:`fuse_to_disk` checks before it reads factors, and what it would write: a dry run."""
-        plan = partial(self.plan, sources, weights, token=token)
-        destination = Destination(token=token, max_shard_size=max_shard_size)
-        return plan_fused(plan, base, destination, trust_remote_code=trust_remote_code, **merge_options)

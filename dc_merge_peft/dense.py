@@ -131,18 +131,39 @@ class FiledDense(Dense):
                 view = memoryview(content)[: 4 * len(part)]
                 while view:
                     view = view[file.write(view) :]
-        object.__setattr__(self, "_file", Path(name))
+        object.__setattr__(self, "file", Path(name))
         object.__setattr__(self, "_shape", delta.shape)
+
+    file: Path  # of its numbers
+
+    @classmethod
+    def at(cls, file: Path, shape: tuple[int, int]) -> FiledDense:
+        """The delta of (m, n) = ``shape`` whose float32 numbers lie in a file.
+
+        Raises:
+            ValueError: the file has another size.
+        """
+        if file.stat().st_size != 4 * shape[0] * shape[1]:
+            raise ValueError(f"'{file}' has {file.stat().st_size} bytes: expected float32 numbers of shape {shape}")
+        delta = cls.__new__(cls)
+        object.__setattr__(delta, "file", file)
+        object.__setattr__(delta, "_shape", shape)
+        return delta
+
+    def moved(self, file: Path) -> FiledDense:
+        """The same delta, its file under another name on the same file system."""
+        self.file.replace(file)
+        return FiledDense.at(file, self.shape)
 
     @property
     def W(self) -> Tensor:  # type: ignore[override]
         """The (m, n) numbers, mapped from the file for as long as this tensor is held."""
         m, n = self.shape
-        if not self._file.exists():  # type: ignore[attr-defined]
+        if not self.file.exists():
             raise MergeError(
                 "this delta was kept on disk while a model was written, and is gone: expected to be read before; merge again to look at it"
             )
-        return torch.from_file(str(self._file), size=m * n, dtype=torch.float32).view(m, n)  # type: ignore[attr-defined]
+        return torch.from_file(str(self.file), size=m * n, dtype=torch.float32).view(m, n)
 
     @property
     def shape(self) -> tuple[int, int]:

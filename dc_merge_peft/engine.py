@@ -6,10 +6,10 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,15 @@ from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
-from dc_merge_peft.parallel import in_parallel, one_thread, workers
+from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread, workers
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.progress import Progress, silent
-from dc_merge_peft.reading import Reader, checked_device
+from dc_merge_peft.reading import Devices, Reader, checked_devices
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.spanned import put_off
-
-# Of one module: the merged delta, all its singular values (None if it is dense), its terms of alpha="auto".
-Finished: TypeAlias = tuple[Delta, "Tensor | None", AlphaFit]
+from dc_merge_peft.work.finished import Finished, WorkFolder
+from dc_merge_peft.work.place import WorkPlace
 
 # Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
 TOLERATED = 2e-3
@@ -43,10 +42,11 @@ def run_merge(
     sources: Sequence[Source],
     method: Method,
     *,
-    device: torch.device | str | None = None,
+    device: Devices = None,
     allow_zero: bool = False,
     keep_dense: bool | Path = False,
     lazily: bool = False,
+    work: tuple[WorkPlace, Mapping[str, Any]] | None = None,
     progress: Progress = silent,
 ) -> MergeResult:
     """Merge module by module: read the factors of every task, merge, keep the result, let the factors go.
@@ -54,22 +54,29 @@ def run_merge(
     A method that needs numbers of the whole model first reads all modules more than once.
 
     Args:
-        device: Where to compute; ``None`` is where each module's first factors are stored.
+        device: Where to compute, on several GPUs side by side; ``None`` is where each module's first factors are stored.
         allow_zero: Merge adapters with an all-zero factor, the usual sign of a failed load, instead of refusing them.
         keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it; in a folder, its
             numbers lie in files there.
         lazily: Multiply the merged factors out only when they are looked at, from the sources, which must stay open.
+        work: Where finished modules are kept and found, and the manifest of the merge.
         progress: Shows how far the merge is.
 
     Raises:
         OptionError: a device that does not exist.
         SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
         MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero or beyond float32.
+        OutputError: finished modules can't be kept, or are those of another merge.
+        ShareDone: this is one of several processes, and not the main one.
     """
     start = time.perf_counter()
-    reader = Reader(plan, sources, checked_device(device), allow_zero)
+    devices = checked_devices(device)
+    lanes = _lanes(plan, method, len(devices))
+    places = {name: devices[lane] for name, lane in lanes.items()}
+    reader = Reader(plan, sources, devices[0] if devices else None, allow_zero, places)
     with one_thread() as threads:
-        merged, fit = _merged_modules(reader, method, progress, keep_dense=keep_dense, lazily=lazily, threads=threads)
+        run = _Run(reader, method, keep_dense, lazily, lanes, threads, progress)
+        merged, fit = _gathered(plan, _all_modules(run, work))
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
             f"method '{method.name}' leaves nothing of these adapters: the merged delta is zero everywhere, as it is where "
@@ -94,34 +101,78 @@ def run_merge(
     return dataclasses.replace(result, remarks=remarks)
 
 
-def _merged_modules(
-    reader: Reader,
-    method: Method,
-    progress: Progress,
-    *,
-    keep_dense: bool | Path,
-    lazily: bool,
-    threads: int,
-) -> tuple[dict[str, MergedModule], AlphaFit]:
-    """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
-    plan = reader.plan
+def _lanes(plan: MergePlan, method: Method, devices: int) -> dict[str, int]:
+    """Of several devices the one that merges each module; empty where there is one at most."""
+    if devices < 2:
+        return {}
+    hands = dealt([cost(method, module) for module in plan.modules], devices)
+    return {module.name: hand for module, hand in zip(plan.modules, hands, strict=True)}
 
-    def sweep() -> Iterator[ModuleTasks]:
-        return (_seen_by(method, reader.tasks(module))[0] for module in progress(plan.modules, "surveying"))
 
-    merge = method.prepare(sweep)
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Merges modules of one plan."""
 
-    def merge_one(module: PlannedModule) -> Finished:
-        tasks = reader.tasks(module)
-        again = partial(reader.again, module) if lazily and reader.cheap(module) else None
-        delta, S, fit = _merge_one(method, merge, tasks, plan.svd_rank, keep_dense=bool(keep_dense), read=again)
+    reader: Reader
+    method: Method
+    keep_dense: bool | Path
+    lazily: bool
+    lanes: Mapping[str, int]  # of several devices: which one merges each module
+    threads: int
+    progress: Progress
+
+    def merged(self, modules: Sequence[PlannedModule]) -> Iterator[Finished]:
+        """Each of these modules, which are all or some of the plan's; several side by side."""
+        if not modules:  # nor is there anything to survey the model for
+            return iter(())
+        reader, plan = self.reader, self.reader.plan
+
+        def sweep() -> Iterator[ModuleTasks]:
+            return (
+                _seen_by(self.method, reader.tasks(module))[0] for module in self.progress(plan.modules, "surveying")
+            )
+
+        merge = self.method.prepare(sweep)
+
+        def merge_one(module: PlannedModule) -> Finished:
+            return self._merge_one(merge, module)
+
+        if self.lanes:
+            return self._in_lanes(merge_one, modules)
+        side_by_side = workers(self.method, plan, self.threads)
+        return in_parallel(merge_one, self.progress(modules, "merging"), workers=side_by_side, on_cpu=reader.on_cpu)
+
+    def _in_lanes(
+        self, merge_one: Callable[[PlannedModule], Finished], modules: Sequence[PlannedModule]
+    ) -> Iterator[Finished]:
+        results = in_lanes(merge_one, modules, lambda module: self.lanes[module.name])
+        return (finished for _, finished in zip(self.progress(modules, "merging"), results, strict=True))
+
+    def _merge_one(self, merge: ModuleMerge, module: PlannedModule) -> Finished:
+        tasks = self.reader.tasks(module)
+        again = self.reader.rereading(module) if self.lazily and self.reader.cheap(module) else None
+        svd_rank, keep_dense = self.reader.plan.svd_rank, self.keep_dense
+        delta, S, fit = _merge_one(self.method, merge, tasks, svd_rank, keep_dense=bool(keep_dense), read=again)
         if isinstance(keep_dense, Path) and isinstance(delta, Dense):
             delta = FiledDense(delta, keep_dense)
         return delta, S, fit
 
-    results = in_parallel(
-        merge_one, progress(plan.modules, "merging"), workers=workers(method, plan, threads), on_cpu=reader.on_cpu
-    )
+
+def _all_modules(run: _Run, work: tuple[WorkPlace, Mapping[str, Any]] | None) -> Iterable[Finished]:
+    """Every module of the plan, those that are finished already from where they are kept."""
+    modules = run.reader.plan.modules
+    if work is None:
+        return run.merged(modules)
+    place, manifest = work
+    filed = isinstance(run.keep_dense, Path)
+    if filed:
+        run = dataclasses.replace(run, keep_dense=place.folder)
+    kept = WorkFolder(place.folder, run.reader, run.lazily, filed)
+    return place.prepared(manifest, kept, run.method).all(modules, run.merged)
+
+
+def _gathered(plan: MergePlan, results: Iterable[Finished]) -> tuple[dict[str, MergedModule], AlphaFit]:
+    """All modules, and the terms of ``alpha="auto"`` over them, added up in the modules' order."""
     merged: dict[str, MergedModule] = {}
     fit = AlphaFit()
     for module, (delta, S, module_fit) in zip(plan.modules, results, strict=True):

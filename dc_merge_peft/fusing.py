@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import NotStreamable, open_base_files
 from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.work.place import WorkPlace, work_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class FusedModel:
 
     path: Path | None  # None where it was pushed alone
     url: str | None  # of the commit or pull request
-    merged: MergeResult  # what was added to the base model; deltas of full rank are no longer at hand
+    merged: MergeResult  # what was added to the base model; the deltas themselves are no longer at hand
     remarks: tuple[str, ...]  # of the merge, and why the model had to be in memory, if it had
 
 
@@ -122,20 +123,22 @@ def fuse_in_memory(
     from dc_merge_peft.outputs.fused import fuse_into, save_fused
 
     destination.check()
-    merged = merge(**{"base": base, **_whole(options)})
-    model, place = base.model, base.location
-    fuse_into(model, merged)
-    saved = None
-    if destination.out is not None:
-        saved = save_fused(
-            model, merged, destination.out, base=place, overwrite=destination.overwrite, token=destination.token,
-            max_shard_size=destination.max_shard_size,
-        )  # fmt: skip
-    return model, merged, destination.push(model, merged, place, saved)
+    with work_place(options.pop("resume", None), destination.out) as place:
+        merged = merge(**{"base": base, **_whole(options), "resume": place})
+        model, where = base.model, base.location
+        fuse_into(model, merged)
+        saved = None
+        if destination.out is not None:
+            saved = save_fused(
+                model, merged, destination.out, base=where, overwrite=destination.overwrite, token=destination.token,
+                max_shard_size=destination.max_shard_size,
+            )  # fmt: skip
+    return model, merged, destination.push(model, merged, where, saved)
 
 
 def fuse_to_disk(
     merge: Callable[..., MergeResult],
+    merging: Callable[..., AbstractContextManager[MergeResult]],
     plan: Callable[..., MergePlan],
     base: str | Path,
     destination: Destination,
@@ -148,6 +151,7 @@ def fuse_to_disk(
 
     Args:
         merge: As for :func:`fuse_in_memory`.
+        merging: The same merge for as long as its result is written: its factors are multiplied out one by one.
         plan: Plans the same merge.
         base: A model directory or Hub id.
         destination: Where it goes.
@@ -160,12 +164,14 @@ def fuse_to_disk(
     if destination.out is not None:
         tidy_up(destination.out)  # now: what is left there may be as large as the model
     destination.check()
-    try:
-        return _fuse_streamed(merge, plan, base, destination, progress, trust_remote_code, options)
-    except NotStreamable as found:
-        reason = _in_memory(base, found)
-    whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
-    _, merged, url = fuse_in_memory(merge, whole, destination, **options)
+    with work_place(options.pop("resume", None), destination.out) as place:
+        options["resume"] = place
+        try:
+            return _fuse_streamed(merging, plan, base, destination, progress, trust_remote_code, options)
+        except NotStreamable as found:
+            reason = _in_memory(base, found)
+        whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
+        _, merged, url = fuse_in_memory(merge, whole, destination, **options)
     warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
     path = None if destination.out is None else Path(destination.out).expanduser()
     return FusedModel(path, url, merged, (*merged.remarks, reason))
@@ -202,7 +208,7 @@ def plan_fused(
 
 
 def _fuse_streamed(
-    merge: Callable[..., MergeResult],
+    merging: Callable[..., AbstractContextManager[MergeResult]],
     plan: Callable[..., MergePlan],
     base: str | Path,
     destination: Destination,
@@ -213,15 +219,17 @@ def _fuse_streamed(
     from dc_merge_peft.outputs.fused_stream import stream_fused
 
     model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
+    place: WorkPlace | None = options["resume"]
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
     with destination.directory() as out, hidden_beside(out) as folder:
-        check_room(out, sum(tensor.size for tensor in model.files.tensors.values()))
+        there = 0 if place is None else place.written()
+        check_room(out, sum(tensor.size for tensor in model.files.tensors.values()) - there)
         whole = _whole(options)
-        merged = merge(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder})
-        saved = stream_fused(
-            model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
-            progress=progress,
-        )  # fmt: skip
+        with merging(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder}) as merged:
+            saved = stream_fused(
+                model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
+                work=place.folder if place is not None and place.resume else None, progress=progress,
+            )  # fmt: skip
         url = destination.push(None, merged, base, saved)
     return FusedModel(saved if destination.out is not None else None, url, merged, merged.remarks)
 
@@ -250,7 +258,7 @@ def _whole(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What of a merge's options a plan does not ask for: how it is computed.
-_COMPUTING = ("device", "allow_zero", "keep_dense", "progress")
+_COMPUTING = ("device", "allow_zero", "keep_dense", "resume", "progress")
 
 
 def _planning(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,19 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress, silent
-from dc_merge_peft.reading import checked_device
+from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.work.manifest import manifest
+from dc_merge_peft.work.place import WorkPlace, work_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ def merging(
     sources: Sequence[str | Path | Source],
     planned: Callable[[Sequence[Source]], MergePlan],
     *,
-    device: torch.device | str | None = None,
+    device: Devices = None,
     allow_zero: bool = False,
     rename: str | None = None,
     base: str | Path | nn.Module | BaseModel | None = None,
@@ -39,6 +39,7 @@ def merging(
     extras: str | None = None,
     keep_dense: bool | Path = False,
     lazily: bool = True,
+    resume: str | Path | WorkPlace | None = None,
     progress: Progress = silent,
     token: str | bool | None = None,
     out: str | Path | None = None,
@@ -51,24 +52,28 @@ def merging(
         planned: Plans the merge of opened sources.
         out: Where the result will be written.
     """
-    where = checked_device(device)
+    devices = checked_devices(device)
     opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
+    model = BaseModel.of(base, token)
     try:
-        joined = with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank, where, allow_zero))
-        plan = planned(joined)
-        if out is not None:
-            check_room(out, plan.summary()["largest_bytes"])
-        result = run_merge(
-            plan,
-            joined,
-            method,
-            device=where,
-            allow_zero=allow_zero,
-            keep_dense=keep_dense,
-            lazily=lazily,
-            progress=progress,
-        )
-        yield MergedAdapter(**vars(result))
+        joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
+        with work_place(resume) as place:
+            plan = planned(joined)
+            if out is not None:
+                check_room(out, plan.summary()["largest_bytes"])
+            settings = {"devices": devices, "allow_zero": allow_zero, "keep_dense": bool(keep_dense)}
+            result = run_merge(
+                plan,
+                joined,
+                method,
+                device=devices or None,
+                allow_zero=allow_zero,
+                keep_dense=keep_dense,
+                lazily=lazily,
+                work=None if place is None else (place, manifest(plan, joined, method, model, **settings)),
+                progress=progress,
+            )
+            yield MergedAdapter(**vars(result))
     finally:
         for source in opened:
             source.close()

@@ -6,9 +6,10 @@ and give the same bytes whatever their number.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -63,13 +64,9 @@ def in_parallel(
     if workers <= 1:
         yield from map(work, items)
         return
-    pool = ThreadPoolExecutor(workers, "dc-merge", initializer=torch.set_num_threads, initargs=(1,))
+    pool = _pool(workers)
     waiting: deque[Future[Y]] = deque()
-
-    def without_gradients(item: X) -> Y:  # torch's switch is one of each thread
-        with torch.no_grad():
-            return work(item)
-
+    without_gradients = _without_gradients(work)
     try:
         for item in items:
             if not on_cpu(item):
@@ -84,6 +81,51 @@ def in_parallel(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_lanes(work: Callable[[X], Y], items: Sequence[X], lane_of: Callable[[X], int]) -> Iterator[Y]:
+    """``map(work, items)``, in order, where the items of each lane follow each other on a thread of its own: one for each GPU."""
+    pools = {lane: _pool(1) for lane in dict.fromkeys(map(lane_of, items))}
+    try:
+        waiting = deque(pools[lane_of(item)].submit(_without_gradients(work), item) for item in items)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for pool in pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools.values():
+            pool.shutdown()
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, "dc-merge", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _without_gradients(work: Callable[[X], Y]) -> Callable[[X], Y]:
+    def plain(item: X) -> Y:  # torch's switch is one of each thread
+        with torch.no_grad():
+            return work(item)
+
+    return plain
+
+
+def dealt(costs: Sequence[float], hands: int) -> list[int]:
+    """Who gets each of several pieces of work so that all are done at about the same time: the longest first, each to the one that
+    has least so far. The same for the same costs."""
+    loads = [(0.0, hand) for hand in range(hands)]
+    given = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        load, hand = loads[0]
+        given[index] = hand
+        heapq.heapreplace(loads, (load + costs[index], hand))
+    return given
+
+
+def cost(method: Method, module: PlannedModule) -> float:
+    """About how much arithmetic merging a module takes: two passes over its factors and decompositions of its cores, or passes over
+    the entries of dW."""
+    (m, n), k = module.shape, sum(module.ranks)
+    return float((m + n) * k**2 + k**3 if method.equivariant else m * n * max(len(module.tasks), 1))
 
 
 def workers(method: Method, plan: MergePlan, threads: int) -> int:

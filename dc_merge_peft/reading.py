@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -16,6 +18,9 @@ from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.sources.base import Source
 
+# How users name where to compute: "cuda:0", "cuda:0,cuda:1", "auto", a list of devices, or None.
+Devices: TypeAlias = torch.device | str | Sequence[torch.device | str] | None
+
 
 @dataclass(frozen=True, eq=False)
 class Reader:
@@ -25,6 +30,7 @@ class Reader:
     sources: Sequence[Source]
     device: torch.device | None = None  # where to compute; None is where each module's first factors are
     allow_zero: bool = False
+    dealt: Mapping[str, torch.device] = field(default_factory=dict)  # where to compute single modules, before all else
     _reading: threading.Lock = field(default_factory=threading.Lock)
 
     def tasks(self, module: PlannedModule) -> ModuleTasks:
@@ -37,16 +43,25 @@ class Reader:
         for task, delta in zip(module.tasks, deltas, strict=True):
             check_factors(delta, self.sources[task], module.name, self.allow_zero)
         weights = [self.plan.weights[task] for task in module.tasks]
-        return ModuleTasks(module.name, self._placed(deltas), weights, module.tasks)
+        return ModuleTasks(module.name, self._placed(deltas, module), weights, module.tasks)
 
     def again(self, module: PlannedModule) -> Sequence[LowRank]:
         """The same factors once more, after they have been checked."""
-        return [delta for delta in self._placed(self._read(module)) if isinstance(delta, LowRank)]
+        return [delta for delta in self._placed(self._read(module), module) if isinstance(delta, LowRank)]
+
+    def rereading(self, module: PlannedModule) -> Callable[[], Sequence[LowRank]]:
+        """:meth:`again` of one module, for later."""
+        return partial(self.again, module)
+
+    def device_of(self, module: PlannedModule) -> torch.device:
+        """Where this module is computed; the CPU where that is up to the sources, which are then expected to be files."""
+        return compute_device(self._device(module) or torch.device("cpu"))
 
     def on_cpu(self, module: PlannedModule) -> bool:
         """Whether the CPU computes this module."""
-        if self.device is not None:
-            return compute_device(self.device).type == "cpu"
+        device = self._device(module)
+        if device is not None:
+            return compute_device(device).type == "cpu"
         return self.sources[module.tasks[0]].on_cpu(module.name)
 
     def cheap(self, module: PlannedModule) -> bool:
@@ -57,8 +72,11 @@ class Reader:
         with self._reading:
             return [self.sources[task].factors(module.name) for task in module.tasks]
 
-    def _placed(self, deltas: Sequence[Delta]) -> list[Delta]:
-        where = compute_device(self.device or deltas[0].device)
+    def _device(self, module: PlannedModule) -> torch.device | None:
+        return self.dealt.get(module.name, self.device)
+
+    def _placed(self, deltas: Sequence[Delta], module: PlannedModule) -> list[Delta]:
+        where = compute_device(self._device(module) or deltas[0].device)
         return [delta.to(where) for delta in deltas]
 
 
@@ -81,6 +99,28 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
             f"device '{device}' can't be used ({first_line(error)}): expected one of {', '.join(found)}, or none to compute "
             "where the factors are"
         ) from error
+
+
+def checked_devices(devices: Devices) -> tuple[torch.device, ...]:
+    """The devices that several modules are computed on side by side; none to compute where the factors are.
+
+    Args:
+        devices: One, several (``"cuda:0,cuda:1"``, or a list), ``"auto"`` for all GPUs of this machine, or the CPU where it has
+            none, or None.
+
+    Raises:
+        OptionError: see :func:`checked_device`.
+    """
+    if devices is None:
+        return ()
+    if isinstance(devices, str) and devices == "auto":
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    named = devices.split(",") if isinstance(devices, str) else devices
+    several = [named] if isinstance(named, torch.device) else list(named)
+    if not several:
+        raise OptionError("found an empty list of devices: expected one at least, as in cuda:0, or none")
+    found = [checked_device(device.strip() if isinstance(device, str) else device) for device in several]
+    return tuple(device for device in found if device is not None)
 
 
 def checked_factors(source: Source, module: str, allow_zero: bool) -> LowRank:

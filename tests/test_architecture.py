@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "reading",
         "engine",
         "parallel",
+        "work.*",
         "runconfig",
         "combination_types",
     ),
@@ -47,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inspection.*",),
     ("plots.*",),
     ("report.*",),
-    ("merged", "merging", "fusing", "full_models", "adapter", "peft_plugin"),
+    ("merged", "merging", "fusing", "fused_models", "full_models", "adapter", "peft_plugin"),
     ("registration",),
     ("",),  # the package itself: its public names
     ("demo.*",),

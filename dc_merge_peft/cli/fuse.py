@@ -11,6 +11,7 @@ import typer
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
+from dc_merge_peft.cli.processes import work_place
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
@@ -42,6 +43,7 @@ def fuse(
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
     config: shared.ConfigFile = None,
+    resume: shared.Resume = False,
     allow_different_bases: shared.AllowDifferentBases = False,
     allow_zero: shared.AllowZero = False,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -101,8 +103,9 @@ def fuse(
         if dry_run:
             print_fuse_plan(merger.plan_fused(run.base, run.adapters, run.weights, **settings), run, as_json=as_json)
             return
-        fused = merger.fuse_to_disk(
-            run.base, run.adapters, run.output, run.weights, device=run.device, allow_zero=allow_zero,
-            overwrite=overwrite, push_to=push_to, **push, **settings,
-        )  # fmt: skip
+        with work_place(run, resume=resume) as (place, here):
+            fused = merger.fuse_to_disk(
+                run.base, run.adapters, run.output, run.weights, device=here.device, allow_zero=allow_zero,
+                overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
+            )  # fmt: skip
     print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)

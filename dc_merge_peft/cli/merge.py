@@ -11,6 +11,7 @@ import typer
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
+from dc_merge_peft.cli.processes import work_place
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
@@ -54,6 +55,7 @@ def merge(
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
     config: shared.ConfigFile = None,
+    resume: shared.Resume = False,
     allow_different_bases: shared.AllowDifferentBases = False,
     allow_zero: shared.AllowZero = False,
     push_to: shared.PushTo = None,
@@ -105,11 +107,10 @@ def merge(
     if dry_run:
         print_plan(merger.plan(run.adapters, run.weights, **settings), run, as_json=as_json)
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), work_place(run, resume=resume) as (place, here):
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
-        with merger.merging(
-            run.adapters, run.weights, device=run.device, allow_zero=allow_zero, out=run.output, **settings
-        ) as merged:
+        settings |= {"device": here.device, "allow_zero": allow_zero, "resume": place, "out": run.output}
+        with merger.merging(run.adapters, run.weights, **settings) as merged:
             if run.output is not None:
                 merged.save_pretrained(run.output, overwrite=overwrite, progress=None)
             url = _push(merged, push_to, run.output, **push) if push_to is not None else None

@@ -11,6 +11,7 @@ import typer
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
+from dc_merge_peft.cli.processes import one_process
 from dc_merge_peft.cli.settings import assignments, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
@@ -99,6 +100,7 @@ def merge_full(
         raise OptionError(
             f"the configuration has {odd}: {getattr(run, odd)!r}, which is for adapters: expected models; use dc-merge merge or fuse"
         )
+    one_process("merge-full")
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
     )  # fmt: skip

@@ -11,7 +11,7 @@ import typer
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.outputs.directory import check_target, tidied
 from dc_merge_peft.outputs.publish import check_repository
-from dc_merge_peft.reading import checked_device
+from dc_merge_peft.reading import checked_devices
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources.renames import RENAMES
 
@@ -51,7 +51,12 @@ RenameName = Annotated[
         help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.", rich_help_panel=RUN
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=RUN)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to compute, as in cuda:0; several as in cuda:0,cuda:1, or auto. Default: cpu.", rich_help_panel=RUN
+    ),
+]
 DoraRank = Annotated[
     int | None,
     typer.Option(help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=RUN),
@@ -85,6 +90,12 @@ CreatePr = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUT)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=OUT)
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Keep finished modules, and go on where an earlier run stopped.", rich_help_panel=RUN
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=OUT)]
 
@@ -148,7 +159,7 @@ def checked_destination(
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
         checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
-    checked_device(run.device)
+    checked_devices(run.device)
     return push
 
 

@@ -48,7 +48,10 @@ def reports_errors(command: F) -> F:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
         except Stopped as stop:
-            typer.secho(f"stopped by {stop.signal.name}: nothing unfinished was left", err=True, fg=typer.colors.RED)
+            left = (
+                "finished modules are kept for the next run" if kwargs.get("resume") else "nothing unfinished was left"
+            )
+            typer.secho(f"stopped by {stop.signal.name}: {left}", err=True, fg=typer.colors.RED)
             raise typer.Exit(stop.exit_code) from stop
 
     return wrapped  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.placing import place, to_disk
-from dc_merge_peft.outputs.workshop import NEW, tidy, workshop
+from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
 _MARKS = ("dc_merge.yaml", "adapter_config.json", "config.json", "results.json")
@@ -80,11 +80,16 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | None = None) -> Iterator[Path]:
     """A new directory to write into, hidden beside ``path``; put in the place of ``path`` on success, removed on failure.
 
     Of two that are written to one path at a time the first is there as if it were alone; the other one is refused, or with
     ``overwrite`` replaces it.
+
+    Args:
+        path: Where it belongs in the end.
+        overwrite: Replace what stands there.
+        kept: A directory on the same file system to write into instead, which may hold something and stays on failure.
 
     Raises:
         OutputError: see :func:`check_target`, or the file system refuses.
@@ -92,12 +97,14 @@ def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     tidy_up(path)
     target = check_target(path, overwrite=overwrite)
     with hidden_beside(path, target) as hidden:
-        building = hidden / NEW
-        building.mkdir()
+        building = kept or hidden / NEW
+        building.mkdir(exist_ok=kept is not None)
         yield building
         _give_ordinary_modes(building)
         to_disk(building)
         check_target(path, overwrite=overwrite)  # another run may have been quicker
+        if kept is not None:
+            building = kept.rename(hidden / NEW)
         place(building, target, _MARKS)
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
 from dc_merge_peft.outputs.fused_targets import Target, refuse_unless_finite
-from dc_merge_peft.outputs.shards import plan_shards, write_headers
+from dc_merge_peft.outputs.shards import Shard, plan_shards, write_headers, write_index
+from dc_merge_peft.outputs.written import Written
 from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
@@ -88,35 +90,62 @@ def stream_fused(
     *,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
+    work: Path | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Write the base model with the merge in its weights, whole or not at all; the files differ from the base's own in the
     tensors that change, and in how the tensors are divided over files.
+
+    With a folder of this merge's own as ``work`` the files are made there; those that are complete stay if the writing ends early,
+    and are not written again.
 
     Raises:
         OptionError: no size of a file.
         OutputError: the directory exists or can't be written.
         SourceError: a file of the base model can't be read.
     """
-    with whole_directory(out, overwrite=overwrite) as building:
+    written = None if work is None else Written(work)
+    with whole_directory(out, overwrite=overwrite, kept=None if written is None else written.building) as building:
         shards = plan_shards(model.files.tensors, max_shard_size)
-        write_headers(shards, building)
+        left = shards if written is None else written.left(shards)
+        write_headers(left, building)
+        write_index(shards, building)
         places = {
             key: (building / shard.name, offset) for shard in shards for key, offset in shard.layout.places.items()
         }
         pieces = _Pieces(model, changes, result, places)
-        units = [*model.files.tensors, *changes.groups]
-        work = (piece for unit in progress(units, "fusing") for piece in pieces.of(unit))
+        rounds = list(_rounds(left, changes, model.files.tensors)) if written else [(_units(model, changes), [])]
+        units = iter(progress([unit for some, _ in rounds for unit in some], "fusing"))
+        carry_out = partial(Piece.carry_out, scratch=Scratch())
         with one_thread() as threads:
-            for _ in in_parallel(
-                partial(Piece.carry_out, scratch=Scratch()), work, workers=threads, on_cpu=lambda _: True
-            ):
-                pass
+            for some, complete in rounds:
+                work_left = (piece for unit in islice(units, len(some)) for piece in pieces.of(unit))
+                for _ in in_parallel(carry_out, work_left, workers=threads, on_cpu=lambda _: True):
+                    pass
+                for shard in complete:
+                    assert written is not None
+                    written.add(shard)
         shutil.copyfile(model.files.folder / CONFIG, building / CONFIG)
         code = ("*.py",) if model.files.config.get("auto_map") else ()
         copy_companions(model.files.folder, building, (*COMPANIONS, *code))
         write_papers(result, building, model.files.base)
     return Path(out).expanduser()
+
+
+def _units(model: FiledModel, changes: Changes) -> list[str | Group]:
+    return [*model.files.tensors, *changes.groups]
+
+
+def _rounds(
+    left: Sequence[Shard], changes: Changes, tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[list[str | Group], list[Shard]]]:
+    """The work on some files in an order that completes one after the other; which are complete after each part. Groups, which may
+    reach over several, come last."""
+    groups = [group for group in changes.groups if any(key in shard.tensors for shard in left for key in group.keys)]
+    late = {key for group in groups for key in group.keys}
+    for shard in left:
+        yield [key for key in tensors if key in shard.layout.places], [shard] if late.isdisjoint(shard.tensors) else []
+    yield [*groups], [shard for shard in left if not late.isdisjoint(shard.tensors)]
 
 
 @dataclass(frozen=True)

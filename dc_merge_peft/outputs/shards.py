@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,14 @@ def checked_size(size: int | str | None) -> int | str:
     return found
 
 
-def write_headers(shards: list[Shard], folder: Path) -> None:
-    """Make the files with their headers, each at its full size, and the index where there are several."""
+def write_headers(shards: Sequence[Shard], folder: Path) -> None:
+    """Make the files with their headers, each at its full size."""
     for shard in shards:
         shard.layout.create(folder / shard.name)
+
+
+def write_index(shards: Sequence[Shard], folder: Path) -> None:
+    """Which file of a model holds which tensor, where there are several."""
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(shard.layout.size - len(shard.layout.header) for shard in shards)},

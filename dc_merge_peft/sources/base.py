@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -164,6 +165,7 @@ class Source(ABC):
     extras: Mapping[str, ExtraSpec] = MappingProxyType({})  # by the path of the tensor in the base model
     extras_reason: str | None = None  # why they are refused unless the caller says what becomes of them: "has ...; ..."
     cheap: bool = True  # reading a module again costs next to nothing
+    directory: Path | None = None  # where its files are, if it is read from any
     is_dora: bool = False  # its deltas depend on the base model's weights: it can be merged through sources.dora alone
     config: Mapping[str, Any] = MappingProxyType({})  # the adapter's own settings under PEFT's names, where it has any
 

@@ -48,6 +48,7 @@ class CheckpointSource(Source):
         files = locate(source, token)
         self.name = name or (files.directory.name if files.revision is None else files.location)
         self.config = _read_config(files, self.name)
+        self.directory = files.directory
         self._tensors = open_weights(files.directory, self.name)
         self._keys = factor_keys(self._tensors.shapes, self.name)  # by path of the PEFT layer
         rows = {

@@ -93,7 +93,7 @@ class DoraSource(Source):
             base: Directory or Hub id of the base model, for the record.
         """
         self.info, self.config = adapter.info, adapter.config
-        self.reading, self.base = reading, base
+        self.reading, self.base, self.directory = reading, base, adapter.directory
         self.extras, self.extras_reason = adapter.extras, adapter.extras_reason
         self._adapter, self._weight_of = adapter, weight_of
         self.modules = {
@@ -128,8 +128,17 @@ class DoraSource(Source):
 
     def truncation_error(self) -> float:
         """Relative Frobenius error of the rank over all modules read so far; 0 where all are read whole."""
-        lost, whole = (sum(part) for part in zip(*self._squares.values(), strict=True)) if self._squares else (0, 0)
+        read = [self._squares[module] for module in self.modules if module in self._squares]  # in an order of their own
+        lost, whole = (sum(part) for part in zip(*read, strict=True)) if read else (0, 0)
         return (lost / whole) ** 0.5 if whole else 0.0
+
+    def loss(self, module: str) -> tuple[float, float]:
+        """Of a module that was read: the squared norm of what the rank has cut off, and of the whole delta."""
+        return self._squares[module]
+
+    def recall(self, module: str, loss: tuple[float, float]) -> None:
+        """Take over :meth:`loss` from an earlier reading."""
+        self._squares[module] = loss
 
     def unmatched_targets(self) -> list[str]:
         return self._adapter.unmatched_targets()

@@ -32,7 +32,7 @@ class RenamedSource(Source):
             OptionError: no such rename, or it does not know a module of the adapter.
             SourceError: two modules would get one name.
         """
-        self._source = source
+        self._source, self.directory = source, source.directory
         adapter, rename = source.info.name, rename_named(name)
         self._old = _by_new_name(source.modules, lambda path: _known_path(path, name, adapter), name, adapter)
         self.modules = {new: source.modules[old] for new, old in self._old.items()}

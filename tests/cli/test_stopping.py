@@ -14,7 +14,7 @@ import pytest
 
 from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.outputs import adapter, fused_stream
-from dc_merge_peft.outputs.workshop import settle
+from dc_merge_peft.work.workshop import settle
 from tests.support.program import run
 from tests.support.refused import listing
 from tests.support.workspace import make_workspace
@@ -29,7 +29,7 @@ FUSE = ("fuse", "base-model", *ADAPTERS, "-o", "out")
 WAITING = """
 import sys, time
 from dc_merge_peft.outputs import adapter, fused_stream
-from dc_merge_peft.outputs.workshop import settle
+from dc_merge_peft.work.workshop import settle
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
@@ -61,7 +61,7 @@ def send_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: int
         return SETTLE(folder, target)
 
     monkeypatch.setattr(module, name, stop)
-    monkeypatch.setattr("dc_merge_peft.outputs.workshop.settle", disturbed)
+    monkeypatch.setattr("dc_merge_peft.work.workshop.settle", disturbed)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError
 from dc_merge_peft.outputs import adapter as writer
 from dc_merge_peft.outputs import placing
-from dc_merge_peft.outputs.workshop import NEW
 from dc_merge_peft.runconfig import RunConfig
+from dc_merge_peft.work.workshop import NEW
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import listing, refused
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, MergeWarning, OutputError
-from dc_merge_peft.outputs import directory, placing, workshop
+from dc_merge_peft.outputs import directory, placing
 from dc_merge_peft.outputs.directory import whole_directory
+from dc_merge_peft.work import workshop
 from tests.support.models import write_checkpoint
 from tests.support.refused import listing, refused
 
@@ -23,7 +24,7 @@ from tests.support.refused import listing, refused
 LIVING = """
 import sys
 from pathlib import Path
-from dc_merge_peft.outputs.workshop import workshop
+from dc_merge_peft.work.workshop import workshop
 with workshop(Path(sys.argv[1])) as folder:
     (folder / "new").mkdir()
     (folder / "new" / "half").write_text("written")

@@ -37,11 +37,11 @@ def workshop(target: Path) -> Iterator[Path]:
     Raises:
         OSError: it can't be made.
     """
-    folder = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}{_ENDING}"
+    folder = workshop_of(target, secrets.token_hex(8))
     lock = None
     try:
         folder.mkdir(mode=0o700)
-        lock = _claim(folder, target)
+        lock = claim(folder, target)
         yield folder
     finally:  # an interrupt between two lines above finds it, too
         try:
@@ -49,6 +49,11 @@ def workshop(target: Path) -> Iterator[Path]:
         finally:
             if lock is not None:
                 os.close(lock)
+
+
+def workshop_of(target: Path, token: str) -> Path:
+    """Where the workshop of a run is, which the 16 hexadecimal digits of ``token`` name."""
+    return target.parent / f"{_prefix(target)}{token}{_ENDING}"
 
 
 def settle(folder: Path, target: Path) -> bool:
@@ -140,8 +145,12 @@ def _prefix(target: Path) -> str:
     return f".{os.fsencode(target.name)[:100].decode(errors='ignore')}."
 
 
-def _claim(folder: Path, target: Path) -> int:
-    """Lock a new folder, and write down whose it is; the open file that holds the lock."""
+def claim(folder: Path, target: Path) -> int:
+    """Lock a new folder, and write down whose it is; the open file that holds the lock.
+
+    Raises:
+        OSError: the record can't be written.
+    """
     lock = os.open(folder / _RECORD, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         record = _Owner(target.name, _boot(), _host(), os.getpid(), _lock(lock))

@@ -1,0 +1,297 @@
+"""Where finished modules are kept while a merge runs, and what becomes of them when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, OutputError, first_line
+from dc_merge_peft.methods import Method
+from dc_merge_peft.parallel import cost, dealt
+from dc_merge_peft.plan import PlannedModule
+from dc_merge_peft.work.finished import Finished, WorkFolder, tidy
+from dc_merge_peft.work.manifest import differences, without_times
+from dc_merge_peft.work.team import ShareDone, Team
+from dc_merge_peft.work.workshop import claim, workshop_of
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_ENDING = ".dc-merge-work"
+# The manifest says that a folder is one of ours, which may be deleted: nobody else has a file of this name.
+_MANIFEST, _LOCK = "dc-merge-manifest.json", "lock"
+_BEFORE_IT = re.compile(rf"{_LOCK}|team-[0-9a-f]+|{re.escape(_MANIFEST)}\.new")  # what is made before the manifest
+
+
+@dataclass(frozen=True)
+class WorkPlace:
+    """A folder for the finished modules of one merge, made by :meth:`opened`."""
+
+    folder: Path
+    resume: bool  # whether they are kept where the merge ends early
+    team: Team | None = None  # the processes that share them
+    target: Path | None = (
+        None  # the output of a run whose modules nobody resumes: the next one to it removes what is left of them
+    )
+
+    @classmethod
+    def beside(cls, out: str | Path, *, resume: bool, team: Team | None = None) -> WorkPlace:
+        """The hidden folder beside an output; of several processes that are not to be resumed one of their own."""
+        target = Path(out).expanduser().resolve()
+        if resume or team is None:
+            return cls(target.parent / f"{_prefix(target)}{_ENDING}", resume, team)
+        return cls(workshop_of(target, team.token), resume, team, target)
+
+    @contextmanager
+    def opened(self) -> Iterator[WorkPlace]:
+        """The folder for as long as the merge and the writing of its result take; it is deleted when they are done.
+
+        Raises:
+            OutputError: it can't be made, or another run is at work in it.
+            MergeError: another process has failed.
+        """
+        lock, done = None, False
+        try:
+            if self.team is None or self.team.main:
+                lock = self._made()
+            try:
+                if self.team is not None:
+                    self.team.enter(self.folder)
+                    if not self.team.main:
+                        self.team.started()  # the main process has fetched from the Hub by then what others find in the cache
+                yield self
+                done = True
+            except ShareDone:
+                raise
+            except BaseException as error:
+                if self.team is not None:
+                    self.team.leave(str(error) if isinstance(error, MergeError) else type(error).__name__)
+                raise
+        finally:
+            if self.team is not None:
+                self.team.leave()
+            if lock is not None:
+                if done or not self.resume:
+                    _delete(self.folder)
+                os.close(lock)
+
+    def written(self) -> int:
+        """Bytes that an interrupted run has left here of a model."""
+        files = [file.stat() for file in (self.folder / "model").glob("*.safetensors")]
+        return sum(getattr(file, "st_blocks", 0) * 512 for file in files)  # what they take, not yet what they will
+
+    def _made(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_strangers()
+            if self.target is not None:
+                return claim(self.folder, self.target)
+            lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise OutputError(
+                f"can't keep finished modules in '{self.folder}' ({first_line(error)}): choose a writable place for the output"
+            ) from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise OutputError(
+                    f"another run is at work in '{self.folder}': expected one at a time; wait for it, or choose another output"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        return lock
+
+    def _refuse_strangers(self) -> None:
+        """A folder that holds anything but an interrupted merge, all of which would be deleted in the end."""
+        children = sorted(child.name for child in self.folder.iterdir())
+        stranger = next((name for name in children if not _BEFORE_IT.fullmatch(name)), None)
+        if stranger is not None and _MANIFEST not in children:
+            raise OutputError(
+                f"the folder '{self.folder}' for finished modules holds other things ('{stranger}'): expected a new or empty folder, "
+                "which is deleted in the end, or one that an interrupted merge has left; choose another"
+            )
+
+    def prepared(self, manifest: Mapping[str, Any], work: WorkFolder, method: Method) -> Modules:
+        """The modules of a merge, of which those that were finished before are taken from here.
+
+        Raises:
+            OutputError: the folder holds modules of another merge.
+        """
+        if self.team is None or self.team.main:
+            self._check(manifest)
+            for left in self.folder.glob("team-*"):
+                if self.team is None or left.name != f"team-{self.team.token}":
+                    shutil.rmtree(left, ignore_errors=True)
+            tidy(self.folder, keep=lambda file: file.name in (_MANIFEST, _LOCK))
+        return Modules(work, method, manifest, self.team)
+
+    def _check(self, manifest: Mapping[str, Any]) -> None:
+        file = self.folder / _MANIFEST
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found = None
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"'{file}' can't be read ({first_line(error)}): expected what an interrupted merge had written; delete '{self.folder}' "
+                "to start anew"
+            ) from error
+        if found is not None and found != manifest:
+            differing = list(differences(found, manifest)) if isinstance(found, dict) else ["its format"]
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise OutputError(
+                f"'{self.folder}' holds an unfinished merge of other inputs or settings ({'; '.join(differing[:3])}{more}): expected "
+                "the same merge to resume; delete that folder to start anew, or leave out --resume (resume=False)"
+            )
+        if found is None:
+            hidden = file.with_name(f"{_MANIFEST}.new")
+            hidden.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            hidden.replace(file)
+
+
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """Merges what is not there yet, this process's share of it, and gathers the rest."""
+
+    work: WorkFolder
+    method: Method
+    manifest: Mapping[str, Any]
+    team: Team | None = None
+
+    def all(
+        self,
+        modules: Sequence[PlannedModule],
+        merge: Callable[[Sequence[PlannedModule]], Iterator[Finished]],
+    ) -> list[Finished]:
+        """Every module's result, in order.
+
+        Args:
+            modules: All of them.
+            merge: Merges those that it is given.
+
+        Raises:
+            ShareDone: in another process than the main one.
+            MergeError: another process has failed.
+        """
+        if self.team is not None and not self.team.main:
+            self._share(modules, merge)
+        found = dict(zip(range(len(modules)), self.work.found(modules), strict=True))
+        todo = [index for index, finished in found.items() if finished is None]
+        if self.team is not None:
+            shares = self._shares(modules, todo)
+            self.team.start(self.manifest, shares)
+            todo = shares[0]
+        found |= self._merged(modules, todo, merge)
+        if self.team is not None:
+            self.team.wait()
+            rest = [index for index, finished in found.items() if finished is None]
+            found |= zip(rest, self.work.found([modules[index] for index in rest]), strict=True)
+            # What could not be read back here is merged here.
+            found |= self._merged(modules, [index for index in rest if found[index] is None], merge)
+        return [finished for finished in found.values() if finished is not None]
+
+    def _shares(self, modules: Sequence[PlannedModule], todo: Sequence[int]) -> list[list[int]]:
+        assert self.team is not None
+        costs = [cost(self.method, modules[index]) for index in todo]
+        shares: list[list[int]] = [[] for _ in range(self.team.size)]
+        for index, rank in zip(todo, dealt(costs, self.team.size), strict=True):
+            shares[rank].append(index)
+        return shares
+
+    def _share(
+        self,
+        modules: Sequence[PlannedModule],
+        merge: Callable[[Sequence[PlannedModule]], Iterator[Finished]],
+    ) -> None:
+        assert self.team is not None
+        said, shares = self.team.started()
+        expected, found = without_times(said), without_times(self.manifest)
+        if found != expected:
+            raise MergeError(
+                f"process {self.team.rank} on '{platform.node()}' has other inputs or programs than process 0 "
+                f"({'; '.join([*differences(expected, found)][:3])}): expected the same files and versions on all machines"
+            )
+        self._merged(modules, shares[self.team.rank], merge)
+        self.team.done()
+        raise ShareDone
+
+    def _merged(
+        self,
+        modules: Sequence[PlannedModule],
+        todo: Sequence[int],
+        merge: Callable[[Sequence[PlannedModule]], Iterator[Finished]],
+    ) -> dict[int, Finished | None]:
+        chosen = [modules[index] for index in todo]
+        merged: dict[int, Finished | None] = {}
+        for index, module, finished in zip(todo, chosen, merge(chosen), strict=True):
+            try:
+                merged[index] = self.work.keep(module, finished)
+            except OSError as error:
+                raise OutputError(
+                    f"can't keep finished modules in '{self.work.folder}' ({first_line(error)}): make room there, or choose another "
+                    "place for the output"
+                ) from error
+            if self.team is not None:
+                self.team.check()
+        return merged
+
+
+def work_place(
+    resume: bool | str | Path | WorkPlace | None, out: str | Path | None = None
+) -> AbstractContextManager[WorkPlace | None]:
+    """Where finished modules are kept, as users say it: not at all, in a folder, or for ``True`` beside the output. A place that is
+    open already stays its owner's.
+
+    Raises:
+        OptionError: there is no output to be beside.
+    """
+    if not resume:
+        if out is not None and (left := unfinished(out)):
+            warnings.warn(left, MergeWarning, stacklevel=4)
+        return nullcontext()
+    if isinstance(resume, WorkPlace):
+        return nullcontext(resume)
+    if resume is not True:
+        return WorkPlace(Path(resume).expanduser(), resume=True).opened()
+    if out is None:
+        raise OptionError(
+            "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
+        )
+    return WorkPlace.beside(out, resume=True).opened()
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, into which other processes that have not yet seen the end may write meanwhile."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
+def unfinished(out: str | Path) -> str | None:
+    """A sentence about an unfinished merge to this output that could be resumed."""
+    with suppress(OSError, RuntimeError, ValueError):
+        folder = WorkPlace.beside(out, resume=True).folder
+        if (folder / _MANIFEST).is_file():
+            return f"'{folder}' holds an unfinished merge to this output: --resume (resume=True) goes on with it, or delete it"
+    return None
+
+
+def _prefix(target: Path) -> str:
+    """File systems count a name's length in bytes."""
+    return f".{os.fsencode(target.name)[:100].decode(errors='ignore')}"

@@ -1,0 +1,249 @@
+"""Several processes at one merge, as ``accelerate launch`` starts them, on one machine or several that share a file system.
+
+They speak through files beside the finished modules: each says that it is alive, done or failed, so that one that dies is missed
+within a minute and not at the end of a network's patience.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dc_merge_peft.errors import MergeError, OptionError, first_line
+
+BEAT = 1.0  # seconds between two signs of life
+PATIENCE = 60.0  # seconds without one, after which a process counts as dead; a network's file system may be that slow to show it
+MEETING = timedelta(minutes=10)  # in which the processes of one launch have to come together
+_POLL = 0.05
+# As launchers say how many processes there are: torch's, and those of MPI.
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class ShareDone(Exception):
+    """This process has done its share of a merge that another one finishes."""
+
+
+def launched() -> int:
+    """How many processes a launcher has started."""
+    sizes = [os.environ.get(name, "") for name in _SIZES]
+    return max((int(size) for size in sizes if size.isdecimal()), default=1)
+
+
+@dataclass(eq=False)
+class Team:
+    """This process among those that merge together; the first one, the main process, does all that one alone has to do."""
+
+    rank: int
+    size: int
+    device: str  # where this process computes
+    token: str  # of this run
+    _folder: Path | None = None
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _living: threading.Thread | None = None
+    _seen: dict[int, tuple[bytes, float]] = field(
+        default_factory=dict
+    )  # by rank: its last sign of life, and when it came
+
+    @classmethod
+    def join(cls, device: str | None) -> Team:
+        """Meet the other processes that a launcher has started.
+
+        Args:
+            device: As the user has it: ``"cpu"`` for the CPU, ``None``, ``"auto"`` or ``"cuda"`` for a GPU each where there are any.
+
+        Raises:
+            OptionError: a device of one process alone.
+            MergeError: the others can't be met.
+        """
+        if device not in (None, "auto", "cpu", "cuda"):
+            raise OptionError(
+                f"device '{device}' is given to {launched()} processes: expected cpu, or cuda for a GPU each; leave --device out, or "
+                "start one process"
+            )
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        cpu = (
+            device == "cpu"
+            or not torch.cuda.is_available()
+            or os.environ.get("ACCELERATE_USE_CPU") in ("1", "True", "true")
+        )
+        try:
+            state = PartialState(cpu=cpu, timeout=MEETING)
+            token = broadcast_object_list([secrets.token_hex(8)], from_process=0)[0]
+            state.wait_for_everyone()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # all else goes through files
+        except (RuntimeError, ValueError) as error:
+            raise MergeError(
+                f"the {launched()} processes of this launch can't reach each other ({first_line(error)}): expected all of them to be "
+                "started by one launcher, as by accelerate launch; start one process to merge without"
+            ) from error
+        return cls(state.process_index, state.num_processes, "cpu" if cpu else str(state.device), str(token))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process plans, finishes, writes and prints."""
+        return self.rank == 0
+
+    def enter(self, folder: Path) -> None:
+        """Show oneself in the common folder, which the main process makes.
+
+        Raises:
+            MergeError: this process does not see the folder.
+        """
+        own = folder / f"team-{self.token}"
+        if self.main:
+            own.mkdir()
+        deadline = time.monotonic() + PATIENCE
+        while not own.is_dir():
+            if time.monotonic() > deadline:
+                raise MergeError(
+                    f"process {self.rank} on '{platform.node()}' does not see '{folder}', which process 0 has made: expected an "
+                    "output on a file system that all machines share; choose another place, or start one process"
+                )
+            time.sleep(_POLL)
+        self._folder = own
+        self._say("alive", _whereabouts(0))
+        self._living = threading.Thread(target=self._live, name="dc-merge-alive", daemon=True)
+        self._living.start()
+
+    def _live(self) -> None:
+        beat = 0
+        while not self._ended.wait(BEAT):
+            beat += 1
+            with suppress(OSError):
+                self._say("alive", _whereabouts(beat))
+
+    def leave(self, failure: str | None = None) -> None:
+        """The last sign of this process: that it has failed, or else nothing."""
+        self._end()
+        if failure is not None and self._folder is not None and self._folder.is_dir():
+            with suppress(OSError):
+                self._say("failed", failure.encode())
+
+    def _end(self) -> None:
+        """No more signs of life: the main process may delete the folder at any time."""
+        self._ended.set()
+        if self._living is not None:
+            self._living.join()
+
+    def start(self, manifest: Mapping[str, Any], shares: Sequence[Sequence[int]]) -> None:
+        """Of the main process: what is merged, and which modules each process does."""
+        self._say("start", json.dumps({"manifest": manifest, "shares": shares}).encode())
+
+    def started(self) -> tuple[dict[str, Any], list[list[int]]]:
+        """Wait for :meth:`start`; the manifest and all shares.
+
+        Raises:
+            MergeError: the main process has failed.
+        """
+        while (content := self._heard(0, "start")) is None:
+            self.check([0])
+            time.sleep(_POLL)
+        said = json.loads(content)
+        return said["manifest"], said["shares"]
+
+    def done(self) -> None:
+        """Say that this process has nothing left to do."""
+        self._end()
+        self._say("done", b"")
+
+    def wait(self) -> None:
+        """Until all others are done.
+
+        Raises:
+            MergeError: one has failed.
+        """
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        while others := [rank for rank in others if self._heard(rank, "done") is None]:
+            self.check(others)
+            time.sleep(_POLL)
+
+    def check(self, ranks: Sequence[int] | None = None) -> None:
+        """Go on only if no other process has failed or died.
+
+        Raises:
+            MergeError: one has.
+        """
+        for rank in range(self.size) if ranks is None else ranks:
+            if rank == self.rank or self._heard(rank, "done") is not None:
+                continue
+            failure = self._heard(rank, "failed")
+            if failure is not None:
+                raise MergeError(f"process {rank} has failed: {failure.decode(errors='replace')}")
+            if not self._alive(rank) and self._heard(rank, "done") is None:
+                raise MergeError(
+                    f"process {rank} of {self.size} has ended, or shows no sign of life in '{self._folder}': expected all processes to "
+                    "run to the end, and to share the output's file system; see its own messages, then start again"
+                )
+
+    def _alive(self, rank: int) -> bool:
+        now, sign = time.monotonic(), self._heard(rank, "alive") or b""
+        last, since = self._seen.setdefault(rank, (sign, now))
+        if sign != last:
+            self._seen[rank] = (sign, now)
+            return True
+        return now - since <= PATIENCE and not (sign and _is_dead(sign))
+
+    def _say(self, what: str, content: bytes) -> None:
+        assert self._folder is not None
+        file = self._folder / f"{self.rank}.{what}"
+        hidden = file.with_name(f".{file.name}")
+        hidden.write_bytes(content)
+        os.replace(hidden, file)
+
+    def _heard(self, rank: int, what: str) -> bytes | None:
+        assert self._folder is not None
+        try:
+            return (self._folder / f"{rank}.{what}").read_bytes()
+        except FileNotFoundError:
+            if not self._folder.is_dir():
+                raise MergeError(
+                    f"'{self._folder.parent}' is gone: expected it to stay until all processes are done; process 0 has ended early, see "
+                    "its own messages"
+                ) from None
+            return None
+
+
+def _system() -> str:
+    """The machine and the table of its processes, in which a number means something."""
+    try:
+        table = os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {table}"
+    except OSError:
+        return ""
+
+
+def _whereabouts(beat: int) -> bytes:
+    return json.dumps({"system": _system(), "process": os.getpid(), "beat": beat}).encode()
+
+
+def _is_dead(sign: bytes) -> bool:
+    """Whether a process of this same system is known to have ended."""
+    said = json.loads(sign)
+    if not said["system"] or said["system"] != _system():
+        return False
+    try:
+        os.kill(said["process"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:  # ended, but not yet seen off by its parent
+        return Path(f"/proc/{said['process']}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False

@@ -1,0 +1,99 @@
+"""One merge by several processes, started as users start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.support.families import V5
+from tests.support.fused import BERT, saved
+from tests.support.many import finished, many_modules, program, started, wait_until
+from tests.support.models import bert
+from tests.support.refused import listing
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two adapters."""
+    place = tmp_path_factory.mktemp("processes")
+    many_modules(place, COUNT)
+    return place
+
+
+def launched(arguments: Sequence[object], place: Path) -> subprocess.Popen[str]:
+    """``dc-merge`` in two processes by accelerate."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    options = ["--num_processes", "2", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "dc_merge_peft"]
+    return started([*launcher, *options, *map(str, arguments)], place, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("method", ["dc", "ties", "tsvm"])
+def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path, method: str) -> None:
+    """The same bytes; one process prints, and nothing of the work is left."""
+    arguments = ["merge", "lora-0", "lora-1", "-m", method, "--json", "-o"]
+    alone = program([*arguments, tmp_path / "one"], folder)
+    process = launched([*arguments, tmp_path / "two"], folder)
+    output, errors = process.communicate(timeout=120)
+    finished(alone)
+    assert process.returncode == 0, errors
+    assert output.count('"seconds"') == 1 and len(output.splitlines()) == 1
+    assert "error" not in errors and "Warning" not in errors
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.skipif(not V5, reason="older transformers needs the whole model")
+def test_fusing(tmp_path: Path) -> None:
+    """The same for a full model, by a method of full rank."""
+    base, adapters = saved(tmp_path, bert(), BERT)
+    arguments = ["fuse", base, *adapters, "-m", "ties", "-o"]
+    alone, process = program([*arguments, "one"], tmp_path), launched([*arguments, "two", "--resume"], tmp_path)
+    finished(alone)
+    finished(process)
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failing_process_ends_all(tmp_path: Path) -> None:
+    """Bad numbers in a module of the second process: both say so, nothing is written, nothing is left."""
+    _, code = many_modules(tmp_path, 2)
+    file = code / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.enc.1.q.lora_A.weight"][0] = float("nan")
+    save_file(tensors, file)
+    errors = finished(launched(["merge", "lora-0", "lora-1", "-o", "out"], tmp_path), code=1)
+    assert "error: lora_A of 'enc.1.q' in adapter 'lora-1' holds NaN" in errors
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_process_ends_all_and_resumes(tmp_path: Path) -> None:
+    """A process that is killed in the middle takes the other one with it; the next run goes on, even one process alone."""
+    adapters = many_modules(tmp_path, 40, size=300, rank=24)
+    work, arguments = tmp_path / ".out.dc-merge-work", ["merge", *adapters, "-o", tmp_path / "out"]
+    process = launched([*arguments, "--resume"], tmp_path)
+    wait_until(lambda: len(list(work.glob("*.module"))) > 2 and bool(list(work.glob("team-*/1.alive"))), process)
+    (sign,) = work.glob("team-*/1.alive")
+    os.kill(int(sign.read_text().split('"process": ')[1].split(",")[0]), signal.SIGKILL)
+    finished(process, code=1)
+    assert not (tmp_path / "out").exists() and len(list(work.glob("*.module"))) > 2
+    finished(program([*arguments, "--resume"], tmp_path))
+    finished(program([*arguments[:-1], tmp_path / "plain"], tmp_path))
+    assert listing(tmp_path / "out") == listing(tmp_path / "plain") and not work.exists()
