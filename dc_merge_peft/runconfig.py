@@ -48,13 +48,7 @@ class RunConfig:
             SourceError: the file is missing or no YAML mapping.
             OptionError: an option given twice, or a value of the wrong type.
         """
-        try:
-            values = _loaded(Path(path))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = str(error).replace("\n", " ")
-            raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
-        if not isinstance(values, dict):
-            raise SourceError(f"the configuration '{path}' is no mapping: expected lines such as 'method: dc'")
+        values = read_record(path)
         values.pop("record", None)
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
@@ -91,6 +85,22 @@ class RunConfig:
         )
         values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Everything in a YAML file of a merge, as it stands there: its settings, and in that of an output the ``record``.
+
+    Raises:
+        SourceError: the file is missing or no YAML mapping.
+    """
+    try:
+        values = _loaded(Path(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"the configuration '{path}' is no mapping: expected lines such as 'method: dc'")
+    return values
 
 
 def _loaded(path: Path) -> object:

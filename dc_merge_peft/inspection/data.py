@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -97,13 +97,7 @@ class AdapterReport:
     @property
     def landmarks(self) -> tuple[float, float, float] | None:
         """First, middle and last singular value, each the median over modules."""
-        if not self.measured:
-            return None
-        places: tuple[Callable[[int], int], ...] = (lambda r: 0, lambda r: (r - 1) // 2, lambda r: r - 1)
-        first, middle, last = (
-            statistics.median(module.S[place(len(module.S))] for module in self.measured) for place in places
-        )
-        return first, middle, last
+        return landmarks(self.measured)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -238,6 +232,15 @@ class MergeInspection:
             },
             "findings": [plain(asdict(finding)) for finding in self.findings],
         }
+
+
+def landmarks(modules: Sequence[ModuleSpectrum]) -> tuple[float, float, float] | None:
+    """First, middle and last singular value of modules that have any, each the median over them; None of no modules."""
+    if not modules:
+        return None
+    places: tuple[Callable[[int], int], ...] = (lambda r: 0, lambda r: (r - 1) // 2, lambda r: r - 1)
+    first, middle, last = (statistics.median(module.S[place(len(module.S))] for module in modules) for place in places)
+    return first, middle, last
 
 
 def median(values: Iterable[float]) -> float | None:

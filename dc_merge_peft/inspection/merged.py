@@ -52,10 +52,10 @@ def inspect_merge(
         IncompatibleAdaptersError: a module of the merge has another shape than an adapter's.
     """
     where = checked_device(device)
-    given = _sources_of(merged) if sources is None else sources
+    given = sources_of(merged) if sources is None else sources
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
-    opened = open_sources(given, rename=_rename_of(merged))
+    opened = open_sources(given, rename=rename_of(merged))
     found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
     names = [info.name for info in uniquely_named(found)]
     target = merged if isinstance(merged, (MergeResult, Source)) else CheckpointSource(merged)
@@ -67,18 +67,22 @@ def inspect_merge(
                 source.close()
 
 
-def _sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
-    """The adapters that a merge in memory was made from, as they can be opened again."""
+def sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
+    """The adapters that a merge in memory was made from, as they can be opened again.
+
+    Raises:
+        OptionError: they can't be, or are not known.
+    """
     if not isinstance(merged, MergeResult):
         raise OptionError("found no adapters to compare the merge with: expected those it was made from")
     if any(info.location == IN_MEMORY for info in merged.adapters):
         raise OptionError(
             "the merge was made from adapters of a model in memory: expected them as sources, to compare it with"
         )
-    return [info.location + (f"@{info.revision}" if info.revision else "") for info in merged.adapters]
+    return [info.whole_location for info in merged.adapters]
 
 
-def _rename_of(merged: MergeResult | str | Path | Source) -> str | None:
+def rename_of(merged: MergeResult | str | Path | Source) -> str | None:
     """The rename under which a merge has read its adapters; that of a directory stands in its record."""
     if isinstance(merged, MergeResult):
         return merged.rename

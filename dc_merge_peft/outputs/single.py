@@ -7,7 +7,7 @@ from pathlib import Path
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.outputs.directory import hidden_beside, in_words, resolved, tidy_up
 from dc_merge_peft.outputs.placing import place_file, to_disk
-from dc_merge_peft.outputs.workshop import NEW
+from dc_merge_peft.work.workshop import NEW
 
 # An earlier output says what it is within so many bytes.
 _HEAD = 4000

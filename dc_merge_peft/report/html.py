@@ -20,7 +20,7 @@ class Html(str):
 Child: TypeAlias = Any
 
 
-def element(name: str, *children: Child, **attributes: Child) -> Html:
+def element(name: str, /, *children: Child, **attributes: Child) -> Html:
     """``<name attributes>children</name>``.
 
     Args:
