@@ -107,9 +107,14 @@ def checked_output(output: str | Path, *, overwrite: bool, dry_run: bool = False
         OutputError: something stands in its way.
     """
     if not dry_run:
-        for line in tidied(output):
-            typer.echo(f"note: {printable(line)}", err=True)
+        say_what_was_tidied(output)
     check_target(output, overwrite=overwrite)
+
+
+def say_what_was_tidied(output: str | Path) -> None:
+    """Remove what dead runs have left beside an output; a note on standard error for each."""
+    for line in tidied(output):
+        typer.echo(f"note: {printable(line)}", err=True)
 
 
 def checked_push(repo_id: str | None, *, private: bool, commit_message: str | None, create_pr: bool) -> dict[str, Any]:

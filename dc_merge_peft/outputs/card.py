@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from dc_merge_peft.methods import METHODS
+from dc_merge_peft.outputs.beside import FOLDER, Beside
 from dc_merge_peft.outputs.card_facts import HUB, base_model_id, hub_page, metadata, model_class, versions
 from dc_merge_peft.outputs.markdown import code, fenced, text
 from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules, rows_by_layer
@@ -48,7 +49,7 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 
 {usage}
 
-## Configuration
+{report}## Configuration
 
 `dc-merge {command} --config dc_merge.yaml -o OUT` {again}. Made with {versions}.
 
@@ -61,7 +62,11 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 
 
 def adapter_card(
-    result: MergeResult, record: Mapping[str, Any], base: CardFacts | None = None, place: str | None = None
+    result: MergeResult,
+    record: Mapping[str, Any],
+    base: CardFacts | None = None,
+    place: str | None = None,
+    beside: Beside | None = None,
 ) -> str:
     """Markdown for a merged adapter, the Hub's metadata block on top. Names from adapters are escaped.
 
@@ -70,6 +75,7 @@ def adapter_card(
         record: Its configuration, as it is written to ``dc_merge.yaml``.
         base: What the base model's card says of its licence.
         place: The Hub id under which it is published, for the example.
+        beside: What lies beside the card, to be shown in it.
     """
     usage = _USE_ADAPTER.format(
         model_class=model_class(result) or "AutoModel",
@@ -81,7 +87,7 @@ def adapter_card(
         return _card(
             result, record, header, what="A LoRA adapter extracted from the merge", usage=usage, again=_again(record)
         )
-    return _card(result, record, header, what="One LoRA adapter in place of several", usage=usage)
+    return _card(result, record, header, what="One LoRA adapter in place of several", usage=usage, beside=beside)
 
 
 def fused_card(
@@ -111,6 +117,7 @@ def _card(
     what: str,
     usage: str,
     again: tuple[str, str] = _MERGE_AGAIN,
+    beside: Beside | None = None,
 ) -> str:
     """The card's common frame, filled in."""
     method = METHODS.get(result.method)
@@ -136,10 +143,19 @@ def _card(
         error=result.truncation_error,
         remarks="".join(f"\n> {text(remark)}\n" for remark in result.remarks),
         usage=fenced(usage, "python"),
+        report=_report(beside) if beside and beside.files else "",
         configuration=fenced(printable_yaml(record), "yaml"),
         modules=_modules(result),
         versions=", ".join(f"`{code(name)} {code(number)}`" for name, number in versions().items()),
     )
+
+
+def _report(beside: Beside) -> str:
+    """The section with pictures from the folder beside the card."""
+    lines = [f"![{text(picture.alt)}]({FOLDER}/{picture.name})" for picture in beside.pictures]
+    if beside.page is not None:
+        lines.append(f"All of it as one page, to be opened in a browser: [{beside.page}]({FOLDER}/{beside.page}).")
+    return "\n\n".join(["## What is kept", *lines]) + "\n\n"
 
 
 def _reference(reference: str, link: str) -> str:

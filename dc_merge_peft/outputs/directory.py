@@ -10,12 +10,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
+from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.placing import place, to_disk
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
 _MARKS = ("dc_merge.yaml", "adapter_config.json", "config.json", "results.json")
-_OWN_FOLDERS = {"adapter"}  # of the demo
+_OWN_FOLDERS = {"adapter", FOLDER}  # of the demo, and beside a card
 
 
 def check_target(path: str | Path, *, overwrite: bool = False) -> Path:

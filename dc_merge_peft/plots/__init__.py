@@ -5,6 +5,7 @@ Figures are plain :class:`matplotlib.figure.Figure` objects: no pyplot, no globa
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ __all__ = [
     "dirsim_figure",
     "inspection_figures",
     "overlap_figure",
+    "png_bytes",
     "require_matplotlib",
     "save_figures",
     "spectrum_figure",
@@ -41,6 +43,13 @@ def inspection_figures(inspection: Inspection) -> dict[str, Figure]:
     if inspection.cover:
         figures["cover"] = cover_figure(inspection)
     return figures
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as a small PNG, the same bytes for the same numbers."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:

@@ -14,10 +14,10 @@ _RAMPS = {
 }
 
 # Okabe and Ito's colours, as in the figures, darkened or lightened until they stand out from the page by 3 to 1.
-LINES = 6
+LINES = 8
 _LINES = {
-    "light": ("#0072b2", "#c65400", "#00805f", "#a84a82", "#9a6700", "#2a7fae"),
-    "dark": ("#56b4e9", "#ff9a57", "#3ccfa4", "#e6a3c8", "#f0be3c", "#a9c9ff"),
+    "light": ("#0072b2", "#c65400", "#00805f", "#a84a82", "#9a6700", "#2a7fae", "#5b4bb3", "#6f6f00"),
+    "dark": ("#56b4e9", "#ff9a57", "#3ccfa4", "#e6a3c8", "#f0be3c", "#a9c9ff", "#b7a8ff", "#cfcf5a"),
 }
 
 _PLAIN = {

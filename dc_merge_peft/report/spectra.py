@@ -21,7 +21,7 @@ from dc_merge_peft.report.numbers import (
 from dc_merge_peft.report.sections import UNKNOWN, section, what
 from dc_merge_peft.report.tables import clipped, data_table
 
-_DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
+_DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2 1 2")
 _COLUMNS = ("delta", "rank", "norm", "S first", "S middle", "S last", "effective rank")
 
 

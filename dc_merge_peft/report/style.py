@@ -47,7 +47,8 @@ table.data{font-size:.88rem;min-width:60%}
 .data th{font-weight:600}
 .data thead th{font-size:.8rem;color:var(--muted);white-space:nowrap;vertical-align:bottom}
 .data .r{text-align:right;white-space:nowrap}
-.data tbody th,.data .wrap{min-width:9rem;max-width:24rem;overflow-wrap:anywhere}
+.data tbody th{min-width:6rem}
+.data tbody th,.data td{max-width:26rem;overflow-wrap:anywhere}
 .data tr.strong>*{border-top:2px solid var(--rule)}
 .maps{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:flex-start}
 figure{margin:.75rem 0 0;max-width:100%;min-width:0}

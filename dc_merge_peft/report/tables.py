@@ -63,5 +63,5 @@ def _row(cells: Sequence[Child], sides: Sequence[str | None]) -> list[Html]:
     first, *others = ((cell if isinstance(cell, Html) else clipped(str(cell))) for cell in cells)
     return [
         element("th", first, scope="row"),
-        *(element("td", cell, class_=side or "wrap") for cell, side in zip(others, sides[1:], strict=True)),
+        *(element("td", cell, class_=side) for cell, side in zip(others, sides[1:], strict=True)),
     ]
