@@ -17,10 +17,9 @@ from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.inspection.data import plain
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.outputs.single import check_file, write_file
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.report.gather import gather
-from dc_merge_peft.report.page import MARK, page
+from dc_merge_peft.report.write import check_place, write_report
 from dc_merge_peft.runconfig import RunConfig
 
 
@@ -68,7 +67,7 @@ def report(
     if output is None:
         raise OptionError("found no output: expected a file, as in -o report.html")
     shared.say_what_was_tidied(output)
-    check_file(output, MARK, overwrite=overwrite)
+    check_place(output, overwrite=overwrite)
     checked_device(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # the page says them
@@ -78,7 +77,7 @@ def report(
             target = _merged(run, base, device, allow_different_bases=allow_different_bases, allow_zero=allow_zero)
         assert target is not None
         found = gather(target, adapters or None, base=base, device=device)
-    file = write_file(output, page(found).encode(), MARK, overwrite=overwrite)
+    file = write_report(found, output, overwrite=overwrite)
     if as_json:
         findings = [plain(asdict(finding)) for finding in found.findings]
         typer.echo(json.dumps({"output": str(file), "bytes": file.stat().st_size, "findings": findings}))

@@ -10,6 +10,7 @@ import torch
 
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.outputs.single import check_file, write_file
+from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.gather import gather
 from dc_merge_peft.report.page import MARK, page
 from dc_merge_peft.result import MergeResult
@@ -54,6 +55,20 @@ def report_merge(
         SourceError, UnsupportedAdapterError: an adapter, or the merged one, can't be read.
         IncompatibleAdaptersError: a module of the merge has another shape than an adapter's.
     """
-    check_file(path, MARK, overwrite=overwrite)
+    check_place(path, overwrite=overwrite)
     report = gather(merged, sources, base=base, device=device, progress=progress, token=token)
+    return write_report(report, path, overwrite=overwrite)
+
+
+def check_place(path: str | Path, *, overwrite: bool) -> None:
+    """Refuse a place where a report can't go, before any work is done.
+
+    Raises:
+        OutputError: something stands there, or it is no place.
+    """
+    check_file(path, MARK, overwrite=overwrite)
+
+
+def write_report(report: MergeReport, path: str | Path, *, overwrite: bool) -> Path:
+    """The page of a report, whole or not at all."""
     return write_file(path, page(report).encode(), MARK, overwrite=overwrite)
