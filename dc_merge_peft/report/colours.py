@@ -52,7 +52,8 @@ def contrast(first: str, second: str) -> float:
 
 
 def _text_on(colour: str) -> str:
-    return max(("#10151a", "#ffffff"), key=lambda text: contrast(text, colour))
+    """Black or white: on any colour at least one of them has a contrast of 4.58."""
+    return max(("#000000", "#ffffff"), key=lambda text: contrast(text, colour))
 
 
 def _luminance(colour: str) -> float:
