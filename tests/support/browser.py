@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,14 @@ NAMES = (
     "google-chrome-stable",
 )  # fmt: skip
 PATIENCE = 60.0  # seconds
+# The browser expects its pipes at the numbers 3 and 4.
+_LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for end, number in zip(ends, (3, 4)):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_browser() -> str | None:
@@ -107,9 +116,8 @@ def browser(program: str, profile: Path) -> Iterator[Browser]:
         "--hide-scrollbars",
     ]
     command = [program, *flags, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
-    # It expects its pipes at the numbers 3 and 4.
     started = subprocess.Popen(
-        ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command],
+        [sys.executable, "-c", _LAUNCH, str(theirs_in), str(theirs_out), *command],
         pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
