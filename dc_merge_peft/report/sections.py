@@ -18,6 +18,8 @@ from dc_merge_peft.runconfig import printable_yaml
 
 # Of findings and of the configuration; more would bury the rest.
 MOST_FINDINGS, MOST_TEXT = 100, 60_000
+# Columns of heat maps that have room beside each other.
+SIDE_BY_SIDE = 12
 
 UNKNOWN = "\N{EN DASH}"
 _LEVELS = {"refused": "overruled", "warning": "warning", "note": "note"}
@@ -70,7 +72,7 @@ def sources(report: MergeReport) -> Html:
         "sources",
         "Sources",
         element("p", "Base model: ", [(", " if index else "", _base(base)) for index, base in enumerate(bases)]),
-        data_table("Sources", columns, rows, right=("weight", "rank", "scaling", "modules")),
+        data_table("Sources", columns, rows, right=("weight", "rank", "scaling", "modules"), wide=("from",)),
     )
 
 
@@ -135,9 +137,14 @@ def kept(report: MergeReport) -> Html:
                 id_="dirsim-kinds",
                 note="Means over layers.",
             ),
-            class_="maps",
+            class_=_maps(merge.adapters),
         ),
     )
+
+
+def _maps(columns: Sequence[str]) -> str:
+    """Heat maps side by side, unless they are wide."""
+    return "maps wide" if len(columns) > SIDE_BY_SIDE else "maps"
 
 
 def overlap(report: MergeReport) -> Html | None:
@@ -159,7 +166,7 @@ def overlap(report: MergeReport) -> Html | None:
         "overlap",
         "How the adapters lie to each other",
         what("Before merging, over the modules that both have. The strongest colour is the largest number of its map."),
-        element("div", maps, class_="maps"),
+        element("div", maps, class_=_maps(names)),
     )
 
 

@@ -37,8 +37,8 @@ def spectra(report: MergeReport) -> Html:
         "spectra",
         "Singular values before and after",
         what(
-            "Medians over modules, scaling, weights excepted, and alpha included. A flatter line spreads its energy over more "
-            "directions; the effective rank counts those in use."
+            "Medians over modules: adapters with their scaling, without their weights, the merged one with alpha. A flatter line "
+            "spreads its energy over more directions; the effective rank says how many are in use."
         ),
         charts,
         data_table(

@@ -40,6 +40,8 @@ border-bottom:1px solid var(--rule);overflow-wrap:anywhere}
 .findings b{font-weight:600;font-size:.86rem;line-height:1.7}
 .warning b{color:var(--warning)}.overruled b{color:var(--overruled)}.note b{color:var(--note)}
 .scroll{overflow-x:auto;max-width:100%;margin:.4rem 0 .2rem}
+.tall{max-height:34rem;overflow-y:auto}
+.tall thead th{position:sticky;top:0;background:var(--bg)}
 .scroll:focus-visible{outline:2px solid var(--link);outline-offset:2px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 table.data{font-size:.88rem;min-width:60%}
@@ -47,10 +49,12 @@ table.data{font-size:.88rem;min-width:60%}
 .data th{font-weight:600}
 .data thead th{font-size:.8rem;color:var(--muted);white-space:nowrap;vertical-align:bottom}
 .data .r{text-align:right;white-space:nowrap}
-.data tbody th{min-width:6rem}
+.data tbody th{min-width:8rem}
+.data .wide{min-width:13rem}
 .data tbody th,.data td{max-width:26rem;overflow-wrap:anywhere}
 .data tr.strong>*{border-top:2px solid var(--rule)}
-.maps{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:flex-start}
+.maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1rem 2rem;align-items:start}
+.maps.wide{grid-template-columns:minmax(0,1fr)}
 figure{margin:.75rem 0 0;max-width:100%;min-width:0}
 figcaption strong{color:var(--fg);font-weight:600;font-size:.92rem}
 table.heat{font-size:.72rem;border-collapse:separate;border-spacing:1px}
@@ -61,7 +65,8 @@ table.heat{font-size:.72rem;border-collapse:separate;border-spacing:1px}
 .heat td{min-width:2.1rem;height:1.45rem;padding:0 .2rem;text-align:center}
 .heat .na{background:var(--panel);color:var(--muted)}
 .scale{display:flex;align-items:center;gap:.45rem;font-size:.76rem;color:var(--muted);margin:.35rem 0 0}
-.scale i{display:inline-block;width:.8rem;height:.8rem}
+.scale{white-space:nowrap}
+.scale i{display:inline-block;width:.6rem;height:.8rem}
 .scale span:nth-child(2){display:inline-flex}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:.5rem 2rem}
 svg{display:block;width:100%;height:auto;max-width:34rem}
@@ -77,8 +82,8 @@ pre{background:var(--panel);border:1px solid var(--rule);border-radius:6px;paddi
 overflow:auto;max-height:32rem;line-height:1.45}
 footer{margin-top:2.5rem;padding-top:1rem;padding-bottom:2rem;border-top:1px solid var(--rule)}
 @media (max-width:34rem){main,header,footer{padding-left:1rem;padding-right:1rem}.findings li{grid-template-columns:1fr}
-h1{font-size:1.35rem}}
-@media print{fieldset,nav{display:none}.scroll,pre{overflow:visible;max-height:none}}
+h1{font-size:1.35rem}svg text{font-size:14px}}
+@media print{fieldset,nav{display:none}.scroll,.tall,pre{overflow:visible;max-height:none}}
 """
 
 

@@ -8,6 +8,8 @@ from dc_merge_peft.report.html import Child, Html, element
 
 # Of a table; the rest is in the JSON of `dc-merge inspect`.
 MOST_ROWS = 200
+# From here on a table has a box that scrolls, so that what follows is not out of reach.
+TALL = 20
 _LABEL, _NAME = 24, 160
 
 
@@ -21,9 +23,12 @@ def clipped(name: str, most: int = _NAME) -> str:
     return name if len(name) <= most else f"{name[: most // 2]} \N{HORIZONTAL ELLIPSIS} {name[-most // 2 :]}"
 
 
-def scrolling(title: str, content: Html) -> Html:
-    """What may be wider than the screen in a box of its own, which the keyboard reaches, too."""
-    return element("div", content, class_="scroll", role="region", aria_label=title, tabindex="0")
+def scrolling(title: str, content: Html, *, tall: bool = False) -> Html:
+    """What may be wider than the screen in a box of its own, which the keyboard reaches, too; a tall one scrolls up and down as
+    well."""
+    return element(
+        "div", content, class_="scroll tall" if tall else "scroll", role="region", aria_label=title, tabindex="0"
+    )
 
 
 def data_table(
@@ -32,6 +37,7 @@ def data_table(
     rows: Iterable[Sequence[Child]],
     *,
     right: Collection[str] = (),
+    wide: Collection[str] = (),
     last: bool = False,
 ) -> Html:
     """A table whose first column names its rows.
@@ -41,9 +47,10 @@ def data_table(
         columns: Their heads.
         rows: Cells; text that is long is clipped.
         right: Columns of numbers.
+        wide: Columns of text that need room.
         last: Whether the last row stands apart from the others.
     """
-    sides = ["r" if column in right else None for column in columns]
+    sides = ["r" if column in right else "wide" if column in wide else None for column in columns]
     head = [element("th", column, scope="col", class_=side) for column, side in zip(columns, sides, strict=True)]
     found = list(rows)
     shown = found if len(found) <= MOST_ROWS else [*found[: MOST_ROWS - last], *found[len(found) - last :]]
@@ -56,7 +63,7 @@ def data_table(
     )
     rest = len(found) - len(shown)
     more = element("p", f"And {rest} more rows: `dc-merge inspect --json` has them.", class_="what") if rest else None
-    return Html(scrolling(title, table) + (more or ""))
+    return Html(scrolling(title, table, tall=len(shown) > TALL) + (more or ""))
 
 
 def _row(cells: Sequence[Child], sides: Sequence[str | None]) -> list[Html]:
