@@ -150,6 +150,17 @@ def made_up(names: Sequence[str], layers: int, *, rank: int = 4, kinds: int = 7,
     )  # fmt: skip
 
 
+# The sections of a page, by id.
+SECTIONS = {
+    "findings": "Findings",
+    "sources": "Sources",
+    "kept": "What is kept of each adapter",
+    "spectra": "Singular values before and after",
+    "overlap": "How the adapters lie to each other",
+    "truncation": "Truncation error",
+    "configuration": "Configuration",
+}
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "\"'><img src=x onerror=alert(1)>",
@@ -160,3 +171,45 @@ HOSTILE = (
     "org/" + "a-very-long-name-" * 300,
     "",
 )
+
+
+def checked(text: str) -> Node:
+    """A report's page as a tree, with all that holds of every one: nothing from elsewhere, no script, names for those who hear it."""
+    root = parsed(text)
+    assert root.attributes["lang"] == "en"
+    assert root.one("meta", name="viewport").attributes["content"] == "width=device-width, initial-scale=1"
+    assert "default-src 'none'" in (root.one("meta", http_equiv="Content-Security-Policy").attributes["content"] or "")
+    names = {node.name for node in root.walk()}
+    assert not names & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "image",
+        "use",
+        "foreignobject",
+    }
+    for node in root.walk():
+        assert not [
+            key for key in node.attributes if key.startswith("on") or key in ("src", "srcset", "style", "xlink:href")
+        ]
+        if node.name == "a":
+            assert (node.attributes["href"] or "").startswith(("#", "https://"))
+        if node.name == "th":
+            assert node.attributes["scope"] in ("col", "row")
+        if node.name in ("svg", "table", "pre"):
+            assert node.attributes.get("aria-label") or node.attributes.get("aria-hidden") == "true"
+    style = root.one("style").text
+    assert not [word for word in ("url(", "@import", "@font-face", "http") if word in style]
+    ids = [node.attributes["id"] for node in root.walk() if node.attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    targets = [link.attributes["href"] for link in root.one("nav").all("a")]
+    assert targets == [f"#{section.attributes['id']}" for section in root.all("section")]
+    assert all(section.attributes["aria-labelledby"] in ids for section in root.all("section"))
+    headings = [node.name for node in root.walk() if node.name in ("h1", "h2", "h3")]
+    assert headings[0] == "h1" and set(headings[1:]) == {"h2"}
+    return root
