@@ -109,7 +109,7 @@ def test_demo_numbers_are_the_saved_ones() -> None:
         assert module.rendered(page, picture) == text
 
 
-@pytest.mark.parametrize("name", ["merge", "inspect"])
+@pytest.mark.parametrize("name", ["merge", "inspect", "report"])
 def test_cli_page_names_every_flag(name: str) -> None:
     """The command's section of docs/cli.md has every flag."""
     import typer
