@@ -10,6 +10,7 @@ from dc_merge_peft import metrics
 from dc_merge_peft._version import __version__
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import (
+    EvaluationError,
     IncompatibleAdaptersError,
     MergeError,
     MergeWarning,
@@ -24,6 +25,7 @@ from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
 from dc_merge_peft.report import report_merge
+from dc_merge_peft.tuning import TuneResult, tune
 
 register()
 
@@ -31,6 +33,7 @@ __all__ = [
     "METHODS",
     "DCMergeAdapter",
     "DCMergeConfig",
+    "EvaluationError",
     "IncompatibleAdaptersError",
     "LowRank",
     "MergeError",
@@ -39,6 +42,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "SourceError",
+    "TuneResult",
     "UnsupportedAdapterError",
     "__version__",
     "inspect_adapters",
@@ -46,5 +50,6 @@ __all__ = [
     "metrics",
     "register",
     "report_merge",
+    "tune",
     "unregister",
 ]

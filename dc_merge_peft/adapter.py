@@ -76,6 +76,7 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
         dora_rank: int | None = None,
         extras: str | None = None,
         keep_dense: bool | Path = False,
+        max_memory: int | str | None = None,
         resume: str | Path | WorkPlace | None = None,
         progress: bool | None = None,
         token: str | bool | None = None,
@@ -103,6 +104,8 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
                 default adapters that hold any are refused.
             keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
                 weights, as :meth:`fuse` does; given a folder, its numbers lie in files there instead of in memory.
+            max_memory: Main memory that this process may take, as in ``"8GB"`` or in bytes: fewer modules are merged side by side,
+                with the same result. It is an estimate, on the safe side.
             resume: A folder that keeps finished modules while the merge runs, made where there is none. The same merge goes on
                 there if it was interrupted; what was finished is not merged again. It is deleted in the end.
             progress: Show a progress bar; by default on a terminal only.
@@ -113,13 +116,13 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
             UnsupportedAdapterError: an adapter that is no plain LoRA, DoRA without a base model, or tensors outside B and A
                 without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
-            OptionError: a wrong weight, rank, dtype, device or rename.
+            OptionError: a wrong weight, rank, dtype, device or rename, or memory that is too little.
             OutputError: ``resume`` is a folder of another merge, or can't be written.
         """
         with self.merging(
             sources, weights, svd_rank=svd_rank, dtype=dtype, device=device, allow_different_bases=allow_different_bases,
             allow_zero=allow_zero, rename=rename, base=base, dora_rank=dora_rank, extras=extras, keep_dense=keep_dense,
-            lazily=False, resume=resume, progress=progress, token=token,
+            lazily=False, max_memory=max_memory, resume=resume, progress=progress, token=token,
         ) as merged:  # fmt: skip
             return merged
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dc_merge_peft.budget import checked_memory, kept_bytes, workers
 from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Delta, Dense, FiledDense
 from dc_merge_peft.errors import MergeError, MergeWarning
@@ -22,7 +23,7 @@ from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
-from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread, workers
+from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, Reader, checked_devices
@@ -46,6 +47,7 @@ def run_merge(
     allow_zero: bool = False,
     keep_dense: bool | Path = False,
     lazily: bool = False,
+    max_memory: int | str | None = None,
     work: tuple[WorkPlace, Mapping[str, Any]] | None = None,
     progress: Progress = silent,
 ) -> MergeResult:
@@ -59,11 +61,13 @@ def run_merge(
         keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it; in a folder, its
             numbers lie in files there.
         lazily: Multiply the merged factors out only when they are looked at, from the sources, which must stay open.
+        max_memory: Main memory of this process at most, as in ``"8GB"`` or in bytes: fewer modules are merged side by side. GPUs
+            merge one at a time anyway.
         work: Where finished modules are kept and found, and the manifest of the merge.
         progress: Shows how far the merge is.
 
     Raises:
-        OptionError: a device that does not exist.
+        OptionError: a device that does not exist, or memory that is too little.
         SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
         MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero or beyond float32.
         OutputError: finished modules can't be kept, or are those of another merge.
@@ -73,9 +77,14 @@ def run_merge(
     devices = checked_devices(device)
     lanes = _lanes(plan, method, len(devices))
     places = {name: devices[lane] for name, lane in lanes.items()}
+    memory = checked_memory(max_memory)
     reader = Reader(plan, sources, devices[0] if devices else None, allow_zero, places)
     with one_thread() as threads:
-        run = _Run(reader, method, keep_dense, lazily, lanes, threads, progress)
+        put_away = isinstance(keep_dense, Path) or (lazily and all(source.cheap for source in sources))
+        kept = kept_bytes(plan, lazily=put_away, dense=bool(keep_dense) and not method.equivariant)
+        on_cpu = all(device.type == "cpu" for device in devices)
+        side_by_side = workers(method, plan, threads, memory if on_cpu else None, kept)
+        run = _Run(reader, method, keep_dense, lazily, lanes, side_by_side, progress)
         merged, fit = _gathered(plan, _all_modules(run, work))
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
@@ -118,7 +127,7 @@ class _Run:
     keep_dense: bool | Path
     lazily: bool
     lanes: Mapping[str, int]  # of several devices: which one merges each module
-    threads: int
+    side_by_side: int
     progress: Progress
 
     def merged(self, modules: Sequence[PlannedModule]) -> Iterator[Finished]:
@@ -139,8 +148,9 @@ class _Run:
 
         if self.lanes:
             return self._in_lanes(merge_one, modules)
-        side_by_side = workers(self.method, plan, self.threads)
-        return in_parallel(merge_one, self.progress(modules, "merging"), workers=side_by_side, on_cpu=reader.on_cpu)
+        return in_parallel(
+            merge_one, self.progress(modules, "merging"), workers=self.side_by_side, on_cpu=reader.on_cpu
+        )
 
     def _in_lanes(
         self, merge_one: Callable[[PlannedModule], Finished], modules: Sequence[PlannedModule]

@@ -8,7 +8,8 @@
          ├─ SourceError                 (ValueError)           an adapter can't be read, or holds bad numbers
          ├─ IncompatibleAdaptersError   (ValueError)           adapters that don't belong together
          ├─ UnsupportedAdapterError     (NotImplementedError)  an adapter whose delta is not ``scaling * B @ A``
-         └─ OutputError                 (ValueError)           the result can't be written where it was asked for
+         ├─ OutputError                 (ValueError)           the result can't be written where it was asked for
+         └─ EvaluationError             (RuntimeError)         a user's evaluation fails, or gives no number
 
 Each message is one sentence or two with what was found, what was expected, and what to do next. Names in it may come
 from files of strangers and from the Hub: it is one printable line without access tokens, whatever they hold.
@@ -79,6 +80,10 @@ class UnsupportedAdapterError(MergeError, NotImplementedError):
 
 class OutputError(MergeError, ValueError):
     """The merged adapter can't be written: the target exists, or a name or dtype can't hold it."""
+
+
+class EvaluationError(MergeError, RuntimeError):
+    """The user's evaluation of a candidate fails, takes too long, or gives no finite number."""
 
 
 class MergeWarning(UserWarning):

@@ -82,9 +82,19 @@ class Stack:
         along = first.stride(0) == 1 and m > 1
         out = first.new_empty((r, m) if along else (m, r), dtype=dtype)
         out = out.mT if along else out
+        direct = coefficients.dtype == dtype == torch.float32
         for rows, block in self._blocks(coefficients.dtype):
-            product = torch.mm(block, coefficients, out=block.new_empty(len(block), r)).to(torch.float32)
-            out[rows] = product if scale == 1 else product.mul_(scale)
+            if direct:
+                into = out[rows]
+            elif first.device.type == "cpu":
+                into = SCRATCH.take("product", len(block), r, first, coefficients.dtype)
+            else:
+                into = block.new_empty(len(block), r)
+            product = torch.mm(block, coefficients, out=into).to(torch.float32)
+            if scale != 1:
+                product.mul_(scale)
+            if not direct:
+                out[rows] = product
         return out
 
     def joined(self, dtype: torch.dtype) -> Tensor:

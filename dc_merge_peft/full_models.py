@@ -42,6 +42,7 @@ class FullModelMerger:
         lora_rank: int | None = None,
         device: torch.device | str | None = None,
         allow_identical: bool = False,
+        max_memory: int | str | None = None,
         max_shard_size: int | str | None = None,
         trust_remote_code: bool = False,
         progress: bool | None = None,
@@ -73,6 +74,7 @@ class FullModelMerger:
                 model. What is averaged can't be in it, and is named in the remarks.
             device: Where to compute; the CPU by default.
             allow_identical: Accept models that are equal to the base model.
+            max_memory: As for :meth:`DCMergeAdapter.merge`.
             max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
             trust_remote_code: Run the Python code that the models bring along.
             progress: Show progress bars; by default on a terminal only.
@@ -100,7 +102,7 @@ class FullModelMerger:
             base, models, weights, average=average, lora_rank=lora_rank, allow_identical=allow_identical,
             max_shard_size=max_shard_size, trust_remote_code=trust_remote_code, progress=progress, token=token,
         )  # fmt: skip
-        job = _Job(plan, self._full_method(), destination, checked, allow_identical, progress)
+        job = _Job(plan, self._full_method(), destination, checked, allow_identical, progress, max_memory)
         return job.extract() if lora_rank is not None else job.write()
 
     def plan_full(
@@ -148,6 +150,7 @@ class _Job:
     device: torch.device | None
     allow_identical: bool
     progress: bool | None
+    max_memory: int | str | None
 
     def write(self) -> FusedModel:
         """The full model."""
@@ -183,6 +186,6 @@ class _Job:
     def _merged(self, *, keep_dense: bool | Path) -> MergeResult:
         result = run_merge(
             self.plan.merge, self.plan.sources, self.method, device=self.device, allow_zero=self.allow_identical,
-            keep_dense=keep_dense, progress=progress_bar(self.progress),
+            keep_dense=keep_dense, max_memory=self.max_memory, progress=progress_bar(self.progress),
         )  # fmt: skip
         return dataclasses.replace(result, full=self.plan.record)

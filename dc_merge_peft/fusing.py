@@ -258,7 +258,7 @@ def _whole(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What of a merge's options a plan does not ask for: how it is computed.
-_COMPUTING = ("device", "allow_zero", "keep_dense", "resume", "progress")
+_COMPUTING = ("device", "allow_zero", "keep_dense", "max_memory", "resume", "progress")
 
 
 def _planning(options: Mapping[str, Any]) -> dict[str, Any]:

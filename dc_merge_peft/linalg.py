@@ -7,7 +7,8 @@ whitening near-duplicate directions depends on them. The two passes over tall fa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,16 +51,35 @@ def svd_of_product(
     Null components are dropped: their directions are arbitrary, and energy smoothing would raise them to the level
     of the real ones.
     """
-    if B.shape[1] >= min(B.shape[0], A.shape[1]):  # no smaller core than the product itself
-        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-        kept = int((null_threshold(S, (B.shape[0], A.shape[1])) < S).sum())
-        return SVD(U[:, :kept], S[:kept], Vh[:kept])
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    core = R_B @ R_A.mT
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    kept = int((null_threshold(S, (core.shape[0], core.shape[1])) < S).sum())
-    return SVD(Q_B @ U[:, :kept], S[:kept], Vh[:kept] @ Q_A.mT)
+    return svds_of_products([(B, A)])[0]
+
+
+def svds_of_products(
+    products: Sequence[tuple[Tensor, Tensor]],  # (m, r) and (r, n) each
+) -> list[SVD]:
+    """:func:`svd_of_product` of many; those of one shape go through LAPACK together, which is most of the time of small ones."""
+    found: dict[int, SVD] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, (B, A) in enumerate(products):
+        alike.setdefault((B.shape, A.shape, B.dtype, B.device), []).append(index)
+    for indices in alike.values():
+        B, A = (torch.stack([products[index][side] for index in indices]) for side in (0, 1))
+        (_, m, r), n = B.shape, A.shape[2]
+        if r >= min(m, n):  # no smaller core than the product itself
+            shape, (U, S, Vh) = (m, n), torch.linalg.svd(B @ A, full_matrices=False)
+        else:
+            Q_B, R_B = torch.linalg.qr(B)
+            Q_A, R_A = torch.linalg.qr(A.mT)
+            U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+            shape, U, Vh = (r, r), Q_B @ U, Vh @ Q_A.mT
+        for index, *svd in zip(indices, U, S, Vh, strict=True):
+            found[index] = without_null(SVD(*svd), shape)
+    return [found[index] for index in range(len(products))]
+
+
+def without_null(svd: SVD, shape: tuple[int, int]) -> SVD:
+    """Without the components of a matrix of ``shape`` that are rounding noise."""
+    return svd.truncate(int((null_threshold(svd.S, shape) < svd.S).sum()))
 
 
 def svd_of_matrix(

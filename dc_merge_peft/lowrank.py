@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import Frame, orthonormal_frame
-from dc_merge_peft.linalg import SVD, svd_of_product
+from dc_merge_peft.linalg import SVD, svd_of_product, svds_of_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,13 @@ class LowRank:
         return svd_of_product(self.B, self.A)
 
     @classmethod
+    def of_svd(cls, svd: SVD) -> LowRank:
+        """A delta whose SVD is known already, all its components above :func:`null_threshold`."""
+        delta = cls(svd.U * svd.S, svd.Vh)
+        delta.__dict__["svd"] = svd
+        return delta
+
+    @classmethod
     def from_svd(cls, svd: SVD) -> LowRank:
         """Balanced factors ``B = U sqrt(S)``, ``A = sqrt(S) Vh``: equal norms, the safest for float16."""
         root = svd.S.sqrt()
@@ -99,6 +106,13 @@ class LowRank:
 def concatenate(deltas: Sequence[LowRank]) -> LowRank:
     """The exact sum of deltas as one LowRank of summed rank: ``[B_1 .. B_T] @ [A_1; ..; A_T]``."""
     return LowRank(torch.cat([d.B for d in deltas], dim=1), torch.cat([d.A for d in deltas], dim=0))
+
+
+def decompose(deltas: Iterable[LowRank]) -> None:
+    """Their SVDs, computed together, for when they are asked for."""
+    left = [delta for delta in deltas if "svd" not in delta.__dict__]
+    for delta, svd in zip(left, svds_of_products([(delta.B, delta.A) for delta in left]), strict=True):
+        delta.__dict__["svd"] = svd
 
 
 def is_ordinary(factor: Tensor) -> bool:

@@ -39,6 +39,7 @@ def merging(
     extras: str | None = None,
     keep_dense: bool | Path = False,
     lazily: bool = True,
+    max_memory: int | str | None = None,
     resume: str | Path | WorkPlace | None = None,
     progress: Progress = silent,
     token: str | bool | None = None,
@@ -70,6 +71,7 @@ def merging(
                 allow_zero=allow_zero,
                 keep_dense=keep_dense,
                 lazily=lazily,
+                max_memory=max_memory,
                 work=None if place is None else (place, manifest(plan, joined, method, model, **settings)),
                 progress=progress,
             )

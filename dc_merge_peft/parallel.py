@@ -7,7 +7,6 @@ and give the same bytes whatever their number.
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +16,10 @@ from typing import TypeVar
 import torch
 
 from dc_merge_peft.methods import Method
-from dc_merge_peft.plan import MergePlan, PlannedModule
+from dc_merge_peft.plan import PlannedModule
 
 X = TypeVar("X")
 Y = TypeVar("Y")
-
-# Bytes for the m x n matrices of all modules that a method on entries merges at a time, and float32 matrices that one such
-# module takes, at most: measured.
-ROOM, MATRICES = 4 << 30, 13
 
 
 @contextmanager
@@ -126,17 +121,3 @@ def cost(method: Method, module: PlannedModule) -> float:
     the entries of dW."""
     (m, n), k = module.shape, sum(module.ranks)
     return float((m + n) * k**2 + k**3 if method.equivariant else m * n * max(len(module.tasks), 1))
-
-
-def workers(method: Method, plan: MergePlan, threads: int) -> int:
-    """How many modules are merged at a time: one a thread, and of methods on entries no more than there is room for."""
-    most = min(threads, len(plan.modules))
-    sizes = [_matrices(method, module) * math.prod(module.shape) for module in plan.modules]
-    return max(min(most, ROOM // max(4 * max(sizes), 1)), 1)
-
-
-def _matrices(method: Method, module: PlannedModule) -> int:
-    """How many m x n matrices in float32 merging a module takes beside factors: of full models, whose rank is min(m, n), the
-    deltas of all tasks in float32 and float64, and the bases of their leading directions."""
-    full = max(module.ranks) >= min(module.shape)
-    return (0 if method.equivariant else MATRICES) + (MATRICES + 5 * len(module.tasks) if full else 0)

@@ -19,11 +19,11 @@ def silent(modules: Iterable[T], what: str) -> Iterable[T]:
     return modules
 
 
-def progress_bar(show: bool | None) -> Progress:
+def progress_bar(show: bool | None, unit: str = "module") -> Progress:
     """A wrapper that counts on the terminal, with the time that is left: always, never, or (None) where there is a terminal."""
     from tqdm.auto import tqdm
 
     def wrap(modules: Iterable[Any], what: str) -> Iterable[Any]:
-        return cast(Iterable[Any], tqdm(modules, unit="module", desc=what, disable=None if show is None else not show))
+        return cast(Iterable[Any], tqdm(modules, unit=unit, desc=what, disable=None if show is None else not show))
 
     return wrap

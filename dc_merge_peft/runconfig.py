@@ -87,19 +87,28 @@ class RunConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
+def read_record(path: str | Path) -> dict[Any, Any]:
     """Everything in a YAML file of a merge, as it stands there: its settings, and in that of an output the ``record``.
 
     Raises:
         SourceError: the file is missing or no YAML mapping.
     """
+    return loaded_yaml(path, "configuration", "method: dc")
+
+
+def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:
+    """The mapping in a YAML file; ``what`` it is and an ``example`` of a line are for errors.
+
+    Raises:
+        SourceError: the file is missing, or holds no YAML mapping.
+    """
     try:
         values = _loaded(Path(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).replace("\n", " ")
-        raise SourceError(f"the configuration '{path}' can't be read ({reason}): expected a YAML file") from error
+        raise SourceError(f"the {what} '{path}' can't be read ({reason}): expected a YAML file") from error
     if not isinstance(values, dict):
-        raise SourceError(f"the configuration '{path}' is no mapping: expected lines such as 'method: dc'")
+        raise SourceError(f"the {what} '{path}' is no mapping: expected lines such as '{example}'")
     return values
 
 

@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "reading",
         "engine",
         "parallel",
+        "budget",
         "work.*",
         "runconfig",
         "combination_types",
@@ -50,6 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report.*",),
     ("merged", "merging", "fusing", "fused_models", "full_models", "adapter", "peft_plugin"),
     ("registration",),
+    ("tuning.*",),
     ("",),  # the package itself: its public names
     ("demo.*",),
     ("cli.*",),
@@ -58,7 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # The mathematics: torch, the standard library and itself.
 MATHEMATICS = ("errors", "linalg", "frames", "lowrank", "dense", "spanned", "layout", "methods.*", "metrics.*")
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
-LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "typer", "rich"}
+LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "optuna", "typer", "rich"}
 
 
 def matches(module: str, pattern: str) -> bool:

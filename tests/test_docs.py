@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +19,8 @@ from dc_merge_peft.cli import app
 from dc_merge_peft.methods import METHODS
 from dc_merge_peft.runconfig import RunConfig
 from tests.support.llava import make_llava_workspace
-from tests.support.workspace import make_full_workspace, make_workspace
+from tests.support.program import run
+from tests.support.workspace import make_full_workspace, make_tune_workspace, make_workspace
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,7 +32,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 # Pages whose examples assume other files.
-WORKSPACES = {"llava.md": make_llava_workspace, "merge-full.md": make_full_workspace}
+WORKSPACES = {"llava.md": make_llava_workspace, "merge-full.md": make_full_workspace, "tune.md": make_tune_workspace}
+SEARCH_SPACE = "# space.yaml\n"  # how a YAML block begins that is no configuration
 
 
 @pytest.fixture
@@ -37,6 +41,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     """The folder that the page's examples assume."""
     make = WORKSPACES.get(request.node.callspec.params["page"].name, make_workspace)
     monkeypatch.chdir(make(tmp_path))
+    # An example's ``python`` is this one.
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     return tmp_path
 
 
@@ -59,6 +65,9 @@ def test_python_blocks_run(page: Path, workspace: Path) -> None:
 def test_shell_lines_run(page: Path, workspace: Path) -> None:
     """Every ``dc-merge`` line of a page but the demo, which has its own test; other programs are ``make`` targets."""
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for block in blocks(page, "yaml"):
+        if block.startswith(SEARCH_SPACE):
+            Path("space.yaml").write_text(block)
     for line in filter(None, "\n".join(blocks(page, "console")).splitlines()):
         program, *arguments = shlex.split(line.removeprefix("$ "), comments=True)
         if program == "make":
@@ -72,9 +81,14 @@ def test_shell_lines_run(page: Path, workspace: Path) -> None:
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=lambda page: page.name)
 def test_yaml_blocks_are_configurations(page: Path, workspace: Path) -> None:
-    """Every YAML block is a configuration that merges."""
+    """Every YAML block is a configuration that merges, or a search space that can be searched."""
     for index, block in enumerate(blocks(page, "yaml")):
         assert yaml.safe_load(block)
+        if block.startswith(SEARCH_SPACE):
+            Path("space.yaml").write_text(block)
+            planned = run("tune", "math-lora", "code-lora", "--space", "space.yaml", "--dry-run")
+            assert planned.exit_code == 0, planned.output
+            continue
         Path("run.yaml").write_text(block)
         assert RunConfig.read("run.yaml").adapters
         result = CliRunner().invoke(
@@ -109,7 +123,7 @@ def test_demo_numbers_are_the_saved_ones() -> None:
         assert module.rendered(page, picture) == text
 
 
-@pytest.mark.parametrize("name", ["merge", "inspect", "report"])
+@pytest.mark.parametrize("name", ["merge", "inspect", "report", "tune"])
 def test_cli_page_names_every_flag(name: str) -> None:
     """The command's section of docs/cli.md has every flag."""
     import typer

@@ -11,6 +11,7 @@ from dc_merge_peft.cli.merge import merge
 from dc_merge_peft.cli.merge_full import merge_full
 from dc_merge_peft.cli.methods import methods
 from dc_merge_peft.cli.report import report
+from dc_merge_peft.cli.tune import tune
 
 app = typer.Typer(
     name="dc-merge",
@@ -25,6 +26,7 @@ app.command()(fuse)
 app.command()(merge_full)
 app.command()(inspect)
 app.command()(report)
+app.command()(tune)
 app.command()(methods)
 app.command()(demo)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
 from dc_merge_peft.cli.processes import work_place
@@ -40,6 +41,7 @@ def fuse(
         typer.Option(help="Rank of what is added at most. Default: nothing is cut.", rich_help_panel=shared.RUN),
     ] = None,
     device: shared.Device = None,
+    max_memory: shared.MaxMemory = None,
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
     config: shared.ConfigFile = None,
@@ -85,6 +87,7 @@ def fuse(
             f"found no adapters to fuse into '{run.base}': expected directories or Hub ids after the base model; see dc-merge "
             "fuse --help"
         )
+    checked_memory(max_memory)
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
     )  # fmt: skip
@@ -105,7 +108,8 @@ def fuse(
             return
         with work_place(run, resume=resume) as (place, here):
             fused = merger.fuse_to_disk(
-                run.base, run.adapters, run.output, run.weights, device=here.device, allow_zero=allow_zero,
+                run.base, run.adapters, run.output, run.weights, device=here.device, max_memory=max_memory,
+                allow_zero=allow_zero,
                 overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
             )  # fmt: skip
     print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)

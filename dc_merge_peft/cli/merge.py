@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
 from dc_merge_peft.cli.processes import work_place
@@ -35,24 +36,11 @@ def merge(
     alpha: shared.Alpha = None,
     option: shared.MethodOptions = None,
     rename: shared.RenameName = None,
-    svd_rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Rank of the merged adapter at most. Default: that of the adapters together.",
-            rich_help_panel=shared.RUN,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. Default: the widest input.", rich_help_panel=shared.RUN),
-    ] = None,
+    svd_rank: shared.SvdRank = None,
+    dtype: shared.Dtype = None,
     device: shared.Device = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=shared.RUN
-        ),
-    ] = None,
+    max_memory: shared.MaxMemory = None,
+    base: shared.Base = None,
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
     config: shared.ConfigFile = None,
@@ -98,6 +86,7 @@ def merge(
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
+    checked_memory(max_memory)
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
     )  # fmt: skip
@@ -118,7 +107,13 @@ def merge(
         return
     with warnings.catch_warnings(), work_place(run, resume=resume) as (place, here):
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
-        settings |= {"device": here.device, "allow_zero": allow_zero, "resume": place, "out": run.output}
+        settings |= {
+            "device": here.device,
+            "max_memory": max_memory,
+            "allow_zero": allow_zero,
+            "resume": place,
+            "out": run.output,
+        }
         with merger.merging(run.adapters, run.weights, **settings) as merged:
             if run.output is not None:
                 merged.save_pretrained(run.output, overwrite=overwrite, report=report, progress=None)

@@ -51,6 +51,19 @@ RenameName = Annotated[
         help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.", rich_help_panel=RUN
     ),
 ]
+SvdRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Rank of the merged adapter at most. Default: that of the adapters together.", rich_help_panel=RUN
+    ),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, float16 or bfloat16. Default: the widest input.", rich_help_panel=RUN)
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=RUN),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -91,6 +104,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=OUT)
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Main memory at most, as in 8GB: fewer modules are merged side by side.", rich_help_panel=RUN),
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -106,15 +123,15 @@ def checked_output(output: str | Path, *, overwrite: bool, dry_run: bool = False
     Raises:
         OutputError: something stands in its way.
     """
-    if not dry_run:
-        say_what_was_tidied(output)
+    tidied_output(output, dry_run=dry_run)
     check_target(output, overwrite=overwrite)
 
 
-def say_what_was_tidied(output: str | Path) -> None:
-    """Remove what dead runs have left beside an output; a note on standard error for each."""
-    for line in tidied(output):
-        typer.echo(f"note: {printable(line)}", err=True)
+def tidied_output(output: str | Path, *, dry_run: bool = False) -> None:
+    """Remove what dead runs had left beside an output, with a note on standard error."""
+    if not dry_run:
+        for line in tidied(output):
+            typer.echo(f"note: {printable(line)}", err=True)
 
 
 def checked_push(repo_id: str | None, *, private: bool, commit_message: str | None, create_pr: bool) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def report(
         )
     if output is None:
         raise OptionError("found no output: expected a file, as in -o report.html")
-    shared.say_what_was_tidied(output)
+    shared.tidied_output(output)
     check_place(output, overwrite=overwrite)
     checked_device(device)
     with warnings.catch_warnings():

@@ -26,19 +26,21 @@ def numbers(text: str) -> tuple[float, ...]:
         raise OptionError(f"--weights is '{text}': expected numbers, as in 1,0.5,1") from error
 
 
-def assignments(pairs: list[str], shortcuts: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+def assignments(
+    pairs: list[str], shortcuts: Mapping[str, str | None], *, flag: str = "-O", example: str = "mask=false"
+) -> Iterator[tuple[str, str]]:
     """``-O name=value`` and the shortcut flags as option values, still text."""
     seen = set()
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise OptionError(f"-O is '{pair}': expected option=value, as in -O mask=false")
+            raise OptionError(f"{flag} is '{pair}': expected option=value, as in {flag} {example}")
         if name in seen:
-            raise OptionError(f"option '{name}' is given twice by -O: expected it once")
+            raise OptionError(f"option '{name}' is given twice by {flag}: expected it once")
         seen.add(name)
         yield name, value
     for name, value in shortcuts.items():
         if value is not None:
             if name in seen:
-                raise OptionError(f"option '{name}' is given by --{name} and by -O: expected it once")
+                raise OptionError(f"option '{name}' is given by --{name} and by {flag}: expected it once")
             yield name, value

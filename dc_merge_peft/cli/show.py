@@ -49,7 +49,7 @@ def reports_errors(command: F) -> F:
             raise typer.Exit(2) from error
         except Stopped as stop:
             left = (
-                "finished modules are kept for the next run" if kwargs.get("resume") else "nothing unfinished was left"
+                "what is finished is kept for the next run" if kwargs.get("resume") else "nothing unfinished was left"
             )
             typer.secho(f"stopped by {stop.signal.name}: {left}", err=True, fg=typer.colors.RED)
             raise typer.Exit(stop.exit_code) from stop

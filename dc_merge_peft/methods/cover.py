@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, leading_svd, real_rank
-from dc_merge_peft.linalg import SVD, polar_factor
+from dc_merge_peft.linalg import SVD, polar_factor, without_null
+from dc_merge_peft.lowrank import LowRank, decompose
 
 
 def cover_basis(
@@ -24,9 +26,48 @@ def leading_svds(tasks: Sequence[Delta], rank: int | None) -> list[SVD]:
     T dense tasks of full rank get floor(min(m, n) / T) each, the paper's r of full fine-tuning: no more are looked for at first.
     """
     limit = min(tasks[0].shape)
+    decompose(task for task in tasks if isinstance(task, LowRank))
     ranks = [real_rank(task, limit // len(tasks)) for task in tasks]
     ranks = ranks_that_fit([min(own, rank or own) for own in ranks], limit)
     return [leading_svd(task, fitting) for task, fitting in zip(tasks, ranks, strict=True)]
+
+
+def from_cover(
+    U_cover: Tensor,  # (m, k)
+    V_cover: Tensor,  # (n, k)
+    merged: Tensor,  # (k, k), masked
+    blocks: Sequence[int] | None,
+) -> LowRank:
+    """Back from cover space, Eq. 11: ``U~ merged V~^T``.
+
+    Args:
+        U_cover, V_cover: The cover bases.
+        merged: What is merged in them.
+        blocks: Sizes of the diagonal blocks outside of which ``merged`` is zero. Between orthonormal bases the SVD of the whole is
+            then that of its blocks, T times r^3 instead of k^3.
+    """
+    if not blocks or len(blocks) < 2 or not (_is_orthonormal(U_cover) and _is_orthonormal(V_cover)):
+        return LowRank(U_cover @ merged, V_cover.mT)
+    places = torch.tensor([0, *blocks]).cumsum(0).tolist()
+    slices = [slice(start, end) for start, end in itertools.pairwise(places)]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    if len(set(blocks)) == 1:
+        U, S, Vh = torch.linalg.svd(torch.stack([merged[block, block] for block in slices]), full_matrices=False)
+        parts = list(zip(U, S, Vh, strict=True))
+    else:
+        parts = [torch.linalg.svd(merged[block, block], full_matrices=False) for block in slices]
+    S, order = torch.cat([S for _, S, _ in parts]).sort(descending=True, stable=True)
+    U = torch.cat([U_cover[:, block] @ U for block, (U, _, _) in zip(slices, parts, strict=True)], dim=1)
+    Vh = torch.cat([Vh @ V_cover[:, block].mT for block, (_, _, Vh) in zip(slices, parts, strict=True)])
+    return LowRank.of_svd(without_null(SVD(U[:, order], S, Vh[order]), (len(U_cover), len(V_cover))))
+
+
+def _is_orthonormal(basis: Tensor) -> bool:
+    """Whether its columns are, up to the rounding of float64: not so where directions of the tasks coincide."""
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    return basis.dtype == torch.float64 and float(torch.linalg.matrix_norm(basis.mT @ basis - identity)) < 1e-12 * len(
+        identity
+    )
 
 
 def crowding(shape: tuple[int, int], ranks: Sequence[int], rank: int | None) -> Iterable[str]:

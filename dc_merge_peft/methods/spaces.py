@@ -19,7 +19,7 @@ from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
 from dc_merge_peft.methods.basis import optimized_basis
-from dc_merge_peft.methods.cover import cover_basis, crowding, leading_svds, structural_mask
+from dc_merge_peft.methods.cover import cover_basis, crowding, from_cover, leading_svds, structural_mask
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
 
@@ -169,4 +169,5 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
     ranks = [len(svd.S) for svd in svds]
     mask = structural_mask(ranks, mask=config.mask, mask_size=config.mask_size, device=U_cover.device)
     # Lines 15-16, Eq. 11: mask, and back to parameter space.
-    return View(module, M.__getitem__, lambda merged: LowRank(U_cover @ (merged * mask), V_cover.mT), ranks)
+    blocks = ranks if config.mask and config.mask_size is None else None
+    return View(module, M.__getitem__, lambda merged: from_cover(U_cover, V_cover, merged * mask, blocks), ranks)

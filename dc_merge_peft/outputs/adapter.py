@@ -14,7 +14,7 @@ from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.extras import extra_tensors, without_trainables
-from dc_merge_peft.outputs.files import PlannedTensor, bytes_of, lay_out, write_at
+from dc_merge_peft.outputs.files import PlannedTensor, bytes_of, early_to_disk, lay_out, write_at
 from dc_merge_peft.outputs.lora_config import StoredLayer, lora_fields, stored_layers
 from dc_merge_peft.outputs.public import is_hub_id, public_copy
 from dc_merge_peft.outputs.publish import publish
@@ -128,7 +128,7 @@ def write_weights(result: MergeResult, file: Path, metadata: Mapping[str, str], 
 
     for key, value in extras.items():
         write_at(file, layout.places[key], bytes_of(value))
-    with one_thread() as threads:
+    with one_thread() as threads, early_to_disk([file]):
         for _ in in_parallel(write, progress(layers, "writing"), workers=threads, on_cpu=lambda _: True):
             pass
 

@@ -4,7 +4,6 @@ leaves it as it was."""
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,7 @@ import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.mixed import MixedModel
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
@@ -23,14 +20,12 @@ from dc_merge_peft.layers import place_of
 from dc_merge_peft.offload import Offloaded, Offloading
 from dc_merge_peft.outputs.extras import lora_biases
 from dc_merge_peft.outputs.live_extras import check_extras, write_extras
+from dc_merge_peft.outputs.live_state import own_layers_on_failure, unchanged_but_for
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import Targets
 from dc_merge_peft.sources.live import factor_holders, lora_layers
 from dc_merge_peft.sources.renames import fitting_rename
-
-# What knows which adapter of its own is active.
-_HOLDERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
@@ -49,7 +44,7 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
         check_modules(result, model)
         check_extras(result, model, shared=False)
         config = _config_for(result, model)
-        with _own_layers_on_failure(model):
+        with own_layers_on_failure(model):
             wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
             write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
@@ -80,7 +75,7 @@ def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter
     check_modules(result, tuner.model)
     check_extras(result, tuner.model, shared=True)
     config = _config_for(result, tuner.model)
-    with _unchanged_but_for(tuner, adapter_name):
+    with unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
         with _readable_refusals(config):
             tuner.inject_adapter(tuner.model, adapter_name)
@@ -213,64 +208,3 @@ def _readable_refusals(config: LoraConfig) -> Iterator[None]:
             f"PEFT can't add an adapter with target_parameters {sorted(config.target_parameters)} to this model ({first_line(error)}): "
             "expected one that all its adapters allow; save the merged adapter and load it into a fresh base model"
         ) from error
-
-
-@contextmanager
-def _own_layers_on_failure(model: nn.Module) -> Iterator[None]:
-    """On an error a base model gets the layers back that PEFT has put its own around, and their ``requires_grad``."""
-    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    # By name: PEFT's layer around an attention makes new parameters of its weights.
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    had_config = hasattr(model, "peft_config")
-    try:
-        yield
-    except BaseException:
-        for parent, name, child in children:
-            parent._modules[name] = child
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        if not had_config and hasattr(model, "peft_config"):
-            del model.peft_config
-        raise
-
-
-@contextmanager
-def _unchanged_but_for(tuner: LoraModel | MixedModel, adapter_name: str) -> Iterator[None]:
-    """Active adapters and ``requires_grad`` stay as they are; on an error the new adapter disappears again, and every wrapper
-    that PEFT has put around a module for it."""
-    trainable = [(name, parameter, parameter.requires_grad) for name, parameter in tuner.named_parameters()]
-    children = [(parent, name, child) for parent in tuner.modules() for name, child in parent.named_children()]
-    active = list(tuner.active_adapters)
-    holders = {module: module._active_adapter for module in tuner.modules() if isinstance(module, _HOLDERS)}
-    try:
-        yield
-    except BaseException:
-        if adapter_name in tuner.peft_config:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PEFT warns that it picks another active adapter; it is restored below
-                tuner.delete_adapter(adapter_name)
-        for parent, name, child in children:
-            if isinstance(parent._modules.get(name), AuxiliaryTrainingWrapper):
-                parent._modules[name] = child
-        raise
-    finally:
-        tuner.active_adapter = active if len(active) != 1 else active[0]
-        for module in tuner.modules():
-            if module in holders:
-                module._active_adapter = holders[module]  # type: ignore[index, assignment]
-            elif isinstance(module, (AuxiliaryTrainingWrapper, TrainableTokensLayer)):
-                _deactivate(module)
-        # By object, since a wrapper changes paths, and by path, since PEFT's layer around an attention makes new parameters.
-        now = dict(tuner.named_parameters())
-        for name, parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-            now.get(name, parameter).requires_grad_(requires_grad)
-
-
-def _deactivate(wrapper: AuxiliaryTrainingWrapper | TrainableTokensLayer) -> None:
-    """A wrapper that PEFT has made for the new adapter lets the base model through until the adapter is activated. PEFT
-    activates the ones that it ties to a wrapped embedding, and before version 0.18 all of them."""
-    if hasattr(AuxiliaryTrainingWrapper, "check_set_adapter"):
-        wrapper._active_adapter = []  # type: ignore[assignment]
-    else:  # there inactive means disabled
-        wrapper.enable_adapters(False)

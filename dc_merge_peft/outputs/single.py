@@ -1,4 +1,4 @@
-"""A single file that appears whole or not at all."""
+"""Single files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from dc_merge_peft.work.workshop import NEW
 _HEAD = 4000
 
 
-def check_file(path: str | Path, mark: str, *, overwrite: bool = False) -> Path:
+def check_file(
+    path: str | Path, *, overwrite: bool = False, example: str = "tuned.yaml", mark: str | None = None
+) -> Path:
     """Where a file goes, refused where something stands in its way; called before any work is done.
 
     Args:
         path: The file.
-        mark: What stands near the beginning of an earlier one, which alone can be overwritten.
-        overwrite: Whether it may be.
+        overwrite: Whether an earlier one may be replaced.
+        example: A name, for errors.
+        mark: What stands near the beginning of an earlier output, which alone can be replaced then; None for any file.
 
     Raises:
-        OutputError: the path exists and may not be overwritten, is a directory, or can't be looked at.
+        OutputError: the path exists and may not be replaced, is a directory, or can't be looked at.
     """
+    if not str(path).strip():
+        raise OutputError(f"the output is an empty name: expected a file, as in {example}")
     with in_words(path):
         target = resolved(path)
         if target.is_dir():
-            raise OutputError(
-                f"the output '{path}' is a directory: expected a file, as in '{Path(path) / 'report.html'}'"
-            )
+            raise OutputError(f"the output '{path}' is a directory: expected a file, as in {Path(path) / example}")
         if target.exists() and not overwrite:
             raise OutputError(
                 f"the output '{path}' already exists: expected a new file; choose another path, or overwrite it "
                 "(overwrite=True, --overwrite)"
             )
-        if target.exists() and not (target.is_file() and mark.encode() in _head(target)):
+        if target.exists() and not (target.is_file() and (mark is None or mark.encode() in _head(target))):
             raise OutputError(
                 f"the output '{path}' is something else than an earlier output, and is not overwritten: choose another path, "
                 "or delete it yourself"
@@ -43,14 +46,16 @@ def check_file(path: str | Path, mark: str, *, overwrite: bool = False) -> Path:
         return target
 
 
-def write_file(path: str | Path, content: bytes, mark: str, *, overwrite: bool = False) -> Path:
-    """Write a file in a hidden folder beside its place, and put it there in one step.
+def write_file(
+    path: str | Path, content: bytes, *, overwrite: bool = False, example: str = "tuned.yaml", mark: str | None = None
+) -> Path:
+    """Write a file in a hidden folder beside its place, and put it there in one step; arguments as for :func:`check_file`.
 
     Raises:
         OutputError: see :func:`check_file`, or the file system refuses.
     """
     tidy_up(path)
-    target = check_file(path, mark, overwrite=overwrite)
+    target = check_file(path, overwrite=overwrite, example=example, mark=mark)
     with hidden_beside(path, target) as hidden:
         new = hidden / NEW
         new.mkdir()
@@ -59,7 +64,7 @@ def write_file(path: str | Path, content: bytes, mark: str, *, overwrite: bool =
         try:
             place_file(new / "file", target, replace=overwrite)
         except FileExistsError:  # another run has been quicker
-            check_file(path, mark)
+            check_file(path, example=example, mark=mark)
             raise
     return Path(path).expanduser()
 

@@ -26,6 +26,9 @@ class Written:
         """Delete everything that is not complete; the files that are missing then."""
         self._marks.mkdir(exist_ok=True)
         ready = {shard.name for shard in shards if self._is_ready(shard)}
+        for mark in self._marks.iterdir():  # of a file that is gone: it would vouch for the one that is begun next
+            if mark.name not in ready:
+                mark.unlink()
         for child in self.building.iterdir():
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)

@@ -1,4 +1,4 @@
-"""Figures of what inspections found. Needs the extra ``plots``.
+"""Figures of what inspections and searches found. Needs the extra ``plots``.
 
 Figures are plain :class:`matplotlib.figure.Figure` objects: no pyplot, no global state, no display.
 """
@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.errors import OptionError, OutputError, first_line
 from dc_merge_peft.inspection.data import Inspection
 from dc_merge_peft.plots.figures import cover_figure, dirsim_figure, overlap_figure, spectrum_figure
 from dc_merge_peft.plots.style import require_matplotlib
+from dc_merge_peft.plots.tuning import tuning_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +25,15 @@ __all__ = [
     "FORMATS",
     "cover_figure",
     "dirsim_figure",
+    "figure_kind",
     "inspection_figures",
     "overlap_figure",
     "png_bytes",
     "require_matplotlib",
+    "save_figure",
     "save_figures",
     "spectrum_figure",
+    "tuning_figure",
 ]
 
 
@@ -45,11 +49,14 @@ def inspection_figures(inspection: Inspection) -> dict[str, Figure]:
     return figures
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """A figure as a small PNG, the same bytes for the same numbers."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+def png_bytes(figure: Figure, widest: int = 1600) -> bytes:
+    """A figure as a small PNG of at most so many pixels side by side and 256 colours, the same bytes for the same numbers."""
+    from PIL import Image  # comes with matplotlib
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=min(100.0, widest / figure.get_figwidth()))
+    Image.open(drawn).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:
@@ -74,3 +81,28 @@ def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Ite
     except OSError as error:
         raise OutputError(f"figures can't be written to '{folder}' ({first_line(error)}): expected a folder") from error
     return written
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write one figure in the format of the path's ending; an earlier file is replaced.
+
+    Raises:
+        OptionError: another ending.
+        OutputError: it can't be written.
+    """
+    target, kind = Path(path).expanduser(), figure_kind(path)
+    return save_figures({target.name.removesuffix(f".{kind}"): figure}, target.parent, (kind,))[0]
+
+
+def figure_kind(path: str | Path) -> str:
+    """The format that a path's ending names.
+
+    Raises:
+        OptionError: it names none.
+    """
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in FORMATS:
+        raise OptionError(
+            f"the figure '{path}' ends in '{Path(path).suffix}': expected {' or '.join(f'.{each}' for each in FORMATS)}"
+        )
+    return kind

@@ -19,6 +19,8 @@ from dc_merge_peft.sources.base import Source
 if TYPE_CHECKING:
     from torch import nn
 
+_EXAMPLE = "report.html"
+
 
 @memory_in_words()
 def report_merge(
@@ -66,9 +68,9 @@ def check_place(path: str | Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: something stands there, or it is no place.
     """
-    check_file(path, MARK, overwrite=overwrite)
+    check_file(path, overwrite=overwrite, example=_EXAMPLE, mark=MARK)
 
 
 def write_report(report: MergeReport, path: str | Path, *, overwrite: bool) -> Path:
     """The page of a report, whole or not at all."""
-    return write_file(path, page(report).encode(), MARK, overwrite=overwrite)
+    return write_file(path, page(report).encode(), overwrite=overwrite, example=_EXAMPLE, mark=MARK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.sources.patterns import fits, layer_number
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ExtraSpec:
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return fits(names, module)
     return any(ends_in(module, name) for name in names or ())
 
 
@@ -94,9 +94,9 @@ class Targets:
             return True
         wanted = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for rule in rules if (match := re.match(rule, module))), None)
-        return found is not None and int(found[1]) in wanted
+        numbers = (layer_number(pattern, module) for pattern in patterns or (None,))
+        number = next((number for number in numbers if number is not None), None)
+        return number is not None and int(number) in wanted
 
     def unmatched(self, modules: Collection[str]) -> list[str]:
         """Names in a list of target modules that none of these modules matches, by PEFT's rule for lists."""

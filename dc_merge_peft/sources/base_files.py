@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ COMPANIONS = (
     "generation_config.json", "tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "sentencepiece*.model", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+
+# Fields of configs that say how many parts of a model, or labels, are made.
+_COUNTS = re.compile(r"(?:num|n)_(?:\w+_)?(?:layers?|blocks)|depth|\w+_layers|num_(?P<labels>labels)")
 
 
 class NotStreamable(Exception):
@@ -90,7 +95,21 @@ def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFi
             f"the base model '{base}' has no '{lost[0]}' in {placed[lost[0]]}, where its {INDEX} places it: expected files of "
             "one model; download or save it again"
         )
+    _refuse_endless(config, len(tensors), base)
     return BaseFiles(str(base), folder, config, tensors)
+
+
+def _refuse_endless(config: Mapping[str, Any], tensors: int, base: str | Path) -> None:
+    """A class with a billion layers or labels is not built in a lifetime."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _refuse_endless(value, tensors, base)
+        match = _COUNTS.fullmatch(name)
+        if match and isinstance(value, int) and value > (1_000_000 if match["labels"] else max(tensors, 1000)):
+            raise SourceError(
+                f"the base model '{base}' has {name} {str(value)[:40]} in its {CONFIG}, and {tensors} tensors: expected a config of "
+                "these weights; download or save the model again"
+            )
 
 
 def _fetched(hub_id: HubId, patterns: tuple[str, ...], token: str | bool | None) -> Path:

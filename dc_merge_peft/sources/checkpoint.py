@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import open_trainables
+from dc_merge_peft.sources.patterns import check_pattern
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
 
@@ -216,6 +216,12 @@ def _check_targets(config: Mapping[str, Any], name: str) -> None:
         ):
             words = "text or a list of text" if kind is str else "a whole number or a list of them"
             raise SourceError(f"adapter '{name}' has {field} {value!r} in its {CONFIG_FILE}: expected {words}")
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):  # a list holds names
+            check_pattern(config[field], field, name)
+    layers = config.get("layers_pattern") or []
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        check_pattern(pattern, "layers_pattern", name)
 
 
 def _check_numbers(config: Mapping[str, Any], name: str) -> None:
@@ -226,13 +232,7 @@ def _check_numbers(config: Mapping[str, Any], name: str) -> None:
         if not isinstance(patterns, dict):
             raise SourceError(f"adapter '{name}' has {field}={patterns!r}: expected an object of names and numbers")
         for pattern, value in patterns.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise SourceError(
-                    f"adapter '{name}' has the pattern '{pattern}' in {field}, which is no regular expression ({error}): "
-                    "correct its adapter_config.json"
-                ) from error
+            check_pattern(pattern, field, name)
             values.append((field, value))
     for field, value in values:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from dc_merge_peft.sources.patterns import fits_ending
 
 
 def matching_pattern(patterns: Iterable[str], module: str) -> str | None:
     """The first pattern that PEFT applies to a module: a regex for the whole path or its trailing segments."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+    return next((pattern for pattern in patterns if fits_ending(pattern, module)), None)
 
 
 def expected_rank(config: Mapping[str, Any], module: str) -> int:

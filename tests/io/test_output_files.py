@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError
 from dc_merge_peft.outputs import adapter as writer
-from dc_merge_peft.outputs import placing
+from dc_merge_peft.outputs import files, placing
+from dc_merge_peft.outputs.files import write_at
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.work.workshop import NEW
 from tests.support.models import factors, write_checkpoint
@@ -247,3 +249,33 @@ def test_record_and_metadata(tmp_path: Path) -> None:
     with safe_open(out / "adapter_model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and json.loads(metadata["dc_merge"]) == record
+
+
+def test_early_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a block writes its files go to the disk; a disk that refuses is told, once the block is done."""
+    file, seen = tmp_path / "file", []
+    file.touch()
+    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    monkeypatch.setattr(files.os, "fsync", seen.append)
+    with files.early_to_disk([file]):
+        while len(seen) < 3:
+            time.sleep(0.001)
+    count = len(seen)
+    time.sleep(0.01)
+    assert len(seen) == count
+
+    def refuse(_: int) -> None:
+        seen.append(-1)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+
+    def write_meanwhile() -> None:
+        with files.early_to_disk([file]):
+            while seen[-1] != -1:
+                time.sleep(0.001)
+            write_at(file, 0, memoryview(b"done"))
+
+    with pytest.raises(OSError, match="Input/output"):
+        write_meanwhile()
+    assert file.read_bytes() == b"done"

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from dc_merge_peft import parallel
+from dc_merge_peft import budget
+from dc_merge_peft.budget import workers
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.parallel import in_parallel, one_thread, workers
+from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.plan import plan_merge
 
 from ..support.strategies import MemorySource, memory_sources, random_tasks
@@ -82,9 +83,9 @@ def test_methods_on_entries_have_bounded_memory(name: str, side_by_side: int, mo
     """As many modules at a time as there is room for their m x n matrices; in factor space as many as there are threads."""
     modules = {str(index): random_tasks(index, (64, 32), (2, 2)) for index in range(9)}
     sources, method = memory_sources(modules), method_named(name)
-    monkeypatch.setattr(parallel, "ROOM", 3 * parallel.MATRICES * 64 * 32 * 4)
+    monkeypatch.setattr(budget, "ROOM", 3 * budget.MATRICES * 64 * 32 * 4)
     assert workers(method, plan_merge(sources, method), 8) == side_by_side
-    monkeypatch.setattr(parallel, "ROOM", 0)
+    monkeypatch.setattr(budget, "ROOM", 0)
     assert workers(method_named("ties"), plan_merge(sources, method), 8) == 1
 
 

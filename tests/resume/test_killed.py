@@ -35,7 +35,7 @@ def test_killed(adapters: Path, tmp_path: Path, stop: signal.Signals) -> None:
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and not out.exists()
-    words = "stopped by SIGTERM: finished modules are kept for the next run\n"
+    words = "stopped by SIGTERM: what is finished is kept for the next run\n"
     assert errors == (words if stop is signal.SIGTERM else "")
     kept = len(list(work.glob("*.module")))
     assert moment <= kept <= COUNT

@@ -65,6 +65,26 @@ def test_resumed_writing(tmp_path: Path, method: str, monkeypatch: pytest.Monkey
     assert not work.exists()
 
 
+def test_marks_do_not_outlive_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the finished model was put in its place, again while it was begun anew: a file of zeros is not complete."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    merger, size = DCMergeAdapter(method="ta"), "2KB"
+    merger.fuse_to_disk(base, folders, tmp_path / "plain", max_shard_size=size)
+    names = [file.name for file in weight_files(tmp_path / "plain")]
+    work = WorkPlace.beside(tmp_path / "out", resume=True).folder
+    original = Piece.carry_out
+    for stop in (names[3], names[0]):
+        stop_in(monkeypatch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            merger.fuse_to_disk(base, folders, tmp_path / "out", max_shard_size=size, resume=True)
+        monkeypatch.setattr(fused_stream.Piece, "carry_out", original)
+        if stop == names[3]:
+            for file in weight_files(work / "model"):
+                file.unlink()
+    merger.fuse_to_disk(base, folders, tmp_path / "out", max_shard_size=size, resume=True)
+    assert listing(tmp_path / "out") == listing(tmp_path / "plain")
+
+
 def test_other_sizes_are_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another size of files needs no other merge: the modules are used, the files are not."""
     base, folders = saved(tmp_path, models.bert(), BERT)

@@ -29,3 +29,11 @@ def make_full_workspace(folder: Path) -> Path:
     for seed, name in enumerate(("base-model", "math-model", "code-model")):
         (tune(model, seed) if seed else model).save_pretrained(folder / name)
     return folder
+
+
+def make_tune_workspace(folder: Path) -> Path:
+    """The usual one, and an ``evaluate.py`` that needs no libraries, in the place of one that loads models for each trial."""
+    make_workspace(folder)
+    program = "import os, sys; print(len(os.listdir(sys.argv[1])))"
+    (folder / "evaluate.py").write_text(program)
+    return folder

@@ -1,0 +1,155 @@
+"""Finished trials in a file, so that a search can be interrupted: a line of JSON each, after one that says of which search."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.work.manifest import differences
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_KIND = "dc-merge tune"  # how the first line begins to say what the file is
+
+
+class Journal:
+    """The journal of one search, open for more trials; made by :func:`opened`."""
+
+    def __init__(self, path: Path, file: int, found: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.found = found  # the trials of before, in their order
+        self.added = 0
+        self._file = file
+
+    def add(self, trial: Mapping[str, Any]) -> None:
+        """Write a finished trial; it is on the disk afterwards.
+
+        Raises:
+            OutputError: there is no room. The trials before it are kept.
+        """
+        _append(self._file, trial, self.path)
+        self.added += 1
+
+
+@contextmanager
+def opened(path: str | Path, header: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Journal]:
+    """The journal of a search, as long as that takes. One in which nothing is finished is deleted in the end.
+
+    Args:
+        path: The file; folders above it are made.
+        header: Everything that scores depend on, as plain values.
+        resume: Go on with the trials that are there, if there are any.
+        overwrite: Replace them.
+
+    Raises:
+        OutputError: the file is that of another search, no journal, in use, there against expectation, or can't be written.
+    """
+    target = Path(path).expanduser()
+    header = json.loads(json.dumps({"journal": _KIND, **header}))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the journal '{path}' can't be opened ({first_line(error)}): expected a file; choose another place"
+        ) from error
+    ours = False
+    try:
+        _locked(file, target)
+        lines = _lines(file, target)
+        if lines and not resume and not overwrite:
+            raise OutputError(
+                f"the journal '{target}' is there already, with {len(lines) - 1} finished trials: expected none; go on with them "
+                "(resume=True, --resume), or replace it (overwrite=True, --overwrite)"
+            )
+        found = [] if overwrite else lines[1:]
+        if lines and not overwrite:
+            _check(lines[0], header, target)
+        ours = True
+        if overwrite or not lines:
+            os.ftruncate(file, 0)
+            _append(file, header, target)
+        yield Journal(target, file, found)
+    finally:
+        if ours:
+            _delete_if_empty(file, target)
+        os.close(file)
+
+
+def _append(file: int, values: Mapping[str, Any], target: Path) -> None:
+    """A line at the end of a file, wholly or not at all."""
+    before = os.fstat(file).st_size
+    content = (json.dumps(values, allow_nan=False) + "\n").encode()
+    try:
+        while content:
+            content = content[os.write(file, content) :]
+        os.fsync(file)
+    except BaseException as error:
+        with suppress(OSError):
+            os.ftruncate(file, before)
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(
+            f"can't write to the journal '{target}' ({first_line(error)}): what was finished before is kept in it; make room, and "
+            "resume"
+        ) from error
+
+
+def _locked(file: int, target: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"another search is at work with the journal '{target}': expected one at a time; wait for it, or choose another output"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def _lines(file: int, target: Path) -> list[dict[str, Any]]:
+    """What the file holds; the beginning of a line that a killed process has left is cut off."""
+    content = b""
+    while chunk := os.pread(file, 1 << 20, len(content)):
+        content += chunk
+    whole = content[: content.rfind(b"\n") + 1]
+    lines: list[Any] = []
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        lines = [None]
+    strange = any(not isinstance(line, dict) for line in lines) or (lines and lines[0].get("journal") != _KIND)
+    # The first line itself may have been cut off, but then nothing else stands there.
+    if strange or (content and not whole and not b'{"journal": '.startswith(content[:12])):
+        raise OutputError(
+            f"'{target}' is no journal of a search: expected a file that dc-merge tune has written, or none; choose another output"
+        )
+    if len(whole) < len(content):
+        os.ftruncate(file, len(whole))
+    return lines
+
+
+def _check(found: Mapping[str, Any], expected: Mapping[str, Any], target: Path) -> None:
+    differing = list(differences(found, expected))
+    if differing:
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise OutputError(
+            f"the journal '{target}' is of another search ({'; '.join(differing[:3])}{more}): expected the same inputs and settings "
+            "to resume; start anew with another output, or replace it (overwrite=True, --overwrite)"
+        )
+
+
+def _delete_if_empty(file: int, target: Path) -> None:
+    """Nothing is to be kept in a file of a header, or of nothing."""
+    with suppress(OSError):
+        if len(_lines(file, target)) <= 1:
+            target.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""A part of the cases of ``python -m tests.fuzz``, and what it has found."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dc_merge_peft import DCMergeAdapter, SourceError
+from dc_merge_peft.sources import checkpoint
+from tests.fuzz.cases import Case, make_pristine, run_inside
+from tests.fuzz.peft_reads import differs_from_peft
+from tests.support.models import needs_safe_pickles
+from tests.support.refused import refused
+
+ADAPTERS = ("math-lora", "code-lora")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good inputs."""
+    return make_pristine(tmp_path_factory.mktemp("fuzz") / "pristine")
+
+
+@pytest.fixture
+def inputs(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of them, and the working directory in it."""
+    import shutil
+
+    shutil.copytree(pristine, tmp_path / "inputs")
+    monkeypatch.chdir(tmp_path / "inputs")
+    return tmp_path / "inputs"
+
+
+@needs_safe_pickles
+@pytest.mark.parametrize("part", range(3))
+def test_damaged_inputs(pristine: Path, tmp_path: Path, part: int) -> None:
+    """Fifty cases each: a clear error without a trace, or a whole and finite result."""
+    ends = Counter[str]()
+    for number in range(50 * part, 50 * part + 50):
+        case = Case.of(number, seed=7)
+        outcome = run_inside(case, pristine, tmp_path / f"{number}")
+        # Time and memory are for the program: here other tests use them as well.
+        assert outcome.wrong is None or outcome.wrong.startswith("took"), f"{case}: {outcome}"
+        ends[outcome.kind] += 1
+    assert set(ends) == {"error", "result"} and ends["error"] > ends["result"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**5), ("num_labels", 10**9)])
+def test_endless_base_models(inputs: Path, field: str, value: int) -> None:
+    """A config whose class would never be built."""
+    file = inputs / "base-model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with refused(SourceError, f"has {field} {value} in its config.json", "expected a config of these weights"):
+        DCMergeAdapter().fuse_to_disk("base-model", ADAPTERS, "out")
+
+
+def test_the_judge_can_tell(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that we would read in another way than PEFT does is noticed; one that is read well is not."""
+    assert differs_from_peft(inputs / "math-lora") is None
+    monkeypatch.setattr(checkpoint, "lora_scaling", lambda *_: 0.3)
+    assert "PEFT reads another delta of 'encoder.layer" in str(differs_from_peft(inputs / "math-lora"))
