@@ -37,7 +37,7 @@ def test_pictures_lie_beside_the_card(merged: MergedAdapter, tmp_path: Path) -> 
     """A folder with the page and three small pictures, each shown in the card with words; PEFT loads the adapter as ever."""
     out = merged.save_pretrained(tmp_path / "out", report=True)
     files = {path.name: path.read_bytes() for path in (out / FOLDER).iterdir()}
-    assert set(files) == NAMES and all(len(data) < 150_000 for data in files.values())
+    assert set(files) == NAMES and all(len(data) < 100_000 for data in files.values())
     assert all(data.startswith(b"\x89PNG") for name, data in files.items() if name.endswith(".png"))
     card = (out / "README.md").read_text(encoding="utf-8")
     shown = re.findall(r"^!\[(.+)\]\((.+)\)$", card, re.MULTILINE)
