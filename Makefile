@@ -22,7 +22,7 @@ lint: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The lower bounds of pyproject.toml. Other packages' warnings of those days are no errors, and the loopback Hub speaks with
 # the client of today. This torch has no CPU build everywhere and may come with gigabytes of CUDA.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError
-from dc_merge_peft.offload import Offloading, unreadable
+from dc_merge_peft.offload import Offloaded, Offloading, unreadable
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_changes
 from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
@@ -49,27 +50,59 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
     targets = list(find_targets(model, wanted, result.rename, reason))
     specs = {name: extra.spec for name, extra in result.extras.values.items()}
     changes = list(extra_changes(model, specs, sharing(model)))
+    _check_sums(targets, offloading, result)
     for change in changes:  # before the deltas: a value of the base model may be what a delta is added to
         owner, _, leaf = change.parameter.rpartition(".")
         change.apply(getattr(model.get_submodule(owner), leaf), result.extras.values[change.name].value)
     copied: set[tuple[int, str]] = set()
     for target in targets:
-        name, module, place, parameter = target.name, target.module, target.place, target.parameter
-        stored = offloading.find(module, place.parameter) if parameter.is_meta else None
-        whole = stored.read(parameter, f"the weight of '{name}'") if stored else parameter
-        if stored and (id(module), place.parameter) not in copied:
+        whole, stored = _read(target, offloading)
+        key = (id(target.module), target.place.parameter)
+        if stored and key not in copied:
             # What is offloaded is changed in a copy: its numbers may be those of a file. Experts share one.
             whole = whole.clone()
-            copied.add((id(module), place.parameter))
-        expert = place.layout.kind == "expert" and whole.dim() == 3
-        weight = whole[place.layout.number(name)] if expert else whole
-        delta = place.layout.to_weight(result.delta(name).to(weight.device), weight, transposed=place.transposed)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        fused = (weight.to(wide) + delta).to(weight.dtype)
-        refuse_unless_finite(fused, name)
-        weight.copy_(fused)
+            copied.add(key)
+        weight = target.part_of(whole)
+        weight.copy_(_fused(weight, target, result))
         if stored:
             stored.write(whole)
+
+
+def _read(target: Target, offloading: Offloading) -> tuple[Tensor, Offloaded | None]:
+    """The parameter that a module's weight is in, and where it is offloaded to, if it is."""
+    parameter = target.parameter
+    stored = offloading.find(target.module, target.place.parameter) if parameter.is_meta else None
+    return (stored.read(parameter, f"the weight of '{target.name}'") if stored else parameter), stored
+
+
+def _fused(weight: Tensor, target: Target, result: MergeResult) -> Tensor:
+    """Weight and delta, added in float32.
+
+    Raises:
+        OutputError: the sum is not finite.
+    """
+    dense = result.delta(target.name).to(weight.device)
+    delta = target.place.layout.to_weight(dense, weight, transposed=target.place.transposed)
+    fused = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
+    refuse_unless_finite(fused, target.name)
+    return fused
+
+
+def _check_sums(targets: Sequence[Target], offloading: Offloading, result: MergeResult) -> None:
+    """Refuse sums that are not finite before any weight is changed. No entry of a delta is larger than its norm, which spares most
+    weights the sum.
+
+    Raises:
+        OutputError: there is one.
+    """
+    for target in targets:
+        weight = target.part_of(_read(target, offloading)[0])
+        if not weight.is_floating_point() or not weight.numel():
+            continue
+        least, most = (float(extreme) for extreme in weight.aminmax())
+        largest = max(-least, most) + abs(result.alpha) * result.modules[target.name].delta.norm()
+        if not largest < 0.99 * torch.finfo(weight.dtype).max:  # NaN included
+            _fused(weight, target, result)
 
 
 def save_fused(

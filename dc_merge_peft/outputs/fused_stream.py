@@ -215,7 +215,7 @@ class _Pieces:
             change.apply(whole, self.result.extras.values[change.name].value)
         for target in edit.targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
-            part = whole[target.place.layout.number(target.name)] if _is_stack(target, shape) else whole
+            part = target.part_of(whole)
             rows.add(0, rows.count, part.view(-1), scratch)
 
     def _of_group(self, group: Group) -> Iterator[Piece]:
@@ -228,7 +228,7 @@ class _Pieces:
         whole, scratch = torch.zeros(self.model.shape(name)), Scratch()
         for target in targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
-            part = whole[target.place.layout.number(target.name)] if _is_stack(target, whole.shape) else whole
+            part = target.part_of(whole)
             rows.add(0, rows.count, part.view(-1), scratch)
         return whole
 

@@ -43,6 +43,11 @@ class Target:
         """Whether the parameter holds the (m, n) delta as (n, m)."""
         return self.place.layout.kind == "embedding" or self.place.transposed
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """What of the parameter the delta is added to: all, or one expert's matrix."""
+        layout = self.place.layout
+        return whole[layout.number(self.name)] if layout.kind == "expert" and whole.dim() == 3 else whole
+
 
 def refuse_unless_finite(weight: Tensor, name: str) -> None:
     """A sum that its type can't hold, or of a base weight that was no number, must not become a model.

@@ -76,6 +76,18 @@ def test_sums_beyond_float16(tmp_path: Path, way: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refused_model_in_memory_stays_as_it_is(tmp_path: Path) -> None:
+    """The last of its weights has no room for its delta: none is changed."""
+    _, folders = saved(tmp_path, models.bert().half(), BERT)
+    model = models.bert().half()
+    with torch.no_grad():
+        model.encoder.layer[-1].attention.self.value.weight.fill_(65504)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with refused(OutputError, "encoder.layer.1.attention.self.value", "NaN or Inf in float16"):
+        TA.fuse(model, folders, None, [1e4, 1e4])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_configurations_that_unfold_without_end(tmp_path: Path) -> None:
     """Aliases and merge keys of a few hundred bytes that stand for billions of values, and files that are too long."""
     bomb = "\n".join(["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)])
