@@ -201,12 +201,24 @@ def rate_at(step: int, training: Training) -> float:
 class Batches:
     """Random training batches in which every class is equally likely, however many texts it has."""
 
-    def __init__(self, tokenizer: Any, rows: Sequence[tuple[str, int]], size: int, rng: random.Random) -> None:
-        """Tokenise ``rows`` of (text, label), of which ``rng`` is to choose ``size`` at a time."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        rows: Sequence[tuple[str, int]],
+        size: int,
+        rng: random.Random,
+        max_length: int = encoder.MAX_LENGTH,
+        ahead: int = 1,
+    ) -> None:
+        """Tokenise ``rows`` of (text, label), of which ``rng`` is to choose ``size`` at a time.
+
+        Several batches drawn ``ahead`` hold texts of like length, so that less is spent on padding.
+        """
         texts = [text for text, _ in rows]
-        self._ids = tokenizer(texts, truncation=True, max_length=encoder.MAX_LENGTH)["input_ids"]
+        self._ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         self._pad_id: int = tokenizer.pad_token_id
-        self._size, self._rng = size, rng
+        self._size, self._rng, self._ahead = size, rng, ahead
+        self._waiting: list[list[tuple[int, int]]] = []
         members: dict[int, list[int]] = {}
         for position, (_, label) in enumerate(rows):
             members.setdefault(label, []).append(position)
@@ -215,10 +227,22 @@ class Batches:
 
     def draw(self) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs and labels of the next batch."""
-        classes = [self._rng.randrange(len(self._labels)) for _ in range(self._size)]
-        chosen = [self._rng.choice(self._members[c]) for c in classes]
-        inputs = encoder.pad([self._ids[i] for i in chosen], self._pad_id)
-        return inputs, torch.tensor([self._labels[c] for c in classes])
+        if not self._waiting:
+            self._waiting = self._drawn()
+        batch = self._waiting.pop()
+        inputs = encoder.pad([self._ids[i] for i, _ in batch], self._pad_id)
+        return inputs, torch.tensor([self._labels[c] for _, c in batch])
+
+    def _drawn(self) -> list[list[tuple[int, int]]]:
+        """The next batches of (text, class), as numbers."""
+        classes = [self._rng.randrange(len(self._labels)) for _ in range(self._ahead * self._size)]
+        chosen = [(self._rng.choice(self._members[c]), c) for c in classes]
+        if self._ahead == 1:
+            return [chosen]
+        chosen.sort(key=lambda pair: len(self._ids[pair[0]]))
+        batches = [chosen[start : start + self._size] for start in range(0, len(chosen), self._size)]
+        self._rng.shuffle(batches)
+        return batches
 
 
 def load_adapter(folder: Path) -> Any:

@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that data comes from: ``client`` is ``npm`` or ``apt``; ``licences`` are paths inside it."""
+    """A package that data comes from: ``client`` is ``npm``, ``apt`` or ``pip``; ``licences`` are paths inside it."""
 
     client: str
     name: str

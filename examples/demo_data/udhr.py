@@ -8,7 +8,7 @@ on this planet".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import unescape
 from pathlib import Path
 
@@ -27,9 +27,9 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-def read(data: Path) -> Iterator[Example]:
+def read(data: Path, languages: Iterable[str] = LANGUAGES) -> Iterator[Example]:
     """Sentences and clauses of the declaration; an article is in the same part in every language."""
-    for code in LANGUAGES:
+    for code in languages:
         html = (data / PACKAGE.folder / "package/declaration" / f"{code}.html").read_text(encoding="utf-8")
         blocks = re.findall(r'<article data-number="(\d+)">(.*?)</article>|<header>(.*?)</header>', html, re.DOTALL)
         for number, article, header in blocks:

@@ -1,0 +1,74 @@
+"""Measuring one model after the other: the pretrained one, each task's own adapter, merges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from accuracy.alphas import best_alpha
+from accuracy.carrier import Carrier
+from accuracy.keys import tensors_key
+from accuracy.merging import Merge, by_method
+from accuracy.plan import Job, share
+from accuracy.suite import Suite
+
+Row = dict[str, Any]
+
+
+class Bench:
+    """A suite with its backbone loaded, in one process."""
+
+    def __init__(self, suite: Suite, precision: str) -> None:
+        self.suite = suite
+        self.carrier = Carrier(suite.model(), precision)
+
+    @torch.no_grad()
+    def hits(self, task: str, part: str, count: int) -> str:
+        """A digit for each example: 1 where the model, with what it carries, is right."""
+        found = self.suite.hits(self.carrier.model, task, part, count)
+        return "".join("1" if hit else "0" for hit in found.tolist())
+
+    def alone(self, task: str, seed: int | None, sizes: Mapping[str, int]) -> Row:
+        """Hits by part of the task's own adapter, or of the pretrained model where there is no seed."""
+        if seed is None:
+            self.carrier.bare()
+        else:
+            self.carrier.carry(by_method([self.suite.adapter(task, seed)], "ta", {}).deltas, 1.0)
+        return {part: self.hits(task, part, size) for part, size in sizes.items()}
+
+    def search(
+        self, merge: Merge, own: Mapping[str, float], count: int
+    ) -> tuple[float, dict[float, float]]:  # the best alpha, and the scores that were looked at
+        """Average normalized accuracy on validation examples along alpha."""
+
+        def score(alpha: float) -> float:
+            self.carrier.carry(merge.deltas, alpha)
+            return sum(share(self.hits(task, "validation", count)) / max(own[task], 1e-9) for task in own) / len(own)
+
+        return best_alpha(score, merge.auto)
+
+    def merged(self, job: Job) -> Row:
+        """The row of one job; an earlier row where the library's code has changed and its result has not."""
+        start = time.perf_counter()
+        adapters = [self.suite.adapter(task, job.seed) for task in job.tasks]
+        merge = by_method(adapters, job.contender.method, job.contender.options)
+        seconds = time.perf_counter() - start
+        deltas = tensors_key(merge.deltas)
+        if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (deltas, merge.auto):
+            return {**job.earlier, "code": job.code}
+        best, scores = self.search(merge, job.own, job.examples["validation"])
+        alphas = {"validation": best} | ({"auto": merge.auto} if merge.auto is not None else {})
+        hits = {rule: self._test(merge, alpha, job) for rule, alpha in alphas.items()}
+        return {
+            "name": job.name, "key": job.key, "code": job.code, "deltas": deltas,
+            "label": job.contender.label, "tasks": list(job.tasks), "unseen": list(job.unseen), "seed": job.seed,
+            "auto": merge.auto, "best": best, "scores": scores, "hits": hits,
+            "merge_seconds": round(seconds, 2), "seconds": round(time.perf_counter() - start, 2),
+        }  # fmt: skip
+
+    def _test(self, merge: Merge, alpha: float, job: Job) -> dict[str, str]:
+        self.carrier.carry(merge.deltas, alpha)
+        return {task: self.hits(task, "test", job.examples["test"]) for task in (*job.tasks, *job.unseen)}

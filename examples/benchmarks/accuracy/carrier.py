@@ -1,0 +1,40 @@
+"""A backbone that carries one merge after the other, without being loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Carrier:
+    """The model in the precision it is measured in, and its own weights in float32 of every layer that a merge has touched."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".weight")}
+        self.model = model.to(PRECISIONS[precision]).eval()
+        self._parameters = dict(self.model.named_parameters())
+        self._changed: set[str] = set()
+
+    @torch.no_grad()
+    def carry(self, deltas: Mapping[str, Tensor], alpha: float) -> nn.Module:
+        """The model with ``W + alpha dW`` in these layers, added in float32 and then rounded; its own weights elsewhere.
+
+        Args:
+            deltas: dW by the path of a layer whose weight has the same shape.
+            alpha: On all of them.
+        """
+        names = {f"{layer}.weight": delta for layer, delta in deltas.items()}
+        for name in self._changed - set(names):
+            self._parameters[name].copy_(self._weights[name])
+        for name, delta in names.items():
+            self._parameters[name].copy_(torch.add(self._weights[name], delta, alpha=alpha))
+        self._changed = set(names)
+        return self.model
+
+    def bare(self) -> nn.Module:
+        """The pretrained model itself."""
+        return self.carry({}, 0.0)

@@ -1,0 +1,97 @@
+"""The command line of a benchmark: its four stages, each of which keeps what is done already."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accuracy.carrier import PRECISIONS
+from accuracy.evaluate import Rows, evaluate
+from accuracy.making import make_adapters
+from accuracy.plan import Settings
+from accuracy.report import markdown, with_tables
+from accuracy.results import results_of, write
+from accuracy.suite import Trainable
+from accuracy.workers import say
+
+STAGES = ("data", "train", "evaluate", "report")
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What differs from one benchmark to the other."""
+
+    name: str
+    doc: str
+    prepare: Callable[[Path], bool]  # the stage "data", in the cache folder; whether anything had to be done
+    suite: Callable[[Path, tuple[int, ...]], Trainable]  # from the cache folder and the adapters' seeds
+
+
+def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=benchmark.name, description=benchmark.doc, formatter_class=raw)
+    stages = f"of {', '.join(STAGES)}; default: all of them"
+    cache = Path.home() / ".cache" / "dc-merge-peft" / benchmark.name
+    counts = " ".join(map(str, Settings.counts))
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
+    parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="packages, data, adapters and results")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="of results.json, .csv and .md (default: CACHE/results)"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into as well")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of adapters (default: 0 1 2)")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(Settings.counts), metavar="T",
+                        help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
+    parser.add_argument("--precision", choices=list(PRECISIONS), default=Settings.precision,
+                        help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.stages) - set(STAGES)):
+        parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(STAGES)}")
+    options.stages = options.stages or list(STAGES)
+    return options
+
+
+def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
+    """Run the stages that are asked for, in their order."""
+    options = parse(benchmark, arguments)
+    suite = benchmark.suite(options.cache, tuple(options.seeds))
+    settings = Settings(tuple(options.counts), options.precision)
+    rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
+    try:
+        for stage in STAGES:
+            if stage in options.stages:
+                start = time.perf_counter()
+                done = _run_stage(stage, benchmark, suite, settings, rows, options)
+                say(f"{stage}: {done}, in {time.perf_counter() - start:.0f} s")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _run_stage(
+    stage: str, benchmark: Benchmark, suite: Trainable, settings: Settings, rows: Rows, options: argparse.Namespace
+) -> str:
+    """In words what was done."""
+    if stage == "data":
+        return "read" if benchmark.prepare(options.cache) else "there already"
+    if stage == "train":
+        return f"{make_adapters(suite, options.workers)} adapters trained"
+    if stage == "evaluate":
+        return f"{evaluate(suite, settings, rows, options.workers)} rows measured"
+    results = results_of(suite, settings, rows.found)
+    out = options.out or options.cache / "results"
+    write(results, out)
+    (out / "results.md").write_text(markdown(results), encoding="utf-8")
+    if options.page:
+        options.page.write_text(with_tables(options.page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    return f"results.json, results.csv and results.md in {out}"

@@ -1,0 +1,70 @@
+"""What is compared: every method at its defaults, and the paper's tables that are options of DC-Merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dc_merge_peft.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its options under one name, and the numbers of tasks it is measured at; none: all that are asked for."""
+
+    label: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    counts: tuple[int, ...] = ()
+
+    def runs_at(self, count: int) -> bool:
+        """Whether it is measured with so many tasks."""
+        return not self.counts or count in self.counts
+
+
+ABLATED = (4, 8)
+EVERY_METHOD = tuple(Contender(name, name) for name in METHODS)
+SMOOTHING = (
+    Contender("dc, average", "dc", {"smoothing": "average"}),
+    Contender("dc, none", "dc", {"smoothing": "none"}),
+)
+OPTIONS = (
+    # Up to four tasks of rank 16 "auto" keeps more than the paper's share, from eight on the same.
+    Contender("dc, density 0.001", "dc", {"density": 0.001}, (2, 3, 4)),
+    Contender("dc, no mask", "dc", {"mask": False}, ABLATED),
+    Contender("ta, smoothing", "ta", {"smoothing": "linear"}, ABLATED),
+    Contender("ta, cover", "ta", {"cover": True}, ABLATED),
+    Contender("ta, cover, smoothing", "ta", {"cover": True, "smoothing": "linear"}, ABLATED),
+    Contender("ties, smoothing", "ties", {"smoothing": "linear"}, ABLATED),
+)
+CONTENDERS: tuple[Contender, ...] = EVERY_METHOD + SMOOTHING + OPTIONS
+
+# The paper's tables by the labels of their rows.
+TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
+    "Energy smoothing (the paper's Tables 4 and 8)": (
+        ("none", "dc, none"), ("averaging", "dc, average"), ("linear", "dc"),
+    ),
+    "Mask (Table 5)": (("without", "dc, no mask"), ("with", "dc")),
+    "Density of TIES in cover space": (("0.001, the paper's", "dc, density 0.001"), ("auto", "dc")),
+    "Energy smoothing (ES) and cover space (CSM) by themselves (Table 6)": (
+        ("TA", "ta"), ("TA + ES", "ta, smoothing"), ("TA + CSM", "ta, cover"), ("TA + CSM + ES", "ta, cover, smoothing"),
+        ("TIES", "ties"), ("TIES + ES", "ties, smoothing"), ("TIES + CSM", "dc, none"), ("TIES + CSM + ES", "dc"),
+    ),
+}  # fmt: skip
+
+
+def groups(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    """Groups of ``count`` tasks that are merged: the first eight side by side where ``count`` divides them, so that no task is
+    in two groups and none is left out; otherwise the first ``count``.
+
+    Raises:
+        ValueError: there are not so many tasks.
+    """
+    if not 1 < count <= len(tasks):
+        raise ValueError(
+            f"found {count} tasks to merge of {len(tasks)}: expected 2 at least, and not more than there are"
+        )
+    span = min(8, len(tasks))
+    ends = range(count, span + 1, count) if span % count == 0 else [count]
+    return [tuple(tasks[end - count : end]) for end in ends]

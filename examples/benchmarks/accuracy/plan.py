@@ -1,0 +1,127 @@
+"""What is to be measured: settings, and one job for every contender, group of tasks and seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import dc_merge_peft
+from accuracy.alphas import GRID, LADDER, PATIENCE
+from accuracy.carrier import PRECISIONS
+from accuracy.contenders import CONTENDERS, Contender, groups
+from accuracy.keys import content_key, files_key
+from accuracy.suite import Suite
+
+MEASURING = 1  # counts up with changes of how a merge is measured
+# From eight tasks on, most of them merged at once: the paper's Table 11.
+SEEN, UNSEEN = 8, 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured, and how."""
+
+    counts: tuple[int, ...] = (8, 4, 2, 16, 3)  # numbers of tasks, the most telling first
+    precision: str = "bfloat16"
+    validation: int = 64  # examples of a task at most
+    test: int = 200
+    # Fewer where there are many groups or tasks: number of tasks, validation and test examples of each.
+    fewer: tuple[tuple[int, int, int], ...] = ((2, 64, 100), (3, 64, 100), (16, 24, 75))
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"found precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+    def examples(self, count: int) -> dict[str, int]:
+        """Examples of each of ``count`` tasks, by part; every part is shuffled, and these are its first."""
+        _, validation, test = next(
+            (line for line in self.fewer if line[0] == count), (count, self.validation, self.test)
+        )
+        return {"validation": min(validation, self.validation), "test": min(test, self.test)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge to be measured."""
+
+    contender: Contender
+    tasks: tuple[str, ...]
+    unseen: tuple[str, ...]  # measured beside them at the alphas found
+    seed: int
+    examples: Mapping[str, int]
+    own: Mapping[str, float]  # validation accuracy of each task's own adapter
+    key: str  # of everything but the library's code
+    code: str
+    earlier: Mapping[str, Any] | None = None  # the row of an earlier run with the same key and other code
+
+    @property
+    def name(self) -> str:
+        """Of its row: unique in a run."""
+        return row_name(self.contender.label, self.tasks, self.seed)
+
+
+def row_name(label: str, tasks: Sequence[str], seed: int) -> str:
+    """Of the row of one merge."""
+    return f"{label} | {'+'.join(tasks)} | {seed}"
+
+
+def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -> list[Job]:
+    """All merges, in the order of the settings' numbers of tasks; ``own`` are the own adapters' validation hits by task and seed."""
+    found = []
+    code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
+    for count in settings.counts:
+        examples = settings.examples(count)
+        for group in groups(suite.tasks, count):
+            unseen = tuple(suite.tasks[SEEN : SEEN + UNSEEN]) if count == SEEN else ()
+            texts = [content(task, part, examples[part]) for task in group for part in ("validation", "test")]
+            texts += [content(task, "test", examples["test"]) for task in unseen]
+            for seed in suite.seeds:
+                merged = [adapter(task, seed) for task in group]
+                common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
+                mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
+                for contender in CONTENDERS:
+                    if contender.runs_at(count):
+                        key = content_key([common, contender.method, dict(contender.options)])
+                        found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
+    return found
+
+
+def pending(wanted: Sequence[Job], rows: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+    """The jobs that no row answers; where only the library's code is another one, with the row, which may still hold."""
+    left = []
+    for job in wanted:
+        row = rows.get(job.name)
+        if row is None or row["key"] != job.key:
+            left.append(job)
+        elif row["code"] != job.code:
+            left.append(dataclasses.replace(job, earlier=row))
+    return left
+
+
+def share(hits: str) -> float:
+    """Accuracy, of hits as digits."""
+    return hits.count("1") / len(hits)
+
+
+def adapter_key(suite: Suite, task: str, seed: int) -> str:
+    """Of an adapter's own two files.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    folder = suite.adapter(task, seed)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise SystemExit(f"No adapter of task '{task}', seed {seed}, in {folder}: run the stage 'train' first.")
+    return files_key(folder / "adapter_model.safetensors", folder / "adapter_config.json")
+
+
+def code_key() -> str:
+    """Of the library's own sources that can change a merge."""
+    package = Path(dc_merge_peft.__file__).parent
+    outside = ("cli", "demo", "outputs", "inspection", "plots")
+    files = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in outside]
+    return files_key(*files)

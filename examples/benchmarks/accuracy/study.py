@@ -1,0 +1,139 @@
+"""A bench for rules that may become methods: a function from a module's deltas to the merged one, measured on validation
+examples at several numbers of tasks, with all seeds. Test examples are never looked at here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from accuracy.bench import Bench, Row
+from accuracy.bootstrap import Drawn, Resampling, mean_difference, mean_normalized
+from accuracy.contenders import groups
+from accuracy.merging import Rule, by_rule, factors
+from accuracy.plan import share
+from accuracy.suite import Suite
+from accuracy.workers import say, shared_out
+from dc_merge_peft.lowrank import LowRank
+
+RULES_FOR_ALPHA = ("validation", "auto")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One group of tasks and seed, on which all rules are tried."""
+
+    tasks: tuple[str, ...]
+    seed: int
+    examples: int
+
+
+class StudyBench(Bench):
+    """A bench that keeps adapters' factors and knows the rules."""
+
+    def __init__(self, suite: Suite, precision: str, rules: Mapping[str, Rule]) -> None:
+        super().__init__(suite, precision)
+        self.rules = rules
+        self._factors: dict[tuple[str, int], dict[str, LowRank]] = {}
+
+    def factors(self, task: str, seed: int) -> dict[str, LowRank]:
+        """Of one adapter, read once."""
+        if (task, seed) not in self._factors:
+            self._factors[task, seed] = factors(self.suite.adapter(task, seed))
+        return self._factors[task, seed]
+
+    def trial(self, trial: Trial) -> list[Row]:
+        """A row for each task's own adapter (label ``""``), and one for each rule."""
+        tasks = {task: self.factors(task, trial.seed) for task in trial.tasks}
+        own = {}
+        for task, modules in tasks.items():
+            self.carrier.carry({name: delta.dense().float() for name, delta in modules.items()}, 1.0)
+            own[task] = self.hits(task, "validation", trial.examples)
+        common = {"tasks": list(trial.tasks), "seed": trial.seed}
+        rows: list[Row] = [{"label": "", **common, "hits": dict.fromkeys(RULES_FOR_ALPHA, own)}]
+        for label, rule in self.rules.items():
+            merge = by_rule(list(tasks.values()), rule)
+            best, _ = self.search(merge, {task: share(hits) for task, hits in own.items()}, trial.examples)
+            hits = {}
+            for name, alpha in zip(RULES_FOR_ALPHA, (best, merge.auto if merge.auto is not None else 1.0), strict=True):
+                self.carrier.carry(merge.deltas, alpha)
+                hits[name] = {task: self.hits(task, "validation", trial.examples) for task in trial.tasks}
+            rows.append({"label": label, **common, "best": best, "auto": merge.auto, "hits": hits})
+        return rows
+
+
+def study(
+    suite: Suite,
+    rules: Mapping[str, Rule],
+    counts: Sequence[int] = (2, 4, 8),
+    *,
+    examples: int = 100,
+    precision: str = "bfloat16",
+    workers: int = 1,
+) -> list[dict[str, Any]]:
+    """Average normalized accuracy of every rule on validation examples; the first rule is what the others are compared with.
+
+    Args:
+        rules: By name. With more than one worker they must be functions of a module, or ``functools.partial`` of such.
+        examples: Validation examples of a task at most. Alpha is picked on these too, so that its column is a bound from
+            above, the same for all rules; the column of ``"auto"`` is not.
+
+    Returns:
+        A line for each number of tasks, rule and way to alpha: mean with interval, difference from the first rule with
+        interval, and the alphas by group and seed.
+    """
+    lines = []
+    make = partial(_bench, precision=precision, rules=dict(rules))
+    for count in counts:
+        trials = [Trial(group, seed, examples) for group in groups(suite.tasks, count) for seed in suite.seeds]
+        rows = []
+        for number, (trial, found) in enumerate(shared_out(_try, trials, make, suite, workers), 1):
+            rows += found
+            say(f"{count} tasks, {number} of {len(trials)}: {'+'.join(trial.tasks)}, seed {trial.seed}")
+        lines += _lines(rows, list(rules), suite.seeds, count)
+    return lines
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows in %, one a rule."""
+    columns = list(dict.fromkeys((line["tasks"], line["alpha_by"]) for line in lines))
+    cells: dict[str, dict[tuple[int, str], str]] = {}
+    for line in lines:
+        value, low, high = (100 * line["above_first"][name] for name in ("value", "low", "high"))
+        text = f"{100 * line['normalized']['value']:.1f} ({value:+.1f}, {low:+.1f} to {high:+.1f})"
+        cells.setdefault(line["label"], {})[line["tasks"], line["alpha_by"]] = text
+    head = ["rule", *(f"{count} tasks, {name}" for count, name in columns)]
+    return head, [[label, *(found[column] for column in columns)] for label, found in cells.items()]
+
+
+def _bench(suite: Suite, precision: str, rules: Mapping[str, Rule]) -> StudyBench:
+    return StudyBench(suite, precision, rules)
+
+
+def _try(bench: StudyBench, trial: Trial) -> list[Row]:
+    return bench.trial(trial)
+
+
+def _lines(rows: Sequence[Row], labels: Sequence[str], seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
+    """The lines of one number of tasks."""
+    resampling: Resampling | None = None
+    lines = []
+    for name in RULES_FOR_ALPHA:
+        drawn: dict[str, Drawn] = {}
+        for label in ("", *labels):
+            hits: dict[int, dict[str, str]] = {seed: {} for seed in seeds}
+            for row in sorted((row for row in rows if row["label"] == label), key=lambda row: row["tasks"]):
+                hits[row["seed"]] |= row["hits"][name]
+            resampling = resampling or Resampling({task: len(found) for task, found in hits[seeds[0]].items()})
+            drawn[label] = resampling.accuracies(list(hits.values()))
+        for label in labels:
+            alphas = [row["best" if name == "validation" else "auto"] for row in rows if row["label"] == label]
+            lines.append({
+                "tasks": count, "label": label, "alpha_by": name,
+                "normalized": dataclasses.asdict(mean_normalized(drawn[label], drawn[""])),
+                "above_first": dataclasses.asdict(mean_difference(drawn[label], drawn[labels[0]], drawn[""])),
+                "alpha": sorted(alphas, key=lambda alpha: alpha or 0.0),
+            })  # fmt: skip
+    return lines

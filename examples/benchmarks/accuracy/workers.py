@@ -1,0 +1,56 @@
+"""Work shared out to processes of one thread each: two of them do more than one with two threads, and the numbers stay the same
+with any number of processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+J = TypeVar("J")
+R = TypeVar("R")
+_START = time.perf_counter()
+_state: list[Any] = []  # of a worker process: what was made there once
+
+
+def say(text: str) -> None:
+    """How far it is, on standard error."""
+    print(f"[{time.perf_counter() - _START:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def shared_out(
+    work: Callable[[Any, J], R], jobs: Sequence[J], make: Callable[[Any], Any], argument: Any, workers: int
+) -> Iterator[tuple[J, R]]:
+    """``work(state, job)`` for every job, as they are done; ``state`` is ``make(argument)``, once in each process.
+
+    With one worker all is done in this process, in the order of the jobs.
+    """
+    if workers == 1 or len(jobs) < 2:
+        state = None
+        for job in jobs:
+            state = state or make(argument)
+            yield job, work(state, job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin, initargs=(make, argument)) as pool:
+        waiting = {pool.submit(_one, work, job): job for job in jobs}
+        try:
+            for done in as_completed(waiting):
+                yield waiting.pop(done), done.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _begin(make: Callable[[Any], Any], argument: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _state.append(make(argument))
+
+
+def _one(work: Callable[[Any, J], R], job: J) -> R:
+    return work(_state[0], job)

