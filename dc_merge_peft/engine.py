@@ -19,7 +19,7 @@ from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Delta, Dense, FiledDense
 from dc_merge_peft.errors import MergeError, MergeWarning
 from dc_merge_peft.linalg import FLOAT32_EPS
-from dc_merge_peft.lowrank import LowRank, SharedSpace
+from dc_merge_peft.lowrank import LowRank, SharedSpace, norms
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
@@ -246,7 +246,8 @@ def _merge_one(
     element-wise method has left their span.
     """
     seen, space = _seen_by(method, module)
-    largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
+    sizes = norms(space.cores) if space else [task.norm() for task in seen.tasks]
+    largest = max(abs(weight) * size for size, weight in zip(sizes, seen.weights, strict=True))
     _refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
     if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):

@@ -115,6 +115,20 @@ def decompose(deltas: Iterable[LowRank]) -> None:
         delta.__dict__["svd"] = svd
 
 
+def norms(deltas: Sequence[LowRank]) -> list[float]:
+    """Their Frobenius norms, in float64; those of one shape together."""
+    found: dict[int, float] = {}
+    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for index, delta in enumerate(deltas):
+        alike.setdefault((delta.B.shape, delta.A.shape), []).append(index)
+    for indices in alike.values():
+        B = torch.stack([deltas[index].B.to(torch.float64) for index in indices])
+        A = torch.stack([deltas[index].A.to(torch.float64) for index in indices])
+        squares = ((B.mT @ B) * (A @ A.mT)).sum((1, 2)).clamp(min=0)
+        found |= zip(indices, squares.sqrt().tolist(), strict=True)
+    return [found[index] for index in range(len(deltas))]
+
+
 def is_ordinary(factor: Tensor) -> bool:
     """Whether one look, a norm in float32, is enough to see that a factor is finite and not zero. It is not where squares
     overflow or vanish, nor for float64, which can hold numbers beyond float32."""

@@ -166,10 +166,13 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
         U_cover, V_cover, _ = optimized_basis(original, steps=config.basis_steps, lr=config.basis_lr)
 
     # Line 12, Eq. 10: each smoothed task vector in cover space, k x k. T of them are more numbers than anything else here.
-    def M(task: int) -> Tensor:
-        return (U_cover.mT @ svds[task].U * S[task]) @ (svds[task].Vh @ V_cover)
-
     ranks = [len(svd.S) for svd in svds]
+    left = (U_cover.mT @ torch.cat([svd.U for svd in svds], dim=1)).split(ranks, dim=1)
+    right = (torch.cat([svd.Vh for svd in svds]) @ V_cover).split(ranks)
+
+    def M(task: int) -> Tensor:
+        return (left[task] * S[task]) @ right[task]
+
     mask = structural_mask(ranks, mask=config.mask, mask_size=config.mask_size, device=U_cover.device)
     # Lines 15-16, Eq. 11: mask, and back to parameter space.
     blocks = ranks if config.mask and config.mask_size is None else None

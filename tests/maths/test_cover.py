@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.linalg import svd_of_product
-from dc_merge_peft.lowrank import LowRank, decompose
+from dc_merge_peft.lowrank import LowRank, decompose, norms
 from dc_merge_peft.methods.cover import from_cover, structural_mask
 
 
@@ -65,6 +65,7 @@ def test_together_is_one_by_one() -> None:
         LowRank(torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)) for m, r, n in shapes
     ]
     deltas[2] = LowRank(torch.zeros(9, 2), torch.zeros(2, 8))
+    assert norms(deltas) == pytest.approx([delta.norm() for delta in deltas]) and norms([]) == []
     known = deltas[0].svd
     decompose(deltas)
     assert deltas[0].svd is known and len(deltas[2].svd.S) == 0 and len(deltas[5].svd.S) == 0
