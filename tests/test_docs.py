@@ -193,3 +193,14 @@ def test_every_public_name_is_documented() -> None:
     assert undocumented(
         dc_merge_peft, named - {"dc_merge_peft.errors", "dc_merge_peft.tune", "dc_merge_peft.METHODS"}
     ) == [name for name in dc_merge_peft.__all__ if name in {"METHODS", "tune"} or name.endswith(("Error", "Warning"))]
+
+
+def test_every_answer_leads_on() -> None:
+    """Each answer among the questions links to a page with more, and a thread that is cited is named as its link is."""
+    text = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    answers = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    assert [answer.splitlines()[0] for answer in answers if not re.search(r"\]\([\w/-]+\.md", answer)] == []
+    threads = re.findall(r"\[([^\]]+) (\d+)\]\(https://github\.com/[\w-]+/([\w.-]+)/(?:issues|pull)/(\d+)\)", text)
+    assert len(threads) > 50 and text.count("https://github.com/") == len(threads)
+    for name, number, repository, linked in threads:
+        assert number == linked and name.lower().replace("-", "") == repository.lower().replace("-", "")
