@@ -24,6 +24,7 @@ from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
+from dc_merge_peft.report import report_merge
 from dc_merge_peft.tuning import TuneResult, tune
 
 register()
@@ -48,6 +49,7 @@ __all__ = [
     "inspect_merge",
     "metrics",
     "register",
+    "report_merge",
     "tune",
     "unregister",
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
+from dc_merge_peft.outputs.directory import check_target
+from dc_merge_peft.outputs.publish import check_repository
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.base import Source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,18 +20,53 @@ if TYPE_CHECKING:
 class MergedAdapter(MergeResult):
     """A merged adapter in memory: a :class:`MergeResult` with ways out."""
 
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, progress: bool | None = False) -> Path:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        overwrite: bool = False,
+        report: bool = False,
+        progress: bool | None = False,
+    ) -> Path:
         """Write a PEFT adapter directory that ``PeftModel.from_pretrained(base, directory)`` loads as it is.
 
         Args:
             directory: Where.
             overwrite: Replace what stands there, if it is an adapter or a model.
+            report: Put a report beside the model card, as in :func:`dc_merge_peft.report_merge`, with pictures in the card; needs
+                the extra ``plots``, and adapters from disk or the Hub, which are read again.
             progress: Show a progress bar, or (None) on a terminal only.
 
         Raises:
             OutputError: the directory exists (pass ``overwrite=True``), or can't be written.
         """
-        return write_adapter(self, directory, overwrite=overwrite, progress=progress_bar(progress))
+        beside = None
+        if report:
+            from dc_merge_peft.report.card import beside_card
+
+            check_target(directory, overwrite=overwrite)
+            beside = beside_card(self, progress=progress)
+        return write_adapter(self, directory, overwrite=overwrite, beside=beside, progress=progress_bar(progress))
+
+    def save_report(
+        self,
+        path: str | Path,
+        sources: Sequence[str | Path | Source] | None = None,
+        *,
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> Path:
+        """Write one HTML page about this merge: :func:`dc_merge_peft.report_merge`, which says more.
+
+        Args:
+            path: The file.
+            sources: The adapters, in their order; by default they are read again from where they were.
+            overwrite: Replace an earlier report.
+            progress: Show progress bars; by default on a terminal only.
+        """
+        from dc_merge_peft.report import report_merge
+
+        return report_merge(self, path, sources, overwrite=overwrite, progress=progress)
 
     def push_to_hub(
         self,
@@ -37,6 +76,7 @@ class MergedAdapter(MergeResult):
         token: str | bool | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        report: bool = False,
     ) -> str:
         """Upload to the root of a Hub repository in one commit, without local paths; returns the commit's URL.
 
@@ -46,13 +86,26 @@ class MergedAdapter(MergeResult):
             token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
             commit_message: Title of the commit or pull request.
             create_pr: Propose a pull request instead of committing to the main branch.
+            report: As for :meth:`save_pretrained`.
 
         Raises:
             OutputError: the Hub refuses, fails or can't be reached. No file is published then; a repository that was
                 created for it stays, empty, which the error says.
         """
+        beside = None
+        if report:
+            from dc_merge_peft.report.card import beside_card
+
+            check_repository(repo_id)
+            beside = beside_card(self, public=True, token=token)
         return push_adapter(
-            self, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            beside=beside,
         )
 
     def add_to(self, model: nn.Module, adapter_name: str = "merged", *, activate: bool = True) -> nn.Module:

@@ -48,7 +48,7 @@ class RunConfig:
             SourceError: the file is missing or no YAML mapping.
             OptionError: an option given twice, or a value of the wrong type.
         """
-        values = loaded_yaml(path, "configuration", "method: dc")
+        values = read_record(path)
         values.pop("record", None)
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
@@ -85,6 +85,15 @@ class RunConfig:
         )
         values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_record(path: str | Path) -> dict[Any, Any]:
+    """Everything in a YAML file of a merge, as it stands there: its settings, and in that of an output the ``record``.
+
+    Raises:
+        SourceError: the file is missing or no YAML mapping.
+    """
+    return loaded_yaml(path, "configuration", "method: dc")
 
 
 def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:
@@ -125,6 +134,14 @@ def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
         parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
         known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
     return known[id(node)]
+
+
+def printable_yaml(record: Mapping[str, Any]) -> str:
+    """A record as YAML for people; characters that would not show, or turn the text around, are spelled out."""
+    dumped = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True).strip()
+    if all(line.isprintable() for line in dumped.split("\n")):
+        return dumped
+    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False).strip()
 
 
 def run_record(result: MergeResult) -> dict[str, Any]:

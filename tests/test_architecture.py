@@ -46,10 +46,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "combination_types",
     ),
     ("outputs.*",),
-    ("merged", "merging", "fusing", "fused_models", "full_models", "adapter", "peft_plugin"),
-    ("registration",),
     ("inspection.*",),
     ("plots.*",),
+    ("report.*",),
+    ("merged", "merging", "fusing", "fused_models", "full_models", "adapter", "peft_plugin"),
+    ("registration",),
     ("tuning.*",),
     ("",),  # the package itself: its public names
     ("demo.*",),

@@ -125,7 +125,7 @@ def test_demo_numbers_are_the_saved_ones() -> None:
         assert module.rendered(page, picture) == text
 
 
-@pytest.mark.parametrize("name", ["merge", "inspect", "tune"])
+@pytest.mark.parametrize("name", ["merge", "inspect", "report", "tune"])
 def test_cli_page_names_every_flag(name: str) -> None:
     """The command's section of docs/cli.md has every flag."""
     import typer

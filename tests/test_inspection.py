@@ -103,6 +103,24 @@ def test_kept_is_that_of_pefts_deltas(peft_adapters: Any, tmp_path: Path) -> Non
                 assert getattr(overall, field) == pytest.approx(mean, rel=1e-4)
 
 
+def test_spectra_of_the_merge_are_those_of_its_deltas(peft_adapters: Any, tmp_path: Path) -> None:
+    """Singular values at the alpha in force, in memory and from disk; what truncation took is known in memory alone."""
+    paths, _ = peft_adapters
+    merged = DCMergeAdapter().merge(paths, svd_rank=6, progress=False)
+    merged.save_pretrained(tmp_path / "merged")
+    for target, sources in ((merged, None), (tmp_path / "merged", paths)):
+        found = inspect_merge(target, sources, progress=False).spectra
+        assert found.keys() == merged.modules.keys()
+        for name, spectrum in found.items():
+            S = np.linalg.svd(merged.delta(name).double().numpy(), compute_uv=False)[:6]
+            assert pytest.approx(S, rel=1e-4) == spectrum.S and spectrum.rank == len(spectrum.S) == 6
+            whole = merged.modules[name].S
+            assert whole is not None
+            lost = float(whole[6:].norm() / whole.norm())
+            expected = (len(whole), pytest.approx(lost)) if target is merged else (None, None)
+            assert (spectrum.full_rank, spectrum.truncation_error) == expected
+
+
 def test_adapters_in_memory() -> None:
     """Adapters of a PEFT model, at the scaling in force there."""
     from dc_merge_peft.sources.live import LiveSource

@@ -10,6 +10,7 @@ from dc_merge_peft.cli.inspect import inspect
 from dc_merge_peft.cli.merge import merge
 from dc_merge_peft.cli.merge_full import merge_full
 from dc_merge_peft.cli.methods import methods
+from dc_merge_peft.cli.report import report
 from dc_merge_peft.cli.tune import tune
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app.command()(merge)
 app.command()(fuse)
 app.command()(merge_full)
 app.command()(inspect)
+app.command()(report)
 app.command()(tune)
 app.command()(methods)
 app.command()(demo)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +10,8 @@ from rich.text import Text
 
 from dc_merge_peft.cli.show import table
 from dc_merge_peft.errors import message
-from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, Kept, MergeInspection
-from dc_merge_peft.inspection.grouping import places
+from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, MergeInspection
+from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
 
 # More rows than this push what matters off the screen.
 PAIRS_SHOWN = 15
@@ -70,13 +69,9 @@ def print_merge(out: Console, merge: MergeInspection) -> None:
     columns = ("adapter", "projected DirSim", "projected CosSim", "retained energy", "strength")
     out.print()
     out.print(table(f"What {merge.merged} keeps of each adapter", columns, rows, right=columns[1:]))
-    where = places(merge.modules)
     both = len(merge.adapters) <= TWO_NUMBERS
     cells = "projected DirSim and retained energy" if both else "projected DirSim"
-    for word, grouped in (
-        ("kind", {module: place.kind for module, place in where.items()}),
-        ("layer", {module: place.layer or "(outside layers)" for module, place in where.items()}),
-    ):
+    for word, grouped in (("kind", by_kind(merge)), ("layer", by_layer(merge))):
         if len(set(grouped.values())) > 1:
             columns = (word, *merge.adapters)
             out.print()
@@ -121,18 +116,11 @@ def _range(values: Sequence[Any]) -> str:
     return "-".join(dict.fromkeys((str(values[0]), str(values[-1])))) if values else "?"
 
 
-def _grouped(merge: MergeInspection, groups: dict[str, str], both: bool) -> Iterator[tuple[str, ...]]:
+def _grouped(merge: MergeInspection, groups: Mapping[str, str], both: bool) -> Iterator[tuple[str, ...]]:
     """One row a group, means over its modules."""
-    for group in dict.fromkeys(groups.values()):
-        modules = [module for module, own in groups.items() if own == group]
-        cells = []
-        for name in merge.adapters:
-            kept = [merge.modules[module][name] for module in modules if name in merge.modules[module]]
-            cells.append(_cell(kept, both) if kept else "")
-        yield group, *cells
-
-
-def _cell(kept: Iterable[Kept], both: bool) -> str:
-    rows = list(kept)
-    similarity = f"{statistics.fmean(row.projected_dir_sim for row in rows):.2f}"
-    return f"{similarity} {statistics.fmean(row.retained_energy for row in rows):4.0%}" if both else similarity
+    energies = group_means(merge, groups, "retained_energy") if both else {}
+    for group, similarities in group_means(merge, groups).items():
+        cells = {name: f"{value:.2f}" for name, value in similarities.items()}
+        for name, energy in energies.get(group, {}).items():
+            cells[name] += f" {energy:4.0%}"
+        yield group, *(cells.get(name, "") for name in merge.adapters)

@@ -18,6 +18,7 @@ from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
+from dc_merge_peft.plots import require_matplotlib
 
 
 @reports_errors
@@ -50,6 +51,12 @@ def merge(
     private: shared.Private = False,
     commit_message: shared.CommitMessage = None,
     create_pr: shared.CreatePr = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Put a report beside the model card, with pictures in it.", rich_help_panel=shared.OUT
+        ),
+    ] = False,
     overwrite: shared.Overwrite = False,
     dry_run: shared.DryRun = False,
     as_json: shared.AsJson = False,
@@ -83,6 +90,8 @@ def merge(
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
     )  # fmt: skip
+    if report:
+        require_matplotlib()
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
         "svd_rank": run.svd_rank,
@@ -107,8 +116,8 @@ def merge(
         }
         with merger.merging(run.adapters, run.weights, **settings) as merged:
             if run.output is not None:
-                merged.save_pretrained(run.output, overwrite=overwrite, progress=None)
-            url = _push(merged, push_to, run.output, **push) if push_to is not None else None
+                merged.save_pretrained(run.output, overwrite=overwrite, report=report, progress=None)
+            url = _push(merged, push_to, run.output, report=report, **push) if push_to is not None else None
     print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
 
 

@@ -142,5 +142,5 @@ def print_remarks(out: Console, remarks: Sequence[str]) -> None:
 
 def size_of(folder: str) -> str:
     """Of its files, in words."""
-    files = Path(folder).expanduser().iterdir()
+    files = Path(folder).expanduser().rglob("*")
     return bytes_in_words(sum(file.stat().st_size for file in files if file.is_file()))

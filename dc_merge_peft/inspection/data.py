@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dc_merge_peft.sources.base import AdapterInfo
@@ -41,6 +41,14 @@ class ModuleSpectrum:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "norm": self.norm}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedSpectrum(ModuleSpectrum):
+    """The same of a merged delta, ``alpha`` applied. What truncation took is known of a merge in memory only."""
+
+    full_rank: int | None = None  # before truncation to svd_rank
+    truncation_error: float | None = None  # relative Frobenius error of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +97,7 @@ class AdapterReport:
     @property
     def landmarks(self) -> tuple[float, float, float] | None:
         """First, middle and last singular value, each the median over modules."""
-        if not self.measured:
-            return None
-        places: tuple[Callable[[int], int], ...] = (lambda r: 0, lambda r: (r - 1) // 2, lambda r: r - 1)
-        first, middle, last = (
-            statistics.median(module.S[place(len(module.S))] for module in self.measured) for place in places
-        )
-        return first, middle, last
+        return landmarks(self.measured)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -217,17 +219,28 @@ class MergeInspection:
     overall: Mapping[str, Kept]
     modules: Mapping[str, Mapping[str, Kept]]  # module: adapter: numbers
     findings: tuple[Finding, ...]
+    spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict)  # of the merged delta itself, by module
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; docs/inspect.md has the shape."""
         return {
             "merged": self.merged,
             "adapters": {name: asdict(kept) for name, kept in self.overall.items()},
+            "spectra": {name: plain(spectrum.to_dict()) for name, spectrum in self.spectra.items()},
             "modules": {
                 module: {name: asdict(kept) for name, kept in row.items()} for module, row in self.modules.items()
             },
             "findings": [plain(asdict(finding)) for finding in self.findings],
         }
+
+
+def landmarks(modules: Sequence[ModuleSpectrum]) -> tuple[float, float, float] | None:
+    """First, middle and last singular value of modules that have any, each the median over them; None of no modules."""
+    if not modules:
+        return None
+    places: tuple[Callable[[int], int], ...] = (lambda r: 0, lambda r: (r - 1) // 2, lambda r: r - 1)
+    first, middle, last = (statistics.median(module.S[place(len(module.S))] for module in modules) for place in places)
+    return first, middle, last
 
 
 def median(values: Iterable[float]) -> float | None:

@@ -11,15 +11,16 @@ import torch
 from dc_merge_peft import metrics
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
-from dc_merge_peft.inspection.data import Finding, Kept, MergeInspection
+from dc_merge_peft.inspection.data import Finding, Kept, MergedSpectrum, MergeInspection
 from dc_merge_peft.inspection.findings import findings_after
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.memory import memory_in_words
+from dc_merge_peft.metrics.energy import effective_rank_of
 from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
-from dc_merge_peft.result import MergeResult
+from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources import CheckpointSource, Source
 from dc_merge_peft.sources.base import IN_MEMORY
@@ -51,10 +52,10 @@ def inspect_merge(
         IncompatibleAdaptersError: a module of the merge has another shape than an adapter's.
     """
     where = checked_device(device)
-    given = _sources_of(merged) if sources is None else sources
+    given = sources_of(merged) if sources is None else sources
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
-    opened = open_sources(given, rename=_rename_of(merged))
+    opened = open_sources(given, rename=rename_of(merged))
     found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
     names = [info.name for info in uniquely_named(found)]
     target = merged if isinstance(merged, (MergeResult, Source)) else CheckpointSource(merged)
@@ -66,18 +67,22 @@ def inspect_merge(
                 source.close()
 
 
-def _sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
-    """The adapters that a merge in memory was made from, as they can be opened again."""
+def sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
+    """The adapters that a merge in memory was made from, as they can be opened again.
+
+    Raises:
+        OptionError: they can't be, or are not known.
+    """
     if not isinstance(merged, MergeResult):
         raise OptionError("found no adapters to compare the merge with: expected those it was made from")
     if any(info.location == IN_MEMORY for info in merged.adapters):
         raise OptionError(
             "the merge was made from adapters of a model in memory: expected them as sources, to compare it with"
         )
-    return [info.location + (f"@{info.revision}" if info.revision else "") for info in merged.adapters]
+    return [info.whole_location for info in merged.adapters]
 
 
-def _rename_of(merged: MergeResult | str | Path | Source) -> str | None:
+def rename_of(merged: MergeResult | str | Path | Source) -> str | None:
     """The rename under which a merge has read its adapters; that of a directory stands in its record."""
     if isinstance(merged, MergeResult):
         return merged.rename
@@ -93,6 +98,7 @@ def _inspect(
     progress: bool | None,
 ) -> MergeInspection:
     modules: dict[str, dict[str, Kept]] = {}
+    spectra: dict[str, MergedSpectrum] = {}
     norms: dict[str, dict[str, float]] = {name: {} for name in names}
     missing: dict[str, list[str]] = {name: [] for name in names}
     everything = dict.fromkeys(module for source in sources for module in source.modules)
@@ -106,7 +112,9 @@ def _inspect(
         for name, norm in norms_here.items():
             norms[name][module] = norm
         if module in merged.modules:
-            modules[module] = _kept(module, tasks, _delta_of(merged, module), device)
+            *seen, delta = _together(module, tasks, _delta_of(merged, module), device)
+            modules[module] = {name: _kept(task, delta) for name, task in zip(tasks, seen, strict=True)}
+            spectra[module] = _spectrum(merged, module, delta)
         else:
             modules[module] = dict.fromkeys(tasks, NOTHING)
             for name in tasks:
@@ -121,6 +129,7 @@ def _inspect(
         overall=overall,
         modules=modules,
         findings=(*findings_after(overall, missing), *remarks),
+        spectra=spectra,
     )
 
 
@@ -130,8 +139,8 @@ def _delta_of(merged: MergeResult | Source, module: str) -> Delta:
     return checked_factors(merged, module, True)
 
 
-def _kept(module: str, tasks: Mapping[str, LowRank], merged: Delta, device: torch.device | None) -> dict[str, Kept]:
-    """The measures of one module, on cores where the merged delta has factors."""
+def _together(module: str, tasks: Mapping[str, LowRank], merged: Delta, device: torch.device | None) -> Sequence[Delta]:
+    """The tasks, and the merged delta last, where they can be measured: on cores where all have factors."""
     for name, task in tasks.items():
         if task.shape != merged.shape:
             raise IncompatibleAdaptersError(
@@ -141,17 +150,33 @@ def _kept(module: str, tasks: Mapping[str, LowRank], merged: Delta, device: torc
     where = compute_device(device or next(iter(tasks.values())).B.device)
     deltas: Sequence[Delta] = [delta.to(where) for delta in (*tasks.values(), merged)]
     lowranks = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(lowranks) == len(deltas):
-        deltas = SharedSpace.of(lowranks).cores
-    return {
-        name: Kept(
-            projected_dir_sim=metrics.projected_dir_sim(task, deltas[-1]),
-            projected_cos_sim=metrics.projected_cos_sim(task, deltas[-1]),
-            retained_energy=metrics.retained_energy(task, deltas[-1]),
-            strength=metrics.strength(task, deltas[-1]),
-        )
-        for name, task in zip(tasks, deltas, strict=False)
-    }
+    return SharedSpace.of(lowranks).cores if len(lowranks) == len(deltas) else deltas
+
+
+def _kept(task: Delta, merged: Delta) -> Kept:
+    return Kept(
+        projected_dir_sim=metrics.projected_dir_sim(task, merged),
+        projected_cos_sim=metrics.projected_cos_sim(task, merged),
+        retained_energy=metrics.retained_energy(task, merged),
+        strength=metrics.strength(task, merged),
+    )
+
+
+def _spectrum(merged: MergeResult | Source, module: str, delta: Delta) -> MergedSpectrum:
+    """The merged delta by itself; what truncation took is known of a merge in memory only."""
+    found = merged.modules[module]
+    S = metrics.spectrum(delta)
+    in_memory = isinstance(found, MergedModule)
+    return MergedSpectrum(
+        shape=found.delta.shape if in_memory else found.shape,
+        layer_type=str(found.layout),
+        rank=found.rank,
+        scaling=1.0 if isinstance(merged, MergeResult) else merged.scaling(module),
+        S=tuple(S.tolist()),
+        effective_rank=effective_rank_of(S),
+        full_rank=found.full_rank if in_memory else None,
+        truncation_error=found.truncation_error if in_memory else None,
+    )
 
 
 def _overall(name: str, norms: Mapping[str, float], modules: Mapping[str, Mapping[str, Kept]]) -> Kept:

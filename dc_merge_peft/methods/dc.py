@@ -63,11 +63,10 @@ class DCMerge(ElementwiseMethod):
         """Line 13: element-wise merging, module by module."""
 
         def aggregate(view: View) -> Tensor:
-            M = list(view.matrices())  # (k, k) each
             if self.config.aggregation == "ta":
-                return total(M)
+                return total(view.matrices())
             k = sum(view.ranks)
-            return ties(M, [entries_kept(self.config.density, k, rank) for rank in view.ranks])
+            return ties(view.matrices, [entries_kept(self.config.density, k, rank) for rank in view.ranks])
 
         return aggregate
 

@@ -8,6 +8,7 @@ order, or one adapter twice, then give the same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,6 +22,8 @@ Matrices: TypeAlias = Callable[[], Iterable[Tensor]]
 
 # Relative difference up to which two sums of float32 input count as equal: some units in the last place of float32.
 SAME = 8 * FLOAT32_EPS
+# A share of one in so many entries is few.
+FEW = 16
 
 
 def keep_largest(
@@ -34,7 +37,7 @@ def keep_largest(
     if count <= 0:
         return torch.zeros_like(X)
     magnitudes = X.abs().flatten()
-    few = 16 * count <= X.numel()  # then a heap of the largest is several times as fast as a selection
+    few = FEW * count <= X.numel()  # then a heap of the largest is several times as fast as a selection
     last = magnitudes.topk(count).values[-1] if few else magnitudes.kthvalue(X.numel() - count + 1).values
     return keep_from(X, last)
 
@@ -82,11 +85,45 @@ def disjoint_merge(matrices: Matrices, signs: Tensor, reduce: Reduce) -> Tensor:
 
 
 def ties(
-    matrices: Sequence[Tensor],
+    matrices: Matrices,
     kept: Sequence[int],  # entries kept of each
 ) -> Tensor:
     """TIES (Yadav et al., NeurIPS 2023) as DC-Merge uses it: trim each matrix to its largest entries, elect the sign of the
-    sum, average the entries that agree with it. Zero where the sum is zero, and where nothing agrees."""
-    trimmed = [keep_largest(without_noise(M), count) for M, count in zip(matrices, kept, strict=True)]
-    signs, _ = elected_signs(lambda: trimmed)
-    return disjoint_merge(lambda: trimmed, signs, "mean")
+    sum, average the entries that agree with it. Zero where the sum is zero, and where nothing agrees.
+
+    Where few entries are kept only those are looked at after the trimming: the same numbers in the same order, without T passes
+    over zeros.
+    """
+    iterator = iter(matrices())
+    first = next(iterator)
+    if any(FEW * count > first.numel() for count in kept):
+        trimmed = [keep_largest(without_noise(M), count) for M, count in zip(matrices(), kept, strict=True)]
+        signs, _ = elected_signs(lambda: trimmed)
+        return disjoint_merge(lambda: trimmed, signs, "mean")
+    entries = [largest_entries(M, count) for M, count in zip(chain([first], iterator), kept, strict=True)]
+    sums, sizes, merged, counts = (first.new_zeros(first.numel()) for _ in range(4))
+    for places, values in entries:
+        sums[places] += values
+        sizes[places] += values.abs()
+    signs = sums.sign().where(sums.abs() > SAME * sizes, 0)
+    for places, values in entries:
+        agreeing = values.where(values.sign() == signs[places], 0)
+        merged[places] += agreeing
+        counts[places] += agreeing != 0
+    return (merged / counts.clamp(min=1)).view(first.shape)
+
+
+def largest_entries(
+    X: Tensor,  # any shape
+    count: int,  # far fewer than it has
+) -> tuple[Tensor, Tensor]:  # places in the flat X, and the entries there
+    """What :func:`keep_largest` keeps of X :func:`without_noise`, by itself."""
+    flat = X.flatten()
+    if count <= 0 or not flat.numel():
+        return torch.zeros(0, dtype=torch.long, device=X.device), flat[:0]
+    magnitudes = flat.abs()
+    largest = magnitudes.topk(count).values
+    (places,) = ((magnitudes >= largest[-1] * (1 - SAME)) & (magnitudes > FLOAT32_EPS * largest[0])).nonzero(
+        as_tuple=True
+    )
+    return places, flat[places]

@@ -164,10 +164,13 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
         U_cover, V_cover = cover_basis([svd.U for svd in svds]), cover_basis([svd.Vh.mT for svd in svds])
     else:
         U_cover, V_cover, _ = optimized_basis(original, steps=config.basis_steps, lr=config.basis_lr)
-    # Line 12, Eq. 10: each smoothed task vector in cover space, k x k.
-    M = [(U_cover.mT @ svd.U * S_i) @ (svd.Vh @ V_cover) for svd, S_i in zip(svds, S, strict=True)]
+
+    # Line 12, Eq. 10: each smoothed task vector in cover space, k x k. T of them are more numbers than anything else here.
+    def M(task: int) -> Tensor:
+        return (U_cover.mT @ svds[task].U * S[task]) @ (svds[task].Vh @ V_cover)
+
     ranks = [len(svd.S) for svd in svds]
     mask = structural_mask(ranks, mask=config.mask, mask_size=config.mask_size, device=U_cover.device)
     # Lines 15-16, Eq. 11: mask, and back to parameter space.
     blocks = ranks if config.mask and config.mask_size is None else None
-    return View(module, M.__getitem__, lambda merged: from_cover(U_cover, V_cover, merged * mask, blocks), ranks)
+    return View(module, M, lambda merged: from_cover(U_cover, V_cover, merged * mask, blocks), ranks)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from dc_merge_peft.outputs.beside import Beside
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
@@ -28,7 +29,12 @@ from dc_merge_peft.sources.keys import PREFIX
 
 
 def write_adapter(
-    result: MergeResult, directory: str | Path, *, overwrite: bool = False, progress: Progress = silent
+    result: MergeResult,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    beside: Beside | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write ``adapter_config.json``, ``adapter_model.safetensors``, a model card and the configuration of the run.
 
@@ -40,7 +46,7 @@ def write_adapter(
             numbers.
     """
     with whole_directory(directory, overwrite=overwrite) as building:
-        _write_files(result, building, base=base_facts(result), progress=progress)
+        _write_files(result, building, base=base_facts(result), beside=beside, progress=progress)
     return Path(directory).expanduser()
 
 
@@ -52,6 +58,7 @@ def push_adapter(
     token: str | bool | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    beside: Beside | None = None,
 ) -> str:
     """Upload the adapter to the root of a Hub repository, created if need be, in one commit; returns the commit's URL.
 
@@ -62,9 +69,11 @@ def push_adapter(
     """
     base = base_facts(result, token=token, ask_hub=True)
     with scratch() as folder:
-        _write_files(public_copy(result), folder, base=base, place=repo_id if is_hub_id(repo_id) else None)
+        _write_files(
+            public_copy(result), folder, base=base, place=repo_id if is_hub_id(repo_id) else None, beside=beside
+        )
         return publish(
-            {file.name: file for file in folder.iterdir()},
+            {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()},
             repo_id,
             commit_message=commit_message or f"Merge of {len(result.adapters)} adapters with {result.method}",
             private=private,
@@ -74,15 +83,23 @@ def push_adapter(
 
 
 def _write_files(
-    result: MergeResult, folder: Path, *, base: CardFacts, place: str | None = None, progress: Progress = silent
+    result: MergeResult,
+    folder: Path,
+    *,
+    base: CardFacts,
+    place: str | None = None,
+    beside: Beside | None = None,
+    progress: Progress = silent,
 ) -> None:
-    """The four files of an adapter, and the original LLaVA's fifth one."""
+    """The four files of an adapter, the original LLaVA's fifth one, and what lies beside the card."""
+    beside = beside or Beside()
+    beside.write(folder)
     record = run_record(result)
     (folder / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "README.md").write_text(adapter_card(result, record, base, place), encoding="utf-8")
-    result, beside = without_trainables(result)
-    if beside:
-        torch.save({PREFIX + name: value.cpu() for name, value in beside.items()}, folder / TRAINABLES_FILE)
+    (folder / "README.md").write_text(adapter_card(result, record, base, place, beside), encoding="utf-8")
+    result, trainables = without_trainables(result)
+    if trainables:
+        torch.save({PREFIX + name: value.cpu() for name, value in trainables.items()}, folder / TRAINABLES_FILE)
     # PEFT and transformers look for "format"; the provenance goes beside it, not into a config that others parse.
     metadata = {"format": "pt", "dc_merge": json.dumps(record, sort_keys=True)}
     write_weights(result, folder / "adapter_model.safetensors", metadata, progress)

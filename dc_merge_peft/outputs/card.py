@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import quote
 
-import torch
 import yaml
 
-from dc_merge_peft._version import __version__
 from dc_merge_peft.methods import METHODS
-from dc_merge_peft.outputs.card_facts import base_model_id, metadata, model_class
+from dc_merge_peft.outputs.beside import FOLDER, Beside
+from dc_merge_peft.outputs.card_facts import HUB, base_model_id, hub_page, metadata, model_class, versions
 from dc_merge_peft.outputs.markdown import code, fenced, text
 from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules, rows_by_layer
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.runconfig import printable_yaml
 from dc_merge_peft.sources.base import AdapterInfo, CardFacts
-from dc_merge_peft.sources.hub import HubId
 
 # Beyond this many modules the card has a row for all of one name and shape.
 MOST_ROWS = 60
-
-_HUB = "https://huggingface.co"
 
 _USE_ADAPTER = """from peft import PeftModel
 from transformers import {model_class}
@@ -56,7 +49,7 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 
 {usage}
 
-## Configuration
+{report}## Configuration
 
 `dc-merge {command} --config dc_merge.yaml -o OUT` {again}. Made with {versions}.
 
@@ -69,7 +62,11 @@ Coefficient alpha: {alpha:.4g}. Relative truncation error over all modules: {err
 
 
 def adapter_card(
-    result: MergeResult, record: Mapping[str, Any], base: CardFacts | None = None, place: str | None = None
+    result: MergeResult,
+    record: Mapping[str, Any],
+    base: CardFacts | None = None,
+    place: str | None = None,
+    beside: Beside | None = None,
 ) -> str:
     """Markdown for a merged adapter, the Hub's metadata block on top. Names from adapters are escaped.
 
@@ -78,6 +75,7 @@ def adapter_card(
         record: Its configuration, as it is written to ``dc_merge.yaml``.
         base: What the base model's card says of its licence.
         place: The Hub id under which it is published, for the example.
+        beside: What lies beside the card, to be shown in it.
     """
     usage = _USE_ADAPTER.format(
         model_class=model_class(result) or "AutoModel",
@@ -89,7 +87,7 @@ def adapter_card(
         return _card(
             result, record, header, what="A LoRA adapter extracted from the merge", usage=usage, again=_again(record)
         )
-    return _card(result, record, header, what="One LoRA adapter in place of several", usage=usage)
+    return _card(result, record, header, what="One LoRA adapter in place of several", usage=usage, beside=beside)
 
 
 def fused_card(
@@ -119,6 +117,7 @@ def _card(
     what: str,
     usage: str,
     again: tuple[str, str] = _MERGE_AGAIN,
+    beside: Beside | None = None,
 ) -> str:
     """The card's common frame, filled in."""
     method = METHODS.get(result.method)
@@ -136,7 +135,7 @@ def _card(
         method=text(result.method),
         title=method.title if method else "a custom method",
         reference=_reference(method.reference, method.link) if method else "no reference",
-        base=f"\nBase model: [{text(base)}]({_HUB}/{base}).\n" if base else "",
+        base=f"\nBase model: [{text(base)}]({HUB}/{base}).\n" if base else "",
         sources="\n".join(
             f"| {_source(info)} | {weight:g} |" for info, weight in zip(result.adapters, result.weights, strict=True)
         ),
@@ -144,10 +143,19 @@ def _card(
         error=result.truncation_error,
         remarks="".join(f"\n> {text(remark)}\n" for remark in result.remarks),
         usage=fenced(usage, "python"),
-        configuration=fenced(_yaml(record), "yaml"),
+        report=_report(beside) if beside and beside.files else "",
+        configuration=fenced(printable_yaml(record), "yaml"),
         modules=_modules(result),
-        versions=", ".join(_versions()),
+        versions=", ".join(f"`{code(name)} {code(number)}`" for name, number in versions().items()),
     )
+
+
+def _report(beside: Beside) -> str:
+    """The section with pictures from the folder beside the card."""
+    lines = [f"![{text(picture.alt)}]({FOLDER}/{picture.name})" for picture in beside.pictures]
+    if beside.page is not None:
+        lines.append(f"All of it as one page, to be opened in a browser: [{beside.page}]({FOLDER}/{beside.page}).")
+    return "\n\n".join(["## What is kept", *lines]) + "\n\n"
 
 
 def _reference(reference: str, link: str) -> str:
@@ -156,19 +164,10 @@ def _reference(reference: str, link: str) -> str:
 
 def _source(info: AdapterInfo) -> str:
     """A link for a Hub adapter, the bare name for a local one."""
-    hub_id = HubId.parse(info.location) if info.revision is not None else None
-    if hub_id is None or info.revision is None:
+    page = hub_page(info)
+    if page is None or info.revision is None:
         return text(info.name)
-    path = hub_id.repo + (f"/tree/{info.revision}/{hub_id.subfolder}" if hub_id.subfolder else "")
-    return f"[{text(info.location)}]({_HUB}/{quote(path)}) at `{code(info.revision[:8])}`"
-
-
-def _yaml(record: Mapping[str, Any]) -> str:
-    """The record in a code block's lines; characters that would not show, or turn the text around, are spelled out."""
-    dumped = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True).strip()
-    if all(line.isprintable() for line in dumped.split("\n")):
-        return dumped
-    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False).strip()
+    return f"[{text(info.location)}]({page}) at `{code(info.revision[:8])}`"
 
 
 def _modules(result: MergeResult) -> str:
@@ -190,14 +189,3 @@ def _row(row: Mapping[str, Any]) -> list[object]:
 def _table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*head, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
-
-
-def _versions() -> list[str]:
-    """The programs that had a part in the numbers and the files, by name and version."""
-    # A CUDA build of torch has the plain number in its metadata, and says which it is itself.
-    found = {"dc_merge_peft": __version__, "torch": torch.__version__}
-    for package in ("safetensors", "peft", "transformers", "huggingface_hub"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    found["Python"] = platform.python_version()
-    return [f"`{code(name)} {code(number)}`" for name, number in found.items()]

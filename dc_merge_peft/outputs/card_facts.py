@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
+from urllib.parse import quote
 
+import torch
+
+from dc_merge_peft._version import __version__
 from dc_merge_peft.outputs.public import is_hub_id
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base import CardFacts
+from dc_merge_peft.sources.base import AdapterInfo, CardFacts
 from dc_merge_peft.sources.cards import base_card
+from dc_merge_peft.sources.hub import HubId
+
+HUB = "https://huggingface.co"
 
 T = TypeVar("T")
 
@@ -78,6 +88,25 @@ def model_class(result: MergeResult) -> str | None:
     named = {str(key): str(value) for key, value in mapping or ()}
     name, library = named.get("base_model_class", ""), named.get("parent_library", "")
     return name if library.split(".")[0] == "transformers" and re.fullmatch(r"[A-Za-z]\w{0,99}", name) else None
+
+
+def hub_page(info: AdapterInfo) -> str | None:
+    """The address of a Hub adapter at its commit; a local one has none."""
+    hub_id = HubId.parse(info.location) if info.revision is not None else None
+    if hub_id is None:
+        return None
+    path = hub_id.repo + (f"/tree/{info.revision}/{hub_id.subfolder}" if hub_id.subfolder else "")
+    return f"{HUB}/{quote(path)}"
+
+
+def versions() -> dict[str, str]:
+    """The programs that had a part in the numbers and the files, by name."""
+    # A CUDA build of torch has the plain number in its metadata, and says which it is itself.
+    found = {"dc_merge_peft": __version__, "torch": torch.__version__}
+    for package in ("safetensors", "peft", "transformers", "huggingface_hub"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return {**found, "Python": platform.python_version()}
 
 
 def _the_one(values: Iterable[T]) -> T | None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
+from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.placing import place, to_disk
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
 _MARKS = ("dc_merge.yaml", "adapter_config.json", "config.json", "results.json")
-_OWN_FOLDERS = {"adapter"}  # of the demo
+_OWN_FOLDERS = {"adapter", FOLDER}  # of the demo, and beside a card
 
 
 def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -26,22 +27,42 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
     Raises:
         OutputError: the path exists and may not be overwritten, is a file, or can't be looked at.
     """
-    if not str(path).strip():
-        raise OutputError("the output is an empty name: expected a directory")
-    try:
-        str(path).encode()
-        target = Path(path).expanduser().resolve()
-        holder = next(parent for parent in (target, *target.parents) if parent.exists())
-        if not holder.is_dir():
-            raise OutputError(f"the output '{path}': '{holder}' is a file, expected a directory; choose another path")
+    with in_words(path):
+        target = resolved(path)
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"the output '{path}': '{target}' is a file, expected a directory; choose another path")
         if target.is_dir() and any(target.iterdir()):
             _check_overwrite(path, target, overwrite)
+        return target
+
+
+@contextmanager
+def in_words(path: str | Path) -> Iterator[None]:
+    """What the system says of a path that it can't look at, as an :class:`OutputError`."""
+    try:
+        yield
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
             f"the output {str(path)[:200]!r} can't be used ({first_line(error)}): choose another path"
         ) from error
+
+
+def resolved(path: str | Path) -> Path:
+    """Where an output lies; anything above it that exists is a directory.
+
+    Raises:
+        OutputError: it is an empty name, or below a file.
+        OSError, RuntimeError, ValueError: it is no path here.
+    """
+    if not str(path).strip():
+        raise OutputError("the output is an empty name: expected a path")
+    str(path).encode()
+    target = Path(path).expanduser().resolve()
+    holder = next(parent for parent in target.parents if parent.exists())
+    if not holder.is_dir():
+        raise OutputError(f"the output '{path}': '{holder}' is a file, expected a directory; choose another path")
     return target
 
 

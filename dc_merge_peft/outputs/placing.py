@@ -34,6 +34,26 @@ def place(new: Path, target: Path, last: Sequence[str]) -> None:
     _flush(target.parent)
 
 
+def place_file(new: Path, target: Path, *, replace: bool) -> None:
+    """Put a file in its place in one step, of another one where that may be replaced.
+
+    Raises:
+        FileExistsError: one stands there that may not.
+    """
+    if replace:
+        new.replace(target)
+    else:
+        try:
+            os.link(new, target)  # unlike renaming, refuses what exists
+        except OSError as error:
+            if error.errno not in (*_NO_EXCHANGE, errno.EPERM):
+                raise
+            if target.exists():  # no links here: two runs at a time are not told apart
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            new.rename(target)
+    _flush(target.parent)
+
+
 def to_disk(folder: Path) -> None:
     """Wait until everything in a folder is on the disk: a power cut after its renaming must find it there."""
     for path in (*folder.rglob("*"), folder):

@@ -2,54 +2,73 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from dc_merge_peft.errors import OutputError, first_line
-from dc_merge_peft.outputs.directory import hidden_beside
-from dc_merge_peft.outputs.placing import to_disk
+from dc_merge_peft.errors import OutputError
+from dc_merge_peft.outputs.directory import hidden_beside, in_words, resolved, tidy_up
+from dc_merge_peft.outputs.placing import place_file, to_disk
 from dc_merge_peft.work.workshop import NEW
 
+# An earlier output says what it is within so many bytes.
+_HEAD = 4000
 
-def check_file(path: str | Path, *, overwrite: bool = False, example: str = "tuned.yaml") -> Path:
-    """The path of a file to be written, refused where something stands in its way; called before any work is done.
+
+def check_file(
+    path: str | Path, *, overwrite: bool = False, example: str = "tuned.yaml", mark: str | None = None
+) -> Path:
+    """Where a file goes, refused where something stands in its way; called before any work is done.
+
+    Args:
+        path: The file.
+        overwrite: Whether an earlier one may be replaced.
+        example: A name, for errors.
+        mark: What stands near the beginning of an earlier output, which alone can be replaced then; None for any file.
 
     Raises:
-        OutputError: there is something that may not be replaced, or it can't be looked at.
+        OutputError: the path exists and may not be replaced, is a directory, or can't be looked at.
     """
     if not str(path).strip():
         raise OutputError(f"the output is an empty name: expected a file, as in {example}")
-    try:
-        target = Path(path).expanduser()
+    with in_words(path):
+        target = resolved(path)
         if target.is_dir():
-            raise OutputError(f"the output '{path}' is a directory: expected a file, as in {target / example}")
+            raise OutputError(f"the output '{path}' is a directory: expected a file, as in {Path(path) / example}")
         if target.exists() and not overwrite:
             raise OutputError(
-                f"the output '{path}' already exists: expected a new file; choose another path, or overwrite it (overwrite=True, "
-                "--overwrite)"
+                f"the output '{path}' already exists: expected a new file; choose another path, or overwrite it "
+                "(overwrite=True, --overwrite)"
             )
-        holder = next(parent for parent in target.resolve().parents if parent.exists())
-        if not holder.is_dir():
-            raise OutputError(f"the output '{path}': '{holder}' is a file, expected a directory; choose another path")
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"the output {str(path)[:200]!r} can't be used ({first_line(error)}): choose another path"
-        ) from error
-    return target
+        if target.exists() and not (target.is_file() and (mark is None or mark.encode() in _head(target))):
+            raise OutputError(
+                f"the output '{path}' is something else than an earlier output, and is not overwritten: choose another path, "
+                "or delete it yourself"
+            )
+        return target
 
 
-def write_whole(path: str | Path, content: bytes) -> Path:
-    """Write a file, in the place of an earlier one.
+def write_file(
+    path: str | Path, content: bytes, *, overwrite: bool = False, example: str = "tuned.yaml", mark: str | None = None
+) -> Path:
+    """Write a file in a hidden folder beside its place, and put it there in one step; arguments as for :func:`check_file`.
 
     Raises:
-        OutputError: the file system refuses.
+        OutputError: see :func:`check_file`, or the file system refuses.
     """
-    target = Path(path).expanduser()
-    with hidden_beside(path) as hidden:
-        building = hidden / NEW
-        building.write_bytes(content)
-        to_disk(hidden)
-        os.replace(building, target)
-    return target
+    tidy_up(path)
+    target = check_file(path, overwrite=overwrite, example=example, mark=mark)
+    with hidden_beside(path, target) as hidden:
+        new = hidden / NEW
+        new.mkdir()
+        (new / "file").write_bytes(content)
+        to_disk(new)
+        try:
+            place_file(new / "file", target, replace=overwrite)
+        except FileExistsError:  # another run has been quicker
+            check_file(path, example=example, mark=mark)
+            raise
+    return Path(path).expanduser()
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_HEAD)

@@ -5,6 +5,7 @@ Figures are plain :class:`matplotlib.figure.Figure` objects: no pyplot, no globa
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ __all__ = [
     "figure_kind",
     "inspection_figures",
     "overlap_figure",
+    "png_bytes",
     "require_matplotlib",
     "save_figure",
     "save_figures",
@@ -45,6 +47,16 @@ def inspection_figures(inspection: Inspection) -> dict[str, Figure]:
     if inspection.cover:
         figures["cover"] = cover_figure(inspection)
     return figures
+
+
+def png_bytes(figure: Figure, widest: int = 1600) -> bytes:
+    """A figure as a small PNG of at most so many pixels side by side and 256 colours, the same bytes for the same numbers."""
+    from PIL import Image  # comes with matplotlib
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=min(100.0, widest / figure.get_figwidth()))
+    Image.open(drawn).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:

@@ -7,33 +7,39 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dc_merge_peft.inspection.data import Inspection, MergeInspection
+from dc_merge_peft.inspection.data import Inspection, MergeInspection, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
+from dc_merge_peft.inspection.summary import cumulative_percent, quartiles
 from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, new_figure, settled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def spectrum_figure(inspection: Inspection) -> Figure:
+def spectrum_figure(inspection: Inspection, merge: MergeInspection | None = None) -> Figure:
     """Singular values of each adapter relative to the first (Figure 1), and the energy that the first ones hold together
-    (Figure 9a): medians over modules, with the middle half of the modules as a band where few adapters leave room."""
+    (Figure 9a): medians over modules, with the middle half of the modules as a band where few adapters leave room. With a merge also its own, in black."""
     figure = new_figure(9.5, 3.8)
     left, right = figure.subplots(1, 2)
-    adapters = [adapter for adapter in inspection.adapters if adapter.measured]
-    for index, adapter in enumerate(adapters):
+    adapters = [(adapter.name, adapter.measured) for adapter in inspection.adapters if adapter.measured]
+    merged = [spectrum for spectrum in merge.spectra.values() if spectrum.S] if merge else []
+    deltas: list[tuple[str, Sequence[ModuleSpectrum]]] = [*adapters, *([("merged", merged)] if merged else [])]
+    for index, (name, modules) in enumerate(deltas):
         style: dict[str, Any] = {
             "color": LINES[index % len(LINES)],
             "linestyle": DASHES[index // len(LINES) % len(DASHES)],
+            "linewidth": 1.6,
         }
-        relative = [[value / module.S[0] for value in module.S] for module in adapter.measured]
-        cumulative = [_cumulative(module.S) for module in adapter.measured]
+        if modules is merged:
+            style = {"color": "#000000", "linestyle": "-", "linewidth": 2.6}
+        relative = [[value / module.S[0] for value in module.S] for module in modules]
+        cumulative = [cumulative_percent(module.S) for module in modules]
         for axes, curves in ((left, relative), (right, cumulative)):
-            low, middle, high = _quartiles(curves)
+            low, middle, high = quartiles(curves)
             places = range(1, len(middle) + 1)
             marker = "o" if len(middle) == 1 else None
-            axes.plot(places, middle, label=adapter.name, linewidth=1.6, marker=marker, **style)
-            if len(adapters) <= 3 and len(adapter.measured) > 1:
+            axes.plot(places, middle, label=name, marker=marker, **style)
+            if len(adapters) <= 3 and len(modules) > 1:
                 axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
     left.set_yscale("log")
     left.set_ylabel("$S_j\\,/\\,S_1$", fontsize=9)
@@ -160,22 +166,3 @@ def _mean_blocks(inspection: Inspection, modules: Sequence[str]) -> list[list[fl
             for b, value in zip(report.adapters, row, strict=True):
                 found.setdefault((a, b), []).append(value)
     return [[statistics.fmean(found.get((a, b), [math.nan])) for b in range(count)] for a in range(count)]
-
-
-def _cumulative(S: Sequence[float]) -> list[float]:
-    """Percent of ``sum S^2`` in the first j values."""
-    whole, so_far, shares = sum(value**2 for value in S), 0.0, []
-    for value in S:
-        so_far += value**2
-        shares.append(100 * so_far / whole)
-    return shares
-
-
-def _quartiles(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
-    """Lower quartile, median and upper quartile at each place, over the curves that reach it."""
-    rows = []
-    for place in range(max(map(len, curves))):
-        column = [curve[place] for curve in curves if len(curve) > place]
-        rows.append(statistics.quantiles(column, n=4, method="inclusive") if len(column) > 1 else column * 3)
-    low, middle, high = map(list, zip(*rows, strict=True))
-    return low, middle, high

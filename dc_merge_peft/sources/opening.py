@@ -20,7 +20,7 @@ def open_sources(
     keep_extras: bool = True,
 ) -> list[Source]:
     """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
-    where that is asked for."""
+    where that is asked for, but for open ones that are read under that rename already."""
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     sources = list(sources)  # it is gone through twice
@@ -37,7 +37,12 @@ def open_sources(
         source if isinstance(source, Source) else CheckpointSource(source, name=names[str(source)], token=token)
         for source in sources
     ]
-    return opened if rename is None else [RenamedSource(source, rename, keep_extras=keep_extras) for source in opened]
+    return [
+        source
+        if rename is None or source.info.rename == rename
+        else RenamedSource(source, rename, keep_extras=keep_extras)
+        for source in opened
+    ]
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import yaml
 from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.outputs.single import check_file, write_whole
+from dc_merge_peft.outputs.single import check_file, write_file
 from dc_merge_peft.reading import Devices
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources.base import IN_MEMORY
@@ -112,7 +112,7 @@ class TuneResult:
             },
         }
         content = yaml.safe_dump({**self.config.to_dict(), "record": record}, sort_keys=False, allow_unicode=True)
-        return write_whole(path, content.encode())
+        return write_file(path, content.encode(), overwrite=overwrite)
 
     def plot(self, path: str | Path) -> Path:
         """Write a figure of the search as PNG or SVG, by the path's ending; needs the extra ``plots``.

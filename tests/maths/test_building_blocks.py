@@ -14,6 +14,7 @@ from torch import Tensor
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import null_threshold, polar_factor, svd_of_product, truncated_svd
 from dc_merge_peft.lowrank import LowRank, concatenate
+from dc_merge_peft.methods import elementwise
 from dc_merge_peft.methods.cover import cover_basis, ranks_that_fit, structural_mask
 from dc_merge_peft.methods.dc import entries_kept
 from dc_merge_peft.methods.elementwise import keep_largest, ties, total
@@ -257,9 +258,9 @@ def test_ties_by_hand() -> None:
     second = torch.tensor([[2.0, 5.0, 0.1], [-2.0, 0.1, 0.3]])
     third = torch.tensor([[-1.0, -0.5, 0.9], [0.0, 0.7, -0.2]])
     # Trimmed: (4, -3, 0 / 2, 0, 0), (2, 5, 0 / -2, 0, 0), (-1, 0, 0.9 / 0, 0.7, 0); signs (+, +, + / 0, +, 0).
-    merged = ties([first, second, third], [3, 3, 3])
+    merged = ties(lambda: [first, second, third], [3, 3, 3])
     assert torch.allclose(merged, torch.tensor([[3.0, 5.0, 0.9], [0.0, 0.7, 0.0]]))
-    assert torch.allclose(ties([first, second], [1, 6]), torch.tensor([[3.0, 5.0, 0.1], [-2.0, 0.1, 0.3]]))
+    assert torch.allclose(ties(lambda: [first, second], [1, 6]), torch.tensor([[3.0, 5.0, 0.1], [-2.0, 0.1, 0.3]]))
     assert torch.allclose(total([first, second]), first + second)
 
 
@@ -269,3 +270,18 @@ def test_entries_kept() -> None:
     assert entries_kept(0.1, 12, 4) == 14 and entries_kept(1.0, 12, 4) == 144 and entries_kept("auto", 0, 0) == 0
     with pytest.raises(OptionError, match=r"'density' is 0.001, which keeps none of the 8 x 8 entries .* 'auto'"):
         entries_kept(0.001, 8, 4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_of_few_entries_is_ties(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By places or by whole matrices: the same numbers to the last bit, with equal entries, opposite ones, noise and nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(24, 24, dtype=torch.float64, generator=generator)
+    matrices = [shared.clone(), -shared, shared * (1 + 1e-9), torch.zeros_like(shared), shared * 1e-12]
+    matrices += [torch.randn(24, 24, dtype=torch.float64, generator=generator).round(decimals=1) for _ in range(4)]
+    matrices[4][0, 0] = 1.0
+    matrices = [matrices[index] for index in torch.randperm(len(matrices), generator=generator).tolist()]
+    kept = torch.randint(0, 37, (len(matrices),), generator=generator).tolist()
+    found = ties(lambda: matrices, kept)
+    monkeypatch.setattr(elementwise, "FEW", 10**9)
+    assert torch.equal(found, ties(lambda: matrices, kept)) and bool(found.any())

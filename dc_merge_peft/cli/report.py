@@ -1,0 +1,112 @@
+"""``dc-merge report``: a merge as one page of HTML."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.cli import options as shared
+from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, say
+from dc_merge_peft.errors import MergeWarning, OptionError
+from dc_merge_peft.inspection.data import plain
+from dc_merge_peft.merged import MergedAdapter
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.reading import checked_device
+from dc_merge_peft.report.gather import gather
+from dc_merge_peft.report.write import check_place, write_report
+from dc_merge_peft.runconfig import RunConfig
+
+
+@reports_errors
+def report(
+    merged: Annotated[
+        str | None, typer.Argument(help="A merged adapter: a directory that dc-merge has written.")
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="The adapters it was made from, in their order. Default: those it has recorded."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The file, as in report.html.", rich_help_panel=shared.OUT)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of a merge: merge in memory, write no adapter, and report.", rich_help_panel=shared.RUN
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model of DoRA adapters. Default: the recorded one.", rich_help_panel=shared.RUN),
+    ] = None,
+    device: shared.Device = None,
+    allow_different_bases: shared.AllowDifferentBases = False,
+    allow_zero: shared.AllowZero = False,
+    overwrite: shared.Overwrite = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Write what is known of a merge as one HTML page, which needs no other file and no network.
+
+    Settings, sources, what is kept of each adapter layer by layer, singular values before and after, overlaps, truncation,
+    and warnings in words.
+
+    Example: dc-merge report merged -o report.html
+    """
+    if (merged is None) == (config is None):
+        raise OptionError(
+            "found no merge: expected a merged adapter or --config; see dc-merge report --help"
+            if merged is None
+            else f"found both '{merged}' and --config: expected one of them, a merge that exists or a new one"
+        )
+    if output is None:
+        raise OptionError("found no output: expected a file, as in -o report.html")
+    shared.tidied_output(output)
+    check_place(output, overwrite=overwrite)
+    checked_device(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)  # the page says them
+        target = merged
+        if config is not None:
+            run = RunConfig.read(config)
+            target = _merged(run, base, device, allow_different_bases=allow_different_bases, allow_zero=allow_zero)
+        assert target is not None
+        found = gather(target, adapters or None, base=base, device=device)
+    file = write_report(found, output, overwrite=overwrite)
+    if as_json:
+        findings = [plain(asdict(finding)) for finding in found.findings]
+        typer.echo(json.dumps({"output": str(file), "bytes": file.stat().st_size, "findings": findings}))
+        return
+    warned = sum(finding.level == "warning" for finding in found.findings)
+    say(
+        console(),
+        f"written to {output} ({bytes_in_words(file.stat().st_size)}): {warned} warning{'s' * (warned != 1)} in it",
+    )
+
+
+def _merged(
+    run: RunConfig, base: str | None, device: str | None, *, allow_different_bases: bool, allow_zero: bool
+) -> MergedAdapter:
+    """The merge of a configuration, in memory."""
+    if not run.adapters:
+        raise OptionError(
+            "the configuration names no adapters: expected lines such as 'adapters: [math-lora, code-lora]'"
+        )
+    return DCMergeAdapter(method_named(run.method, run.options).config).merge(
+        run.adapters,
+        run.weights,
+        svd_rank=run.svd_rank,
+        dtype=run.dtype,
+        device=device or run.device,
+        allow_different_bases=allow_different_bases,
+        allow_zero=allow_zero,
+        rename=run.rename,
+        base=base or run.base,
+        dora_rank=run.dora_rank,
+        extras=run.extras,
+    )

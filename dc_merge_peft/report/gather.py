@@ -1,0 +1,128 @@
+"""From a merge, in memory or on disk, to what its page shows: the adapters are opened once and looked at twice."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.inspection.adapters import inspect_adapters
+from dc_merge_peft.inspection.merged import inspect_merge, sources_of
+from dc_merge_peft.outputs.public import public_copy
+from dc_merge_peft.report.data import MergeReport
+from dc_merge_peft.result import MergeResult
+from dc_merge_peft.runconfig import FILE_NAME, RunConfig, read_record, run_record
+from dc_merge_peft.sources.base import AdapterInfo, Source
+from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading, with_base
+from dc_merge_peft.sources.hub import locate
+from dc_merge_peft.sources.opening import open_sources
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """How a merge came about, as far as it is known."""
+
+    record: Mapping[str, Any]
+    run: RunConfig
+    adapters: Sequence[str | Path | Source]
+    infos: Sequence[AdapterInfo] | None = None  # how the merge calls its adapters; None as they are called here
+
+
+def gather(
+    merged: MergeResult | str | Path,
+    sources: Sequence[str | Path | Source] | None = None,
+    *,
+    base: str | Path | nn.Module | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    token: str | bool | None = None,
+    public: bool = False,
+) -> MergeReport:
+    """Look at the adapters, and at what the merge keeps of each; arguments as for :func:`dc_merge_peft.report_merge`.
+
+    Args:
+        public: Leave out what only this machine knows: local adapters by the last part of their name.
+    """
+    origin = _of_result(merged, sources) if isinstance(merged, MergeResult) else _of_directory(merged, sources)
+    target = public_copy(merged) if public and isinstance(merged, MergeResult) else merged
+    if public and isinstance(target, MergeResult):
+        origin = dataclasses.replace(origin, record=run_record(target), infos=target.adapters)
+    with _opened(origin, base or origin.run.base, device, token) as opened:
+        before = inspect_adapters(opened, device=device, progress=progress)
+        after = inspect_merge(target, opened, device=device, progress=progress)
+    weights = origin.run.weights
+    if origin.record and weights is None:
+        weights = (1.0,) * len(opened)
+    fitting = weights is not None and len(weights) == len(opened)
+    return MergeReport(before=before, after=after, record=origin.record, weights=weights if fitting else None)
+
+
+def _of_result(merged: MergeResult, sources: Sequence[str | Path | Source] | None) -> _Origin:
+    if merged.full is not None:
+        raise OptionError("the merge was made from full models: expected one of LoRA adapters, which a report is about")
+    record = run_record(merged)
+    run = RunConfig(
+        adapters=tuple(record["adapters"]), weights=merged.weights, method=merged.method, rename=merged.rename,
+        base=record.get("base"), dora_rank=record.get("dora_rank"),
+    )  # fmt: skip
+    adapters = sources_of(merged) if sources is None else sources
+    return _Origin(record, run, adapters, merged.adapters if sources is None else None)
+
+
+def _of_directory(merged: str | Path, sources: Sequence[str | Path | Source] | None) -> _Origin:
+    file = locate(merged).directory / FILE_NAME
+    if not file.is_file():
+        if sources is None:
+            raise SourceError(
+                f"'{merged}' has no {FILE_NAME} that says what it was made from: expected an adapter that dc-merge merge has "
+                "written; name the adapters behind it"
+            )
+        return _Origin({}, RunConfig(), sources)
+    run = RunConfig.read(file)
+    if run.models:
+        raise OptionError(f"'{merged}' was made from full models: expected a merge of LoRA adapters")
+    if sources is None and not run.adapters:
+        raise OptionError(f"the {FILE_NAME} of '{merged}' names no adapters: name them behind it")
+    return _Origin(read_record(file), run, run.adapters if sources is None else sources)
+
+
+@contextmanager
+def _opened(
+    origin: _Origin, base: str | Path | nn.Module | None, device: torch.device | str | None, token: str | bool | None
+) -> Iterator[list[Source]]:
+    """The adapters as they were merged: renamed, DoRA with its base model, under the names of the merge."""
+    reading = DoraReading(origin.run.dora_rank, None if device is None else torch.device(device), allow_zero=True)
+    try:
+        opened = open_sources(origin.adapters, token, origin.run.rename, keep_extras=False)
+    except SourceError as error:
+        raise SourceError(
+            f"the report needs the adapters that were merged, and {error}; if they have moved, name them behind the merge"
+        ) from error
+    try:
+        joined = with_base(opened, BaseModel.of(base, token), reading)
+        yield (
+            [_named(source, info) for source, info in zip(joined, origin.infos or [], strict=True)]
+            if (origin.infos)
+            else joined
+        )
+    finally:
+        for source in opened:
+            if source not in origin.adapters:
+                source.close()
+
+
+def _named(source: Source, info: AdapterInfo) -> Source:
+    """The same open source as the merge calls it."""
+    named = copy.copy(source)
+    named.info = info
+    return named
