@@ -1,5 +1,5 @@
 """Write the names, the options and the source of every method into its page in docs/methods, the list of all into the guide,
-and their classes into the page on Python, from the methods themselves, so that no default is typed.
+and their classes into the API reference, from the methods themselves, so that no default is typed.
 
 python examples/method_pages.py
 """
@@ -14,7 +14,7 @@ from dc_merge_peft.methods import METHODS
 
 FOLDER = Path(__file__).parent.parent / "docs/methods"
 GUIDE = FOLDER / "index.md"
-PYTHON = FOLDER.parent / "python.md"
+API = FOLDER.parent / "api.md"
 
 
 def options_block(name: str) -> str:
@@ -81,7 +81,7 @@ def pages() -> dict[Path, str]:
     texts = {FOLDER / f"{name}.md": method_page(name) for name in METHODS}
     return texts | {
         GUIDE: rendered(GUIDE, "methods", methods_block()),
-        PYTHON: rendered(PYTHON, "reference", reference_block()),
+        API: rendered(API, "reference", reference_block()),
     }
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import dc_merge_peft
 from dc_merge_peft.cli import app
 from dc_merge_peft.methods import METHODS
 from dc_merge_peft.runconfig import RunConfig
@@ -153,3 +155,52 @@ def test_comparison_is_the_saved_one() -> None:
     text = module.GUIDE.read_text(encoding="utf-8")
     assert module.rendered(module.GUIDE, json.loads(module.RESULTS.read_text(encoding="utf-8"))) == text
     assert all(f"| `{name}` |" in text for name in METHODS)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """No page of docs that a reader of the site can't find, and none twice."""
+
+    def pages(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        entries = entry.values() if isinstance(entry, dict) else entry
+        assert isinstance(entries, Iterable)
+        return [page for part in entries for page in pages(part)]
+
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(named) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+def undocumented(module: ModuleType, documented: set[str]) -> list[str]:
+    """The public names of a module that are on no page: neither they nor, for classes and functions, the module they are from."""
+    missing = []
+    for name in module.__all__:
+        thing = getattr(module, name)
+        home = getattr(thing, "__module__", None)  # a value has none
+        places = {f"{module.__name__}.{name}", f"{home}.{name}", home}
+        if not places & documented:
+            missing.append(name)
+    return missing
+
+
+def test_every_public_name_is_documented() -> None:
+    """Whatever ``import dc_merge_peft`` offers has its reference on some page of the site, and so has every measure."""
+    named = {
+        path for page in PAGES for path in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert undocumented(dc_merge_peft, named) == []
+    assert undocumented(dc_merge_peft.metrics, named) == []
+    assert undocumented(
+        dc_merge_peft, named - {"dc_merge_peft.errors", "dc_merge_peft.tune", "dc_merge_peft.METHODS"}
+    ) == [name for name in dc_merge_peft.__all__ if name in {"METHODS", "tune"} or name.endswith(("Error", "Warning"))]
+
+
+def test_every_answer_leads_on() -> None:
+    """Each answer among the questions links to a page with more, and a thread that is cited is named as its link is."""
+    text = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    answers = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    assert [answer.splitlines()[0] for answer in answers if not re.search(r"\]\([\w/-]+\.md", answer)] == []
+    threads = re.findall(r"\[([^\]]+) (\d+)\]\(https://github\.com/[\w-]+/([\w.-]+)/(?:issues|pull)/(\d+)\)", text)
+    assert len(threads) > 50 and text.count("https://github.com/") == len(threads)
+    for name, number, repository, linked in threads:
+        assert number == linked and name.lower().replace("-", "") == repository.lower().replace("-", "")

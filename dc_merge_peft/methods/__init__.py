@@ -39,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "wudi_closed": WUDIClosed,
     "robust": RobustMerge,
 }
+"""Every method's class by its name, which ``method=``, ``--method`` and YAML files take."""
 
 
 def method_named(name: str, options: Mapping[str, Any] | None = None) -> Method:

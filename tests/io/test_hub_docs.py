@@ -53,3 +53,19 @@ def test_python_blocks(server: HubServer) -> None:
     for block in blocks(PAGE, "python"):
         exec(compile(block, str(PAGE), "exec"), namespace)
     assert namespace["url"] and server.store.repos["org/fused"].private and Path("fused", "model.safetensors").exists()
+
+
+def test_quickstart_pushes(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands of the quickstart's section on the Hub, from the directories that its reader has."""
+    monkeypatch.chdir(tmp_path / "made")
+    section = (
+        (ROOT / "docs/quickstart.md")
+        .read_text(encoding="utf-8")
+        .partition("## Push to the Hub")[2]
+        .partition("\n## ")[0]
+    )
+    lines = [line.removeprefix("$ ") for line in section.splitlines() if line.startswith("$ dc-merge")]
+    for line in lines:
+        result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert len(lines) == 2 and all(server.store.repos[name].private for name in ("me/merged", "me/fused"))
