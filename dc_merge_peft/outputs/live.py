@@ -78,7 +78,8 @@ def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter
     with unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
         with _readable_refusals(config):
-            tuner.inject_adapter(tuner.model, adapter_name)
+            # Random numbers for factors that are replaced at once take as long as the merge. What stands outside them is copied.
+            tuner.inject_adapter(tuner.model, adapter_name, low_cpu_mem_usage=not result.extras.values)
         write_factors(result, tuner.model, adapter_name)
         write_extras(result, tuner.model, adapter_name)
 
@@ -167,9 +168,12 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
 
 def _device_of(layer: LoraLayer, fresh: nn.Parameter, offloading: Offloading) -> torch.device | None:
     """Where a layer computes; None where nothing says so, as for a base layer on the meta device."""
-    if place := offloading.find(layer.get_base_layer(), "weight"):
+    base = layer.get_base_layer()
+    if place := offloading.find(base, "weight"):
         return place.device
-    return None if fresh.is_meta else fresh.device
+    if not fresh.is_meta:
+        return fresh.device
+    return next((parameter.device for parameter in base.parameters() if not parameter.is_meta), None)
 
 
 def _config_for(result: MergeResult, model: nn.Module) -> LoraConfig:
