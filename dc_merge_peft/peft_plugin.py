@@ -82,5 +82,6 @@ def add_merged_adapter(
         allow_different_bases=allow_different_bases,
         extras=extras,
     )
-    result = run_merge(plan, sources, method, device=device, allow_zero=allow_zero)
+    # Multiplied out while they are put into the model: each is looked at once, and alpha comes with the product.
+    result = run_merge(plan, sources, method, device=device, allow_zero=allow_zero, lazily=True)
     install_in_tuner(result, tuner, adapter_name)
