@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.work.locks import locked
 from dc_merge_peft.work.manifest import differences
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _KIND = "dc-merge tune"  # how the first line begins to say what the file is
 
@@ -63,7 +59,10 @@ def opened(path: str | Path, header: Mapping[str, Any], *, resume: bool, overwri
         ) from error
     ours = False
     try:
-        _locked(file, target)
+        if locked(file) is False:
+            raise OutputError(
+                f"another search is at work with the journal '{target}': expected one at a time; wait for it, or choose another output"
+            )
         lines = _lines(file, target)
         if lines and not resume and not overwrite:
             raise OutputError(
@@ -101,19 +100,6 @@ def _append(file: int, values: Mapping[str, Any], target: Path) -> None:
             f"can't write to the journal '{target}' ({first_line(error)}): what was finished before is kept in it; make room, and "
             "resume"
         ) from error
-
-
-def _locked(file: int, target: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"another search is at work with the journal '{target}': expected one at a time; wait for it, or choose another output"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
 
 
 def _lines(file: int, target: Path) -> list[dict[str, Any]]:

@@ -17,15 +17,11 @@ from typing import Any
 from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, OutputError, first_line
 from dc_merge_peft.methods import Method
 from dc_merge_peft.work.finished import WorkFolder, tidy
+from dc_merge_peft.work.locks import locked
 from dc_merge_peft.work.manifest import differences
 from dc_merge_peft.work.modules import Modules
 from dc_merge_peft.work.team import ShareDone, Team
 from dc_merge_peft.work.workshop import claim, workshop_of
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _ENDING = ".dc-merge-work"
 # The manifest says that a folder is one of ours, which may be deleted: nobody else has a file of this name.
@@ -101,16 +97,11 @@ class WorkPlace:
             raise OutputError(
                 f"can't keep finished modules in '{self.folder}' ({first_line(error)}): choose a writable place for the output"
             ) from error
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(lock)
-                raise OutputError(
-                    f"another run is at work in '{self.folder}': expected one at a time; wait for it, or choose another output"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
+        if locked(lock) is False:
+            os.close(lock)
+            raise OutputError(
+                f"another run is at work in '{self.folder}': expected one at a time; wait for it, or choose another output"
+            )
         return lock
 
     def _refuse_strangers(self) -> None:

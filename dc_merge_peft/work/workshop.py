@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows, where such folders are left for people to delete
-    fcntl = None
+from dc_merge_peft.work.locks import locked
 
 NEW, OLD = "new", "old"  # what is being made; what stood in its place, where that takes two steps
 _RECORD, _ENDING = "lock", ".dc-merge"
@@ -123,7 +120,8 @@ def _tidied(folder: Path, target: Path) -> Iterator[str]:
             if time.time() - folder.stat().st_mtime > _UNNAMED:
                 shutil.rmtree(folder, ignore_errors=True)
             return
-        if owner.target != target.name or lock is None or not _lock(lock):
+        # Without locks, as on Windows, such folders are left for people to delete.
+        if owner.target != target.name or lock is None or not locked(lock):
             return
         here = owner.boot == _boot() or (owner.host == _host() and _host() != "")
         if not (owner.locked and here):
@@ -153,23 +151,12 @@ def claim(folder: Path, target: Path) -> int:
     """
     lock = os.open(folder / _RECORD, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        record = _Owner(target.name, _boot(), _host(), os.getpid(), _lock(lock))
+        record = _Owner(target.name, _boot(), _host(), os.getpid(), bool(locked(lock)))
         os.write(lock, json.dumps(vars(record)).encode())
     except BaseException:
         os.close(lock)
         raise
     return lock
-
-
-def _lock(opened: int) -> bool:
-    """Whether the lock could be had."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process has it, or this file system knows no locks
-        return False
-    return True
 
 
 def _boot() -> str:

@@ -1,0 +1,28 @@
+"""Locks on open files, which the system lets go of when their holder ends, however it ends."""
+
+from __future__ import annotations
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def locked(opened: int) -> bool | None:
+    """Take the lock of an open file for this process alone, without waiting.
+
+    Args:
+        opened: Its descriptor; the lock lasts until it is closed.
+
+    Returns:
+        Whether it could be had, False where another process has it; None where this system or the file system knows no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
