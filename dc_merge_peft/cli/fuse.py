@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
-from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
 from dc_merge_peft.cli.processes import work_place
@@ -40,7 +39,7 @@ def fuse(
         int | None,
         typer.Option(help="Rank of what is added at most. Default: nothing is cut.", rich_help_panel=shared.RUN),
     ] = None,
-    device: shared.Device = None,
+    device: shared.Devices = None,
     max_memory: shared.MaxMemory = None,
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
@@ -87,9 +86,9 @@ def fuse(
             f"found no adapters to fuse into '{run.base}': expected directories or Hub ids after the base model; see dc-merge "
             "fuse --help"
         )
-    checked_memory(max_memory)
     push = shared.checked_destination(
-        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
+        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
+        max_memory=max_memory,
     )  # fmt: skip
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
@@ -109,7 +108,6 @@ def fuse(
         with work_place(run, resume=resume) as (place, here):
             fused = merger.fuse_to_disk(
                 run.base, run.adapters, run.output, run.weights, device=here.device, max_memory=max_memory,
-                allow_zero=allow_zero,
-                overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
+                allow_zero=allow_zero, overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
             )  # fmt: skip
     print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
-from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
 from dc_merge_peft.cli.processes import work_place
@@ -38,7 +37,7 @@ def merge(
     rename: shared.RenameName = None,
     svd_rank: shared.SvdRank = None,
     dtype: shared.Dtype = None,
-    device: shared.Device = None,
+    device: shared.Devices = None,
     max_memory: shared.MaxMemory = None,
     base: shared.Base = None,
     dora_rank: shared.DoraRank = None,
@@ -86,9 +85,9 @@ def merge(
     )
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
-    checked_memory(max_memory)
     push = shared.checked_destination(
-        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
+        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
+        max_memory=max_memory,
     )  # fmt: skip
     if report:
         require_matplotlib()

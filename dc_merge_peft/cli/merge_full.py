@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
-from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
 from dc_merge_peft.cli.processes import one_process
@@ -103,9 +102,9 @@ def merge_full(
             f"the configuration has {odd}: {getattr(run, odd)!r}, which is for adapters: expected models; use dc-merge merge or fuse"
         )
     one_process("merge-full")
-    checked_memory(max_memory)
     push = shared.checked_destination(
-        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run
+        run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
+        max_memory=max_memory,
     )  # fmt: skip
     merger = DCMergeAdapter(method=run.method, **run.options)
     settings: dict[str, Any] = {
@@ -121,7 +120,7 @@ def merge_full(
             print_full_plan(merger.plan_full(run.base, run.models, run.weights, **settings), run, as_json=as_json)
             return
         merged = merger.merge_full(
-            run.base, run.models, run.output, run.weights, device=run.device, max_memory=max_memory, overwrite=overwrite, push_to=push_to,
-            **push, **settings,
+            run.base, run.models, run.output, run.weights, device=run.device, max_memory=max_memory,
+            overwrite=overwrite, push_to=push_to, **push, **settings,
         )  # fmt: skip
     print_full(merged, run.output, time.perf_counter() - start, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.outputs.directory import check_target, tidied
 from dc_merge_peft.outputs.publish import check_repository
@@ -64,7 +65,8 @@ Base = Annotated[
     str | None,
     typer.Option(help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=RUN),
 ]
-Device = Annotated[
+Device = Annotated[str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=RUN)]
+Devices = Annotated[
     str | None,
     typer.Option(
         help="Where to compute, as in cuda:0; several as in cuda:0,cuda:1, or auto. Default: cpu.", rich_help_panel=RUN
@@ -168,14 +170,16 @@ def checked_destination(
     create_pr: bool,
     overwrite: bool,
     dry_run: bool,
+    max_memory: str | None,
 ) -> dict[str, Any]:
-    """Everything about where a result goes, before any work: an output or an upload, its place, and the device; returns the
-    options of the upload.
+    """Everything about where a result is made and goes, before any work: an output or an upload, its place, the device and its
+    memory; returns the options of the upload.
 
     Raises:
-        OptionError: nowhere to go, an upload as :func:`checked_push` refuses it, or no such device.
+        OptionError: nowhere to go, an upload as :func:`checked_push` refuses it, no such device, or no size of memory.
         OutputError: something stands in the output's way.
     """
+    checked_memory(max_memory)
     push = checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")

@@ -87,7 +87,7 @@ def tune(
     rename: shared.RenameName = None,
     svd_rank: shared.SvdRank = None,
     dtype: shared.Dtype = None,
-    device: shared.Device = None,
+    device: shared.Devices = None,
     base: shared.Base = None,
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,

@@ -110,11 +110,8 @@ def _opened(
         ) from error
     try:
         joined = with_base(opened, BaseModel.of(base, token), reading)
-        yield (
-            [_named(source, info) for source, info in zip(joined, origin.infos or [], strict=True)]
-            if (origin.infos)
-            else joined
-        )
+        infos = origin.infos or [source.info for source in joined]
+        yield [_named(source, info) for source, info in zip(joined, infos, strict=True)]
     finally:
         for source in opened:
             if source not in origin.adapters:
