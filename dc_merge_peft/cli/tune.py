@@ -138,7 +138,9 @@ def tune(
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge tune --help")
     evaluate = _evaluation(command, output, timeout, dry_run=dry_run)
-    replace = overwrite or resume  # what a resumed search had written is its own
+    journal = f"{output}.trials.jsonl"
+    # What an earlier run of this search had written is its own; a search without a journal has had none.
+    replace = overwrite or (resume and Path(journal).expanduser().exists())
     _check_outputs(output, save, plot, overwrite=replace, dry_run=dry_run)
     prepared = _prepared(
         run, _space(space, tried or []), alphas=alphas.split(",") if alphas is not None else None, minimize=minimize,
@@ -148,7 +150,6 @@ def tune(
         print_search(prepared, as_json=as_json)
         return
     check_room(output, prepared.plan.summary()["largest_bytes"])
-    journal = f"{output}.trials.jsonl"
     with (
         journal_of(prepared, evaluate, journal, resume=resume, overwrite=overwrite) as opened,
         _saying_what_is_kept(opened),

@@ -129,6 +129,16 @@ def test_resuming_what_failed(workspace: Path, command: str, deltas: Deltas) -> 
     assert tune(command, "--overwrite").exit_code == 0 and len(runs(workspace)) == 13
 
 
+def test_resuming_what_was_never_begun(workspace: Path, command: str) -> None:
+    """Without a journal nothing that stands there is this search's own: a configuration and an adapter of others stay."""
+    Path("tuned.yaml").write_text("method: ta\n")
+    failed(tune(command, "--resume"), "the output 'tuned.yaml' already exists")
+    os.unlink("tuned.yaml")
+    before = listing(workspace)
+    failed(tune(command, "--resume", "--save", "math-lora"), "the output 'math-lora' already exists")
+    assert listing(workspace) == before
+
+
 def test_interrupted(workspace: Path, command: str) -> None:
     """Ctrl-C ends the program too, keeps what is finished and leaves nothing half-written."""
     (workspace / "then.py").write_text(
