@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -54,18 +54,23 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
     for change in changes:  # before the deltas: a value of the base model may be what a delta is added to
         owner, _, leaf = change.parameter.rpartition(".")
         change.apply(getattr(model.get_submodule(owner), leaf), result.extras.values[change.name].value)
-    copied: set[tuple[int, str]] = set()
-    for target in targets:
-        whole, stored = _read(target, offloading)
-        key = (id(target.module), target.place.parameter)
-        if stored and key not in copied:
-            # What is offloaded is changed in a copy: its numbers may be those of a file. Experts share one.
+    for group in _by_parameter(targets):
+        whole, stored = _read(group[0], offloading)
+        if stored:  # changed in a copy: its numbers may be those of a file
             whole = whole.clone()
-            copied.add(key)
-        weight = target.part_of(whole)
-        weight.copy_(_fused(weight, target, result))
+        for target in group:
+            weight = target.part_of(whole)
+            weight.copy_(_fused(weight, target, result))
         if stored:
             stored.write(whole)
+
+
+def _by_parameter(targets: Iterable[Target]) -> list[list[Target]]:
+    """Experts share a parameter, which is read and written once."""
+    groups: dict[tuple[int, str], list[Target]] = {}
+    for target in targets:
+        groups.setdefault((id(target.module), target.place.parameter), []).append(target)
+    return list(groups.values())
 
 
 def _read(target: Target, offloading: Offloading) -> tuple[Tensor, Offloaded | None]:
@@ -88,21 +93,22 @@ def _fused(weight: Tensor, target: Target, result: MergeResult) -> Tensor:
     return fused
 
 
-def _check_sums(targets: Sequence[Target], offloading: Offloading, result: MergeResult) -> None:
+def _check_sums(targets: Iterable[Target], offloading: Offloading, result: MergeResult) -> None:
     """Refuse sums that are not finite before any weight is changed. No entry of a delta is larger than its norm, which spares most
     weights the sum.
 
     Raises:
         OutputError: there is one.
     """
-    for target in targets:
-        weight = target.part_of(_read(target, offloading)[0])
-        if not weight.is_floating_point() or not weight.numel():
+    for group in _by_parameter(targets):
+        whole, _ = _read(group[0], offloading)
+        if not whole.is_floating_point() or not whole.numel():
             continue
-        least, most = (float(extreme) for extreme in weight.aminmax())
-        largest = max(-least, most) + abs(result.alpha) * result.modules[target.name].delta.norm()
-        if not largest < 0.99 * torch.finfo(weight.dtype).max:  # NaN included
-            _fused(weight, target, result)
+        least, most = (float(extreme) for extreme in whole.aminmax())
+        for target in group:
+            largest = max(-least, most) + abs(result.alpha) * result.modules[target.name].delta.norm()
+            if not largest < 0.99 * torch.finfo(whole.dtype).max:  # NaN included
+                _fused(target.part_of(whole), target, result)
 
 
 def save_fused(

@@ -182,7 +182,7 @@ class _Pieces:
             yield self._piece(key, 0, tensor.size, partial(self._whole, edit, tensor.shape))
             return
         slices = {target.place.layout.number(target.name): target for target in edit.targets}
-        count = tensor.shape[0] if _is_stack(edit.targets[0], tensor.shape) else 1
+        count = tensor.shape[0] if edit.targets[0].in_stack(tensor.shape) else 1
         for number in range(count):
             size = tensor.size // count
             if number in slices:
@@ -215,8 +215,7 @@ class _Pieces:
             change.apply(whole, self.result.extras.values[change.name].value)
         for target in edit.targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
-            part = target.part_of(whole)
-            rows.add(0, rows.count, part.view(-1), scratch)
+            rows.add(0, rows.count, target.part_of(whole).view(-1), scratch)
 
     def _of_group(self, group: Group) -> Iterator[Piece]:
         deltas = {name: self._delta(name, targets) for name, targets in group.parameters.items()}
@@ -228,8 +227,7 @@ class _Pieces:
         whole, scratch = torch.zeros(self.model.shape(name)), Scratch()
         for target in targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
-            part = target.part_of(whole)
-            rows.add(0, rows.count, part.view(-1), scratch)
+            rows.add(0, rows.count, target.part_of(whole).view(-1), scratch)
         return whole
 
 
@@ -259,11 +257,6 @@ class _RowsOf:
             wide.addmm_(left, self._right)
         if wide is not weight:
             weight.copy_(wide)
-
-
-def _is_stack(target: Target, shape: Sequence[int]) -> bool:
-    """Whether a parameter of this shape holds one matrix an expert."""
-    return target.place.layout.kind == "expert" and len(shape) == 3
 
 
 def _add_tensor(delta: Tensor, numbers: Tensor, scratch: Scratch) -> None:

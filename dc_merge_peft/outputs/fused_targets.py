@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,10 +43,13 @@ class Target:
         """Whether the parameter holds the (m, n) delta as (n, m)."""
         return self.place.layout.kind == "embedding" or self.place.transposed
 
+    def in_stack(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape holds one matrix an expert."""
+        return self.place.layout.kind == "expert" and len(shape) == 3
+
     def part_of(self, whole: Tensor) -> Tensor:
         """What of the parameter the delta is added to: all, or one expert's matrix."""
-        layout = self.place.layout
-        return whole[layout.number(self.name)] if layout.kind == "expert" and whole.dim() == 3 else whole
+        return whole[self.place.layout.number(self.name)] if self.in_stack(whole.shape) else whole
 
 
 def refuse_unless_finite(weight: Tensor, name: str) -> None:
