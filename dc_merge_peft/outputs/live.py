@@ -45,7 +45,7 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
         check_extras(result, model, shared=False)
         config = _config_for(result, model)
         with own_layers_on_failure(model):
-            wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
+            wrapped = PeftModel(model, config, adapter_name, low_cpu_mem_usage=not result.extras.values)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
             write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
         return wrapped
