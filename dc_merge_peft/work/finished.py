@@ -6,9 +6,7 @@ one that was cut off or damaged is as good as none, and its module is merged aga
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.reading import Reader
 from dc_merge_peft.sources.dora import DoraSource
 from dc_merge_peft.spanned import Spanned
+from dc_merge_peft.work.whole import write_whole
 
 # Of one module: the merged delta, all its singular values (None if it is dense), its terms of alpha="auto".
 Finished: TypeAlias = tuple[Delta, "Tensor | None", AlphaFit]
@@ -72,7 +71,7 @@ class WorkFolder:
         else:
             tensors |= {"B": delta.B, "A": delta.A}
         content = save(dict(map(_stored, tensors.items())), {"module": module.name})
-        _write_whole(self._name(index, "module", zlib.crc32(content)), content)
+        write_whole(self._name(index, "module", zlib.crc32(content)), content)
         return delta, S, fit
 
     def found(self, modules: Iterable[PlannedModule]) -> Iterator[Finished | None]:
@@ -157,18 +156,6 @@ def _stored(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 def _restored(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
     name, tensor = item
     return (name.removesuffix(_TURNED), tensor.mT) if name.endswith(_TURNED) else (name, tensor)
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Under another name first: no reader meets half of it."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent)
-    try:
-        with open(descriptor, "wb") as opened:
-            opened.write(content)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _checksum_of(file: Path) -> int:

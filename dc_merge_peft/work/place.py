@@ -21,12 +21,13 @@ from dc_merge_peft.work.locks import locked
 from dc_merge_peft.work.manifest import differences
 from dc_merge_peft.work.modules import Modules
 from dc_merge_peft.work.team import ShareDone, Team
+from dc_merge_peft.work.whole import write_whole
 from dc_merge_peft.work.workshop import claim, workshop_of
 
 _ENDING = ".dc-merge-work"
 # The manifest says that a folder is one of ours, which may be deleted: nobody else has a file of this name.
 _MANIFEST, _LOCK = "dc-merge-manifest.json", "lock"
-_BEFORE_IT = re.compile(rf"{_LOCK}|team-[0-9a-f]+|{re.escape(_MANIFEST)}\.new")  # what is made before the manifest
+_BEFORE_IT = re.compile(rf"{_LOCK}|team-[0-9a-f]+|\.{re.escape(_MANIFEST)}\..*")  # what is made before the manifest
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ class WorkPlace:
                 "the same merge to resume; delete that folder to start anew, or leave out --resume (resume=False)"
             )
         if found is None:
-            hidden = file.with_name(f"{_MANIFEST}.new")
-            hidden.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            hidden.replace(file)
+            write_whole(file, json.dumps(manifest, indent=1).encode())
 
 
 def work_place(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dc_merge_peft.errors import MergeError, OptionError, first_line
+from dc_merge_peft.work.whole import write_whole
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one, after which a process counts as dead; a network's file system may be that slow to show it
@@ -200,10 +201,7 @@ class Team:
 
     def _say(self, what: str, content: bytes) -> None:
         assert self._folder is not None
-        file = self._folder / f"{self.rank}.{what}"
-        hidden = file.with_name(f".{file.name}")
-        hidden.write_bytes(content)
-        os.replace(hidden, file)
+        write_whole(self._folder / f"{self.rank}.{what}", content)
 
     def _heard(self, rank: int, what: str) -> bytes | None:
         assert self._folder is not None

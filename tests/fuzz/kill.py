@@ -46,7 +46,7 @@ def counted(module, name):
     setattr(module, name, counts)
 for module, names in ((adapter, ("write_at", "adapter_card")), (fused_stream, ("write_at", "write_papers", "write_headers")),
                       (directory, ("place", "to_disk")), (placing, ("exchange",)), (workshop, ("claim", "settle")),
-                      (finished, ("_write_whole",))):
+                      (finished, ("write_whole",))):
     for name in names:
         counted(module, name)
 for line in sys.stdin:  # each run in a process of its own that has imported everything already
