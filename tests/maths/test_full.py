@@ -92,26 +92,26 @@ def test_alpha_within_leading_directions() -> None:
 @pytest.mark.parametrize("name", ["ta", "average", "ties", "dare_ties", "consensus", "pcb", "magnitude_prune"])
 def test_methods_on_entries_decompose_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does the engine for them, unless alpha is to be fitted or the result cut."""
-    from dc_merge_peft.engine import _merge_one
     from dc_merge_peft.methods.base import ModuleTasks
+    from dc_merge_peft.one_module import merge_one
 
     monkeypatch.setattr(dense_module, "leading_svd_of_matrix", lambda *_: pytest.fail("decomposed"))
     monkeypatch.setattr(dense_module, "svd_of_matrix", lambda *_: pytest.fail("decomposed"))
     module = ModuleTasks("q", [Dense(matrix(12, 10, seed)) for seed in range(2)], [1.0, 1.0], range(2))
     method = method_named(name, {"alpha": 1.0})
-    delta, S, _ = _merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
+    delta, S, _ = merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
     assert isinstance(delta, Dense) and S is None
     assert not METHODS[name].needs_factors
 
 
 def test_wide_factors_are_multiplied_out() -> None:
     """A result of so many directions that its factors are larger than itself goes on as a matrix, and is no other."""
-    from dc_merge_peft.engine import _merge_one, merge_module
     from dc_merge_peft.methods.base import ModuleTasks
+    from dc_merge_peft.one_module import merge_module, merge_one
 
     module = ModuleTasks("q", [Dense(matrix(12, 10, seed)) for seed in range(2)], [1.0, 1.0], range(2))
     method = method_named("tsvm")
-    whole, _, _ = _merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
+    whole, _, _ = merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
     cut, S, _ = merge_module(method, module.tasks, module.weights, None)
     assert isinstance(whole, Dense) and isinstance(method.merge(module.tasks, module.weights), LowRank)
     assert torch.allclose(cut.dense(), whole.W, atol=1e-5) and len(S) == 10
