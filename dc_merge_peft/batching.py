@@ -7,6 +7,7 @@ What is not ordinary (dependent columns, tasks without their full rank, more dir
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -94,8 +95,10 @@ class Stacker:
             count = max(room // working_bytes(self.method, planned[indices[0]]), 1)
             for start in range(0, len(indices), count):
                 some = indices[start : start + count]
-                if len(some) > 1:  # one is no batch
-                    self._merge([modules[index] for index in some], [reads[index] for index in some], some, found)
+                # One is no batch. A decomposition that fails says nothing about the others; each is tried by itself then.
+                with suppress(torch.linalg.LinAlgError):
+                    if len(some) > 1:
+                        self._merge([modules[index] for index in some], [reads[index] for index in some], some, found)
         return found
 
     def _merge(

@@ -137,6 +137,14 @@ def is_ordinary(factor: Tensor) -> bool:
     return 0 < float(torch.linalg.vector_norm(factor, dtype=torch.float32)) < math.inf
 
 
+def are_ordinary(factors: Sequence[Tensor]) -> bool:
+    """:func:`is_ordinary` of all of them, with one look for all: on a GPU each look waits for what was asked before."""
+    if any(factor.dtype == torch.float64 for factor in factors) or len({factor.device for factor in factors}) > 1:
+        return all(map(is_ordinary, factors))
+    sizes = torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float32) for factor in factors])
+    return bool(((sizes > 0) & (sizes < math.inf)).all())
+
+
 @dataclass(frozen=True, eq=False)
 class SharedSpace:
     """The joint column and row space of several deltas, with orthonormal coordinates on both sides.

@@ -19,6 +19,7 @@ from dc_merge_peft.methods.dc import DCMerge
 from dc_merge_peft.one_module import merge_one
 from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.stacked import StackedFrame, StackedSVD, are_orthonormal, stacked_factors
 from tests.support.refused import refused
 from tests.support.strategies import memory_sources, random_tasks, rank_deficient, relative, zero_task
 
@@ -107,7 +108,7 @@ def odd_modules() -> dict[str, list[LowRank]]:
     modules["zero"] = [first, zero_task((30, 24), 3), third]
     modules["twice"] = [first, second, first]
     generator = torch.Generator().manual_seed(1)
-    near = LowRank(first.B + 1e-3 * torch.randn(first.B.shape, generator=generator), first.A + 1e-3)
+    near = LowRank(*(factor + 2e-3 * torch.randn(factor.shape, generator=generator) for factor in (first.B, first.A)))
     modules["near"] = [first, second, near]  # whitened, but not orthonormal to float64's rounding
     modules["crowded"] = random_tasks(9, (10, 24), RANKS)
     modules["cancelling"] = [first, LowRank(2 * second.B, second.A), third]
@@ -129,8 +130,16 @@ def test_what_is_odd_falls_out(monkeypatch: pytest.MonkeyPatch) -> None:
         alone.append(module.name)
         return merge_one(method, merge, module, *args, **kwargs)
 
+    orthonormal: list[bool] = []
+
+    def looked_at(bases: torch.Tensor) -> torch.Tensor:
+        orthonormal.extend((found := are_orthonormal(bases)).tolist())
+        return found
+
     monkeypatch.setattr("dc_merge_peft.engine.merge_one", counted)
+    monkeypatch.setattr("dc_merge_peft.methods.stacks.are_orthonormal", looked_at)
     merged(odd_modules(), "dc", {}, True, allow_zero=True)
+    assert orthonormal.count(False) == 2  # one module's two sides
     assert alone == ["0.tight", "1.tight", "2.tight", "deficient", "zero", "twice", "crowded"]
 
 
@@ -241,6 +250,38 @@ def test_which_methods() -> None:
     assert stacked_merge(type("Same", (DCMerge,), {})()) is not None
     for name in ("merge", "prepare", "view", "survey"):
         assert stacked_merge(type("Other", (DCMerge,), {name: getattr(DCMerge, name)})()) is None
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_everything_stays_on_its_device(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``meta`` stands for a GPU: it refuses to meet a tensor of another device, and says what the shapes are."""
+    monkeypatch.setattr("dc_merge_peft.methods.stacks.are_orthonormal", lambda *_: torch.ones(2, dtype=torch.bool))
+    tasks = [[LowRank(task.B.to("meta"), task.A.to("meta")) for task in module] for module in ordinary(2).values()]
+    X, Y = stacked_factors(tasks)
+    rows, columns = StackedFrame.of(X), StackedFrame.of(Y)
+    weights = torch.empty(2, 3, dtype=torch.float64, device="meta")
+    stack, fine = batching._cores(rows, columns, list(RANKS), weights)
+    merge = stacked_merge(method_named(name, options))
+    assert merge is not None
+    (U, S, Vh), merged_fine = merge(stack)
+    parts = [U, S, Vh, merged_fine, fine, *batching._fits(stack, StackedSVD(U, S, Vh)), batching._times(rows, U)]
+    assert {part.device.type for part in parts} == {"meta"}
+    assert U.shape == (2, 11, S.shape[1]) and Vh.shape == (2, S.shape[1], 11) and parts[-1].shape == (2, 30, S.shape[1])
+
+
+def test_failed_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack of which one module can't be decomposed is merged one by one."""
+    expected = merged(ordinary(), "tsvm", {}, False)
+    eigh = torch.linalg.eigh
+
+    def failing(X: torch.Tensor):
+        if X.ndim > 2:
+            raise torch.linalg.LinAlgError("batch element 3 has not converged")
+        return eigh(X)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    found = merged(ordinary(), "tsvm", {}, True)
+    assert all(torch.equal(found.delta(name), expected.delta(name)) for name in expected.modules)
 
 
 class Calls(TorchDispatchMode):
