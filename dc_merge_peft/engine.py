@@ -52,7 +52,8 @@ def run_merge(
     progress: Progress = silent,
     _stacking: bool | None = None,
 ) -> MergeResult:
-    """Merge module by module: read the factors of every task, merge, keep the result, let the factors go.
+    """Merge module by module: read the factors of every task, merge, keep the result, let the factors go. On a GPU some methods
+    take modules of equal shapes together.
 
     A method that needs numbers of the whole model first reads all modules more than once.
 
@@ -62,8 +63,7 @@ def run_merge(
         keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it; in a folder, its
             numbers lie in files there.
         lazily: Multiply the merged factors out only when they are looked at, from the sources, which must stay open.
-        max_memory: Main memory of this process at most, as in ``"8GB"`` or in bytes: fewer modules are merged side by side. GPUs
-            merge one at a time anyway.
+        max_memory: Main memory of this process at most, as in ``"8GB"`` or in bytes: fewer modules are merged side by side.
         work: Where finished modules are kept and found, and the manifest of the merge.
         progress: Shows how far the merge is.
         _stacking: For tests. Modules of equal shapes go through the method as one stack on a GPU, and where results that are kept
