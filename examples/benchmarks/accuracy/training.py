@@ -36,11 +36,11 @@ class Training:
 class FullTraining:
     """How every model is fine-tuned in full. The rate is above the 1e-5 that is usual, since there are few steps."""
 
-    steps: int = 150
+    steps: int = 100
     batch: int = 32
     rate: float = 1e-4
     decay: float = 0.1
-    warmup: int = 15
+    warmup: int = 10
 
 
 def is_made(folder: Path, key: str) -> bool:
