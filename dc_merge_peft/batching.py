@@ -129,9 +129,9 @@ class Stacker:
         # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
         S = S.where((norms > FLOAT32_EPS * largest)[:, None], 0)
         merged = StackedSVD(U, S, Vh)
-        overlap, energy = _fits(tasks, merged)
+        own, whole = _fits(tasks, merged)
         counts = (null_thresholds(S, S.shape[-1]) < S).sum(1)
-        numbers = torch.stack([fine.double(), norms, overlap, energy, counts.double()], dim=1).tolist()
+        numbers = torch.stack([fine.double(), norms, own, whole, counts.double()], dim=1).tolist()
         cut = merged.truncate(self.svd_rank or sum(task.rank for task in modules[0].tasks))
         # Balanced factors; a column beyond a module's own rank is left out below.
         root = cut.S.sqrt()[:, None, :]
@@ -194,9 +194,7 @@ def _selected(tasks: StackedTasks, which: Tensor) -> StackedTasks:
 
 def _fits(tasks: StackedTasks, merged: StackedSVD) -> tuple[Tensor, Tensor]:
     """The terms of ``alpha="auto"`` of each module, (b,) both: :func:`dc_merge_peft.methods.rescaling.fit_alpha`."""
-    overlap, energy = torch.zeros_like(merged.S[:, 0]), torch.zeros_like(merged.S[:, 0])
-    for (U, S, Vh), weight in zip(tasks.svds, tasks.weights.unbind(1), strict=True):
-        projected = (U.mT @ merged.U * merged.S[:, None, :]) @ (merged.Vh @ Vh.mT)  # (b, r, r)
-        overlap += weight * (projected.diagonal(dim1=1, dim2=2) * S).sum(1)
-        energy += projected.square().sum((1, 2))
-    return overlap, energy
+    weights = tasks.weights.abs()
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    sizes = torch.stack([svd.S.pow(4).sum(1) for svd in tasks.svds], dim=1)  # (b, T)
+    return (shares * tasks.weights.pow(4) * sizes).sum(1), merged.S.pow(4).sum(1)

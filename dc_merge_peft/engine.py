@@ -247,10 +247,10 @@ def _alpha(method: Method, fit: AlphaFit) -> float:
     """The coefficient in force: the number given, or the fit over all modules."""
     if method.config.alpha != "auto":
         return float(method.config.alpha)
-    if fit.alpha is None or fit.alpha <= 0:
-        found = "no energy inside the adapters' subspaces" if fit.alpha is None else f"a best alpha of {fit.alpha:.3g}"
+    if fit.alpha is None:
+        what = "the merged delta" if fit.tasks else "every weighted adapter"
         raise MergeError(
-            f"alpha='auto' found {found}: the merged delta opposes the adapters, as opposite weights can make it, or all but "
-            "vanishes; give alpha as a number"
+            f"alpha='auto' found that {what} is zero: expected adapters, weights and options that leave something, whose size alpha can "
+            "match; give alpha as a number"
         )
     return fit.alpha

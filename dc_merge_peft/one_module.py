@@ -76,8 +76,8 @@ def merge_one(
     if norm <= FLOAT32_EPS * largest:
         (m, n), options = merged.shape, {"dtype": torch.float64, "device": merged.device}
         merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
-    # Of dense tasks it takes decompositions, which not every method needs.
-    fitted = method.config.alpha == "auto" or any(isinstance(task, LowRank) for task in seen.tasks)
+    # Of dense deltas it takes products or decompositions that not every method needs.
+    fitted = method.config.alpha == "auto" or space is not None
     fit = fit_alpha(seen.tasks, seen.weights, merged) if fitted else AlphaFit()
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
