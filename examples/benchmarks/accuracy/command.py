@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accuracy.carrier import PRECISIONS
@@ -32,6 +33,7 @@ class Benchmark:
     doc: str
     prepare: Callable[[Path], bool]  # the stage "data", in the cache folder; whether anything had to be done
     suite: Callable[[Path, tuple[int, ...]], Trainable]  # from the cache folder and the adapters' seeds
+    settings: Settings = field(default_factory=Settings)  # but for what the command line says
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     parser = argparse.ArgumentParser(prog=benchmark.name, description=benchmark.doc, formatter_class=raw)
     stages = f"of {', '.join(STAGES)}; default: all of them"
     cache = Path.home() / ".cache" / "dc-merge-peft" / benchmark.name
-    counts = " ".join(map(str, Settings.counts))
+    counts = " ".join(map(str, benchmark.settings.counts))
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="packages, data, adapters and results")
     parser.add_argument(
@@ -48,9 +50,9 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into as well")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of adapters (default: 0 1 2)")
-    parser.add_argument("--counts", type=int, nargs="+", default=list(Settings.counts), metavar="T",
+    parser.add_argument("--counts", type=int, nargs="+", default=list(benchmark.settings.counts), metavar="T",
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
-    parser.add_argument("--precision", choices=list(PRECISIONS), default=Settings.precision,
+    parser.add_argument("--precision", choices=list(PRECISIONS), default=benchmark.settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
     options = parser.parse_args(arguments)
@@ -64,7 +66,7 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     """Run the stages that are asked for, in their order."""
     options = parse(benchmark, arguments)
     suite = benchmark.suite(options.cache, tuple(options.seeds))
-    settings = Settings(tuple(options.counts), options.precision)
+    settings = dataclasses.replace(benchmark.settings, counts=tuple(options.counts), precision=options.precision)
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
     try:

@@ -22,7 +22,7 @@ from text8.tasks import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("text8", __doc__, _prepare, _suite), arguments)
+    return run(Benchmark("text8", __doc__, _prepare, suite), arguments)
 
 
 def _prepare(cache: Path) -> bool:
@@ -31,5 +31,6 @@ def _prepare(cache: Path) -> bool:
         return prepare(TASKS, cache)
 
 
-def _suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
+def suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
+    """All tasks, and adapters of these seeds."""
     return TextSuite(cache, tuple(TASKS), seeds)

@@ -26,6 +26,7 @@ OXYGEN = Package("apt", "oxygen-icon-theme", "5:5.103.0-1")
 
 PER_CLASS = 1000  # digits and clothes; the split takes fewer
 PER_FOLDER = 150  # clip art: five folders would outweigh the rest
+LARGEST = 10_000_000  # pixels: a few posters of clip art have hundreds of millions
 # Where the themes keep icons of a size worth looking at, by context; the last of a name is taken.
 ICON_FOLDERS = {
     FAENZA: ("usr/share/icons/Faenza/{}/64",),
@@ -72,6 +73,8 @@ def clipart(data: Path) -> Iterator[Picture]:
     seen: Counter[Path] = Counter()
     for path in sorted(root.rglob("*.png")):
         place = Path(*path.relative_to(root).parts[:2])
+        if area(path) > LARGEST:
+            continue
         seen[place] += 1
         if seen[place] <= PER_FOLDER and place.parts[:2] != ("computer", "icons"):
             yield Picture(opened(path), place.parts[0], group=f"{place}/{stem(path)}")
@@ -100,6 +103,13 @@ def icons(data: Path, contexts: Sequence[str]) -> Iterator[Picture]:
             found = {path.stem: path for folder in folders for path in sorted(folder.glob("*.png")) if path.is_file()}
             for name, path in sorted(found.items()):
                 yield Picture(opened(path), context, group=name.split("-")[0])
+
+
+def area(path: Path) -> int:
+    """Pixels of a PNG file, by its header."""
+    with path.open("rb") as file:
+        header = file.read(24)
+    return int.from_bytes(header[16:20], "big") * int.from_bytes(header[20:24], "big")
 
 
 def opened(path: Path) -> Image.Image:
