@@ -127,10 +127,13 @@ def test_scripts_and_typefaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(drawn, "PER_CLASS", 3)
     noto = tmp_path / drawn.NOTO.folder / drawn.FONTS / "truetype/noto"
     dejavu = tmp_path / drawn.DEJAVU.folder / drawn.FONTS
-    for file in (*(noto / f"Noto{k}Georgian-{w}.ttf" for k in ("Sans", "Serif") for w in ("Regular", "Bold")), dejavu / "a.ttf"):
+    for file in (
+        *(noto / f"Noto{k}Georgian-{w}.ttf" for k in ("Sans", "Serif") for w in ("Regular", "Bold")),
+        dejavu / "a.ttf",
+    ):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.symlink_to(FONTS / "DejaVuSans.ttf")
-    monkeypatch.setattr(drawn, "TYPEFACES", {name: (drawn.DEJAVU, "a.ttf") for name in ("one", "two")})
+    monkeypatch.setattr(drawn, "TYPEFACES", dict.fromkeys(("one", "two"), (drawn.DEJAVU, "a.ttf")))
     for found, again in (
         (list(drawn.scripts(tmp_path, ["Georgian"])), list(drawn.scripts(tmp_path, ["Georgian"]))),
         (list(drawn.typefaces(tmp_path)), list(drawn.typefaces(tmp_path))),
@@ -199,7 +202,10 @@ def test_split_shares_nothing() -> None:
 
 def test_parts_of_tasks_are_apart() -> None:
     """A picture of one task's test part is in no other task's training or validation part."""
-    splits = {"one": Splits([("x", 0), ("y", 1)], [("z", 0)], [("w", 1)]), "two": Splits([("w", 0)], [("x", 1)], [("z", 0)])}
+    splits = {
+        "one": Splits([("x", 0), ("y", 1)], [("z", 0)], [("w", 1)]),
+        "two": Splits([("w", 0)], [("x", 1)], [("z", 0)]),
+    }
     found = data.apart(splits)
     assert found["one"] == Splits([("y", 1)], [], [("w", 1)]) and found["two"] == Splits([], [("x", 1)], [("z", 0)])
 

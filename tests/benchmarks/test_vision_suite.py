@@ -85,7 +85,9 @@ def exported(weights: dict[str, Tensor], file: Path, again: str = "") -> Path:
         elif name != "embeddings.mask_token":
             constant(f"backbone.{name}", tensor)
     node("MatMul", "/decoder/MatMul", torch.ones(3, 3))
-    graph = helper.make_graph(nodes, "small", [], [helper.make_tensor_value_info("y0", TensorProto.FLOAT, None)], constants)
+    graph = helper.make_graph(
+        nodes, "small", [], [helper.make_tensor_value_info("y0", TensorProto.FLOAT, None)], constants
+    )
     file.write_bytes(helper.make_model(graph).SerializeToString())
     return file
 
@@ -113,7 +115,7 @@ def test_backbone_is_the_exported_model(suite: VisionSuite, tmp_path: Path) -> N
         assert torch.equal(suite.model()(pixel_values=pixels).last_hidden_state, expected)
     assert expected.shape == (2, 17, 24)
     assert not backbone.prepare(suite.cache / "small.onnx", suite.cache, CONFIG)
-    with pytest.raises(SystemExit, match="No backbone in .*: run the stage 'data' first"):
+    with pytest.raises(SystemExit, match=r"No backbone in .*: run the stage 'data' first"):
         backbone.load(tmp_path)
 
 
@@ -125,7 +127,11 @@ def test_other_graphs_are_refused(tmp_path: Path) -> None:
         ({k: v for k, v in weights.items() if k != linear}, "", "missing_keys"),
         (weights | {"other.bias": torch.zeros(3)}, "", "unexpected_keys"),
         (weights, linear, f"Found two weights for '{linear}' in the graph: expected one"),
-        ({k: v for k, v in weights.items() if "position" not in k}, "", r"Found \[0, 0\] constants of position embeddings"),
+        (
+            {k: v for k, v in weights.items() if "position" not in k},
+            "",
+            r"Found \[0, 0\] constants of position embeddings",
+        ),
     ]
     for number, (found, again, text) in enumerate(cases):
         graph = exported(found, tmp_path / f"{number}.onnx", again)
@@ -161,7 +167,7 @@ def test_heads_follow_their_pictures(suite: VisionSuite, tmp_path: Path) -> None
     weights = published(small_model(), tmp_path / "model")
     backbone.prepare(exported(weights, tmp_path / "small.onnx"), tmp_path, CONFIG)
     data.prepare({"colours": TASK}, tmp_path)
-    with pytest.raises(SystemExit, match="No head of task 'colours' in .*: run the stage 'data' first"):
+    with pytest.raises(SystemExit, match=r"No head of task 'colours' in .*: run the stage 'data' first"):
         heads.load(tmp_path, "colours")
     assert heads.prepare(("colours",), tmp_path) and not heads.prepare(("colours",), tmp_path)
     before = heads.load(tmp_path, "colours").key
@@ -207,9 +213,10 @@ def test_training_learns(suite: VisionSuite) -> None:
     assert suite.hits(carrier.carry(merge.deltas, 1.0), "colours", "test", 21).float().mean() >= max(before, 0.9)
 
 
-def test_content_follows_pictures_and_heads(suite: VisionSuite, tmp_path: Path) -> None:
+def test_content_follows_pictures_and_heads(suite: VisionSuite) -> None:
     """Keys of the parts differ, and those with another head too."""
     keys = {suite.content("colours", part, count) for part, count in (("test", 9), ("test", 8), ("validation", 9))}
-    other = dataclasses.replace(suite, _heads={"colours": heads.Head(torch.zeros(24), torch.eye(3, 24))})
+    other = dataclasses.replace(suite)
+    other._heads["colours"] = heads.Head(torch.zeros(24), torch.eye(3, 24))
     assert len(keys) == 3 and other.content("colours", "test", 9) not in keys
     assert suite.content("colours", "test", 9) in keys

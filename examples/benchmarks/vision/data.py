@@ -153,7 +153,5 @@ def load(cache: Path, name: str) -> Pictures:
         raise SystemExit(f"No pictures of task '{name}' in {cache}: run the stage 'data' first.")
     with safe_open(file, framework="pt") as opened:
         told = opened.metadata()
-        parts = {
-            part: Part(opened.get_tensor(f"{part}.images"), opened.get_tensor(f"{part}.labels")) for part in PARTS
-        }
+        parts = {part: Part(opened.get_tensor(f"{part}.images"), opened.get_tensor(f"{part}.labels")) for part in PARTS}
     return Pictures(told["name"], told["title"], tuple(json.loads(told["classes"])), parts)

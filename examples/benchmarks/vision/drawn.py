@@ -86,7 +86,9 @@ def typefaces(data: Path) -> Iterator[Picture]:
             yield Picture(written(word, data / package.folder / FONTS / file, drawing), name, group=word.lower())
 
 
-def counts(data: Path, numbers: Sequence[str], groups: Sequence[str] = ("Animals & Nature", "Food & Drink")) -> Iterator[Picture]:
+def counts(
+    data: Path, numbers: Sequence[str], groups: Sequence[str] = ("Animals & Nature", "Food & Drink")
+) -> Iterator[Picture]:
     """So many copies of an emoji beside each other, each of a size of its own; an emoji is in one part only."""
     things = [picture for picture in emoji(data) if picture.key in groups]
     for position, thing in enumerate(things):

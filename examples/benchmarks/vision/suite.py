@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accuracy.keys import content_key
+from accuracy.kinds import Adapters, Kind
 from accuracy.training import Training, is_made, train_adapter
 from torch import Tensor, nn
 
@@ -29,8 +30,9 @@ class VisionSuite:
     seeds: Sequence[int] = (0, 1, 2)
     training: Training = field(default_factory=Training)
     name: str = "vision"
-    _pictures: dict[str, data.Pictures] = field(default_factory=dict)
-    _heads: dict[str, Head] = field(default_factory=dict)
+    kind: Kind = field(default_factory=Adapters)
+    _pictures: dict[str, data.Pictures] = field(default_factory=dict, init=False, repr=False)
+    _heads: dict[str, Head] = field(default_factory=dict, init=False, repr=False)
 
     def model(self) -> nn.Module:
         return backbone.load(self.cache)
