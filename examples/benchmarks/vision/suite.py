@@ -19,6 +19,8 @@ from vision.data import Part
 from vision.heads import Head
 
 LOGIT_SCALE = 20.0  # of the cosines, in training
+# A step takes five times as long as one of the text benchmark, and half as many tell enough.
+TRAINING = Training(steps=100, warmup=10)
 
 
 @dataclass
@@ -28,7 +30,7 @@ class VisionSuite:
     cache: Path
     tasks: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2)
-    training: Training = field(default_factory=Training)
+    training: Training = TRAINING
     name: str = "vision"
     kind: Kind = field(default_factory=Adapters)
     _pictures: dict[str, data.Pictures] = field(default_factory=dict, init=False, repr=False)
