@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
+import subprocess
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from demo_data import Splits
+from demo_data import Package, Splits, fetch
 from PIL import Image
 from vision import data, drawn, readers
 from vision.pictures import SIDE, ImageTask, Picture, normalised, squared
@@ -234,3 +237,21 @@ def test_tasks_are_what_the_page_says() -> None:
     assert list(TASKS) == ["digits", "emoji", "script", "clothes", "clipart", "typeface", "icons", "count"]
     assert len({package.name for task in TASKS.values() for package in task.packages}) >= 6
     assert all(len(set(task.classes)) == len(task.classes) > 5 for task in TASKS.values())
+
+
+@pytest.mark.parametrize(("skip", "files"), [((), ["a.json", "b.png"]), ((".png",), ["a.json"])])
+def test_packages_with_their_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: tuple[str, ...], files: list[str]
+) -> None:
+    """What the client packs is unpacked, less what is not wanted."""
+
+    def pack(command: list[str], cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+        assert command == ["npm", "pack", "--silent", "drawings@1.0.0"]
+        with tarfile.open(cwd / "drawings-1.0.0.tgz", "w:gz") as archive:
+            for name in ("a.json", "b.png"):
+                archive.addfile(tarfile.TarInfo(f"package/{name}"), io.BytesIO())
+        return subprocess.CompletedProcess(command, 0, stdout="drawings-1.0.0.tgz\n")
+
+    monkeypatch.setattr(subprocess, "run", pack)
+    folder = fetch(Package("npm", "drawings", "1.0.0"), tmp_path, skip)
+    assert sorted(path.name for path in folder.rglob("*.*")) == files
