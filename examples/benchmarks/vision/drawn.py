@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from string import ascii_lowercase
 
 from demo_data.common import Package
 from PIL import Image, ImageDraw, ImageFont
@@ -21,18 +22,16 @@ LATO = Package("apt", "fonts-lato", "2.0-2.1")
 COMIC = Package("apt", "fonts-comic-neue", "2.51-4")
 LIBERTINE = Package("apt", "fonts-linuxlibertine", "5.3.0-6")
 
-# Typefaces that are not easily told apart, by their files.
+# Typefaces of different make, by their files.
 TYPEFACES = {
     "DejaVu Sans": (DEJAVU, "truetype/dejavu/DejaVuSans.ttf"),
+    "DejaVu Sans Bold": (DEJAVU, "truetype/dejavu/DejaVuSans-Bold.ttf"),
     "DejaVu Serif": (DEJAVU, "truetype/dejavu/DejaVuSerif.ttf"),
-    "DejaVu Sans Mono": (DEJAVU, "truetype/dejavu/DejaVuSansMono.ttf"),
-    "Liberation Sans": (LIBERATION, "truetype/liberation/LiberationSans-Regular.ttf"),
-    "Liberation Serif": (LIBERATION, "truetype/liberation/LiberationSerif-Regular.ttf"),
+    "Liberation Serif Italic": (LIBERATION, "truetype/liberation/LiberationSerif-Italic.ttf"),
     "Liberation Mono": (LIBERATION, "truetype/liberation/LiberationMono-Regular.ttf"),
-    "Lato": (LATO, "truetype/lato/Lato-Regular.ttf"),
-    "Comic Neue": (COMIC, "opentype/comic-neue/ComicNeue-Regular.otf"),
+    "Lato Thin": (LATO, "truetype/lato/Lato-Thin.ttf"),
+    "Comic Neue Bold": (COMIC, "opentype/comic-neue/ComicNeue-Bold.otf"),
     "Linux Libertine": (LIBERTINE, "opentype/linux-libertine/LinLibertine_R.otf"),
-    "Linux Biolinum": (LIBERTINE, "opentype/linux-libertine/LinBiolinum_R.otf"),
 }
 FONTS = "usr/share/fonts"
 PER_CLASS = 450
@@ -42,7 +41,7 @@ SMALL, TRIES = (9, 15), 200
 
 
 def scripts(data: Path, names: Sequence[str]) -> Iterator[Picture]:
-    """Three letters of a script, in Noto's sans serif and serif, regular and bold; a row of letters is in one part only."""
+    """Two letters of a script, in Noto's sans serif and serif, regular and bold; a row of letters is in one part only."""
     for script in names:
         rng = random.Random(f"script {script}")
         fonts = [
@@ -52,7 +51,7 @@ def scripts(data: Path, names: Sequence[str]) -> Iterator[Picture]:
         ]
         letters = letters_of(script, fonts)
         for _ in range(PER_CLASS):
-            text = "".join(rng.choices(letters, k=3))
+            text = "".join(rng.choices(letters, k=2))
             yield Picture(written(text, rng.choice(fonts), rng), script, group=text)
 
 
@@ -76,14 +75,14 @@ def has(font: Path, letter: str) -> bool:
 
 
 def typefaces(data: Path) -> Iterator[Picture]:
-    """Three to five letters set in a typeface; the same words in all of them, and each in one part only."""
+    """Two letters set in a typeface; the same pairs in all of them, and each in one part only."""
     for name, (package, file) in TYPEFACES.items():
-        rng = random.Random("words")
+        rng = random.Random("pairs")
         for _ in range(PER_CLASS):
-            word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 5)))
-            word = word.capitalize() if rng.random() < 0.5 else word
-            drawing = random.Random(f"{name} {word}")
-            yield Picture(written(word, data / package.folder / FONTS / file, drawing), name, group=word.lower())
+            pair = "".join(rng.choices(ascii_lowercase, k=2))
+            pair = pair.capitalize() if rng.random() < 0.5 else pair
+            drawing = random.Random(f"{name} {pair}")
+            yield Picture(written(pair, data / package.folder / FONTS / file, drawing), name, group=pair.lower())
 
 
 def counts(
@@ -123,13 +122,13 @@ def scattered(thing: Image.Image, number: int, rng: random.Random) -> Image.Imag
 
 def written(text: str, font: Path, rng: random.Random) -> Image.Image:
     """A text, dark on light, a little turned, of some size and at some place."""
-    paper, ink = rng.randint(200, 255), rng.randint(0, 90)
-    letters = face(font, 28)
+    paper, ink = rng.randint(220, 255), rng.randint(0, 60)
+    letters = face(font, 32)
     left, top, right, bottom = letters.getbbox(text)
-    image = Image.new("L", (int(right - left) + 12, int(bottom - top) + 12), paper)
-    ImageDraw.Draw(image).text((6 - left, 6 - top), text, fill=ink, font=letters)
-    image = image.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True, fillcolor=paper)
-    side = int(max(image.size) * rng.uniform(1.0, 1.3))
+    image = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4), paper)
+    ImageDraw.Draw(image).text((2 - left, 2 - top), text, fill=ink, font=letters)
+    image = image.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, expand=True, fillcolor=paper)
+    side = int(max(image.size) * rng.uniform(1.0, 1.15))
     square = Image.new("L", (side, side), paper)
     square.paste(image, (rng.randint(0, side - image.width), rng.randint(0, side - image.height)))
     return square

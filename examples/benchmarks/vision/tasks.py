@@ -27,10 +27,10 @@ NUMBERS = ("1", "2", "3", "4", "5", "6")
 _ORDER = (
     ImageTask("digits", "Handwritten digit", tuple("0123456789"), (readers.DIGITS,), readers.digits),
     ImageTask("emoji", "Group of an emoji, from its picture", EMOJI, (readers.EMOJI,), readers.emoji),
-    ImageTask("script", "Script of three letters", SCRIPTS, (drawn.NOTO,), partial(drawn.scripts, names=SCRIPTS)),
+    ImageTask("script", "Script of two letters", SCRIPTS, (drawn.NOTO,), partial(drawn.scripts, names=SCRIPTS)),
     ImageTask("clothes", "Kind of garment", tuple("0123456789"), (readers.FASHION,), readers.clothes),
     ImageTask("clipart", "Subject of a drawing", CLIPART, (readers.CLIPART,), readers.clipart),
-    ImageTask("typeface", "Typeface of a word", tuple(drawn.TYPEFACES),
+    ImageTask("typeface", "Typeface of two letters", tuple(drawn.TYPEFACES),
               (drawn.DEJAVU, drawn.LIBERATION, drawn.LATO, drawn.COMIC, drawn.LIBERTINE), drawn.typefaces),
     ImageTask("icons", "What an icon stands for", CONTEXTS, tuple(readers.ICON_FOLDERS),
               partial(readers.icons, contexts=CONTEXTS)),
