@@ -139,6 +139,14 @@ def test_sizes() -> None:
     assert SETTINGS.examples(2) == SETTINGS.examples(8) == {"validation": 20, "test": 30}
 
 
+def test_tasks_beside_merged_ones() -> None:
+    """Only at the settings' own number of tasks, and only where there are tasks after them."""
+    tasks = "abcdefghij"
+    assert Settings().beside(tasks, 8) == ("i", "j") and Settings().beside(tasks, 4) == Settings().beside("ab", 8) == ()
+    six = Settings(seen=6, unseen=2)
+    assert six.beside(tasks, 6) == ("g", "h") and six.beside(tasks, 8) == ()
+
+
 def test_unknown_precision_is_refused() -> None:
     """Before anything runs."""
     with pytest.raises(ValueError, match="found precision 'float8': expected one of float32, bfloat16"):

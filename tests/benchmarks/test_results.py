@@ -15,6 +15,8 @@ from accuracy.plan import Settings, share
 from accuracy.report import markdown, options_table, unseen_table, with_tables
 from accuracy.results import results_of
 from accuracy.study import study, table
+from accuracy.study_command import rules
+from accuracy.study_command import run as run_study
 
 from dc_merge_peft.lowrank import concatenate
 from tests.support.suites import SmallSuite, small_suite
@@ -104,6 +106,26 @@ def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_a_benchmark_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of tasks, examples, and which tasks are not merged, where the command line says nothing."""
+    for module in (plan, results):
+        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    own = Settings(precision="float32", fewer=((6, 10, 12),), seen=6, unseen=2)
+    benchmark = Benchmark(
+        "small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS[:8], seeds), (6,), (0,), own
+    )
+    assert run(benchmark, ["--cache", str(tmp_path), "--workers", "1"]) == 0
+    found = json.loads((tmp_path / "results/results.json").read_text(encoding="utf-8"))
+    rows = Rows(tmp_path / "results/rows-float32.jsonl").found
+    row = rows["dc | a+b+c+d+e+f | 0"]
+    assert row["unseen"] == ["g", "h"] and {len(hits) for hits in row["hits"]["auto"].values()} == {12}
+    line = next(line for line in found["unseen"] if (line["label"], line["rule"]) == ("dc", "auto"))
+    mean = sum(share(row["hits"]["auto"][task]) for task in "gh") / 2
+    assert line["unseen"]["value"] == pytest.approx(mean, abs=1e-4)
+    assert "| accuracy on 6 merged tasks | accuracy on 2 others |" in markdown(found)
+    assert "examples a task, validation and test, by the number of tasks: 6: 10 and 12" in markdown(found)
+
+
 def test_tables_in_a_page(out: Path, tmp_path: Path) -> None:
     """They stand between the marks, once however often they are written; a page without marks is refused."""
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -158,3 +180,21 @@ def test_study_of_rules(tmp_path: Path) -> None:
     assert other["above_first"]["value"] == pytest.approx(difference) and len(same["alpha"]) == 4
     head, body = table(lines)
     assert len(head) == 5 and [row[0] for row in body] == list(rules)
+
+
+def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The family's members that are asked for after TSV-M, as a table and as JSON."""
+    assert list(rules([1.0, 2.0], [1.0, 0.0])) == ["p 1, tau 1 (TSV-M)", "p 1, tau 0", "p 2, tau 1", "p 2, tau 0"]
+    small_suite(tmp_path)
+    arguments = ["--cache", str(tmp_path), "--p", "2", "--seeds", "0", "--examples", "20", "--workers", "1"]
+    out = tmp_path / "lines.json"
+    assert (
+        run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--out", str(out)], (2,))
+        == 0
+    )
+    lines = json.loads(out.read_text(encoding="utf-8"))
+    assert [(line["label"], line["alpha_by"]) for line in lines] == [
+        (label, by) for by in ("validation", "auto") for label in ("p 1, tau 1 (TSV-M)", "p 2, tau 1")
+    ]
+    shown = capsys.readouterr().out
+    assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1

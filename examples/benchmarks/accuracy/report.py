@@ -52,8 +52,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def settings_text(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
-    saved = results["settings"]
-    settings = Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
+    settings = settings_of(results)
     sizes = {count: settings.examples(count) for count in sorted(settings.counts)}
     words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
@@ -61,6 +60,12 @@ def settings_text(results: Mapping[str, Any]) -> str:
         f"tasks: {words}. {groups_text(results)}Intervals (95 %) draw test examples again within tasks; the "
         f"seeds stay. Measured in {settings.precision}. A mean is followed by its interval and the range of alpha."
     )
+
+
+def settings_of(results: Mapping[str, Any]) -> Settings:
+    """As they were when it was measured."""
+    saved = results["settings"]
+    return Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
 
 
 def kind(results: Mapping[str, Any]) -> str:
@@ -134,7 +139,10 @@ def unseen_table(results: Mapping[str, Any]) -> str:
         for line in results["unseen"]
         if line["label"] in (*MAIN, "base model")
     ]
-    return table(["method", "alpha", "accuracy on 8 merged tasks", "accuracy on 4 others"], rows)
+    settings = settings_of(results)
+    others = len(settings.beside([line["task"] for line in results["tasks"]], settings.seen))
+    head = ["method", "alpha", f"accuracy on {settings.seen} merged tasks", f"accuracy on {others} others"]
+    return table(head, rows)
 
 
 def cell(line: Line) -> str:

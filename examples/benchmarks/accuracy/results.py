@@ -21,7 +21,7 @@ from accuracy.bootstrap import (
 )
 from accuracy.contenders import CONTENDERS, groups
 from accuracy.evaluate import alone_name, unanswered
-from accuracy.plan import SEEN, UNSEEN, Settings, row_name, share
+from accuracy.plan import Settings, row_name, share
 from accuracy.suite import Suite
 
 REFERENCE = "dc"  # whom every contender is compared with, at the same rule for alpha
@@ -80,13 +80,15 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
 
 
 def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> Iterator[dict[str, Any]]:
-    """Accuracy on tasks that took no part in the merge of eight (Tables 11 and 12)."""
-    if SEEN not in settings.counts or not suite.tasks[SEEN:]:
+    """Accuracy on tasks that took no part in a merge of others (Tables 11 and 12)."""
+    count = settings.seen
+    unseen = settings.beside(suite.tasks, count)
+    if count not in settings.counts or not unseen:
         return
-    seen, unseen = suite.tasks[:SEEN], suite.tasks[SEEN : SEEN + UNSEEN]
-    size = settings.examples(SEEN)["test"]
+    seen = suite.tasks[:count]
+    size = settings.examples(count)["test"]
     together = [tuple(seen)]
-    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(suite, SEEN)}
+    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(suite, count)}
     lines = [("base model", "", _alone(suite, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
