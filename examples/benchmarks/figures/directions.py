@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.inspection.grouping import places
 from dc_merge_peft.metrics import cover_block_energy, cover_block_map
-from dc_merge_peft.plots.style import heat_map, new_figure, settled
+from dc_merge_peft.plots.style import heat_map, label_height, new_figure
 from figures.bank import Bank
 from figures.correlation import AGAIN
 from figures.correlation import merged as method_merged
 from figures.kind import AGREES, DIFFERS, PARTLY, Caption, Kind, Lines, chosen, distinct, verdict
-from figures.look import bars, line_style, tidy
+from figures.look import COLOURS, bars, line_style, tidy
 from figures.scope import Scope
 from figures.trials import Merged, Trial
 
@@ -59,14 +59,8 @@ def draw_parts(lines: Lines) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     bars(left, tasks, {label: [line["dir_sim"] for line in chosen(lines, merge=label)] for label in PARTS})
     tidy(left, "Projected DirSim", y="mean over modules")
-    # The same colours: of the five, the first and the last are shown.
-    shown = {
-        label: [line["cos_sim"] for line in chosen(lines, merge=label)]
-        if label in ("TA", "DC-Merge")
-        else [math.nan] * len(tasks)
-        for label in PARTS
-    }
-    bars(right, tasks, shown)
+    shown = {label: [line["cos_sim"] for line in chosen(lines, merge=label)] for label in ("TA", "DC-Merge")}
+    bars(right, tasks, shown, [COLOURS[list(PARTS).index(label)] for label in shown])
     tidy(right, "Projected CosSim (Figure 12)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return figure
@@ -178,22 +172,27 @@ def draw_cover(lines: Lines) -> Figure:
     columns = min(len(modules), KINDS_SHOWN)
     rows = math.ceil(len(modules) / columns)
     side = 0.14 * len(tasks) + 0.9
-    figure = new_figure(columns * side + 2.0, rows * side + 0.9)
+    below = label_height(tasks)
+    figure = new_figure(columns * side + below + 1.2, rows * side + below)
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
     for place, (axes, module) in enumerate(zip(grid.flat, modules, strict=False)):
-        cells = {(line["row"], line["column"]): line["magnitude"] for line in chosen(lines, module=module)}
+        cells = {(line["row"], line["column"]): line["energy"] ** 0.5 for line in chosen(lines, module=module)}
         largest = max(cells.values()) or 1.0
         matrix = [[cells[row, column] / largest for column in tasks] for row in tasks]
         first, last = place % columns == 0, place >= len(modules) - columns
-        image = heat_map(axes, matrix, tasks if first else (), tasks if last else (), low=0.0, high=1.0, written=False)
+        image = heat_map(
+            axes, matrix, tasks if first else (), tasks if last else (), low=0.0, high=1.0, written=False, square=False
+        )
         where = places(modules)[module]
         axes.set_title(" ".join(filter(None, (where.layer, where.kind))), loc="left", fontsize=7)
     for axes in list(grid.flat)[len(modules) :]:
         axes.set_visible(False)
     assert image is not None
-    figure.colorbar(image, ax=grid, shrink=0.6).set_label("mean magnitude, largest block 1", fontsize=8)
-    return settled(figure)
+    figure.colorbar(image, ax=grid, shrink=0.6).set_label(
+        "root mean square of the entries, largest block 1", fontsize=8
+    )
+    return figure
 
 
 def cover_caption(lines: Lines) -> Caption:
@@ -203,7 +202,8 @@ def cover_caption(lines: Lines) -> Caption:
     flat = 1 / len(distinct(lines, "row"))
     seen = (
         f"Mean over tasks, after {BASIS_STEPS} steps of Algorithm 2 at most. The diagonal blocks, which the mask keeps, hold {100 * min(shares):.0f} to "
-        f"{100 * max(shares):.0f} % of the energy in the {len(shares)} modules shown; evenly spread it would be {100 * flat:.0f} %."
+        f"{100 * max(shares):.0f} % of the energy in the {len(shares)} modules shown; evenly spread it would be {100 * flat:.0f} %. (Mean magnitudes, "
+        "which are in the table too, stand out less: the energy of a block is in few of its entries.)"
     )
     return Caption(seen, AGREES if min(shares) > 0.5 else PARTLY if max(shares) > 0.5 else DIFFERS)
 

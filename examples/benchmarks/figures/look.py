@@ -30,6 +30,9 @@ QUIET = {
     "ytick.labelsize": 7.5,
     "legend.fontsize": 7.5,
     "legend.frameon": False,
+    "grid.color": GREY,
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",  # letters stay letters: smaller, and they can be searched
 }
 COLOURS = tuple(colour for colour in LINES if colour != "#000000")  # black can't be seen on black
 LARGEST = 100_000  # bytes of a picture in the docs
@@ -84,10 +87,10 @@ def names_below(axes: Any, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 4 else 0)
 
 
-def bars(axes: Any, names: Sequence[str], groups: dict[str, Sequence[float]]) -> None:
+def bars(axes: Any, names: Sequence[str], groups: dict[str, Sequence[float]], colours: Sequence[str] = COLOURS) -> None:
     """Bars side by side for each name, one colour a group."""
     width = 0.8 / len(groups)
     for index, (label, values) in enumerate(groups.items()):
         places = [place - 0.4 + width * (index + 0.5) for place in range(len(names))]
-        axes.bar(places, values, width, color=COLOURS[index % len(COLOURS)], label=label)
+        axes.bar(places, values, width, color=colours[index % len(colours)], label=label)
     names_below(axes, names)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.metrics import cos_sim
-from dc_merge_peft.plots.style import heat_map, new_figure, settled
+from dc_merge_peft.plots.style import heat_map, label_height, new_figure
 from figures.bank import Bank, base_trial
 from figures.changes import UNCHANGED, Change, balanced
 from figures.kind import AGREES, DIFFERS, PARTLY, Caption, Kind, Line, Lines, chosen, distinct, verdict
@@ -88,20 +88,22 @@ def mean_relative(lines: Lines, adapter: str, place: str) -> float:
 
 def draw(lines: Lines) -> Figure:
     tasks = distinct(lines, "of")
-    side = 0.34 * len(tasks) + 1.0
-    figure = new_figure(2 * side + 1.6, side + 0.5)
+    side, below = 0.36 * len(tasks) + 0.2, label_height(tasks)
+    figure = new_figure(2 * side + below + 1.4, side + below + 0.3)
     panels = figure.subplots(1, 2)
     image = None
     reach = max(abs(line["relative"] - 1) for line in lines if not math.isnan(line["relative"])) or 0.1
     for place, (axes, adapter) in enumerate(zip(panels, (BEFORE, AFTER), strict=True)):
         cells = {(line["of"], line["on"]): line["relative"] for line in chosen(lines, adapter=adapter)}
         matrix = [[cells[of, on] for on in tasks] for of in tasks]
-        image = heat_map(axes, matrix, () if place else tasks, tasks, low=1 - reach, high=1 + reach, signed=True)
+        image = heat_map(
+            axes, matrix, () if place else tasks, tasks, low=1 - reach, high=1 + reach, signed=True, square=False
+        )
         axes.set_title(f"{adapter} adapters", loc="left")
     panels[0].set_ylabel("adapter of")
     assert image is not None
     figure.colorbar(image, ax=panels, shrink=0.75).set_label("relative accuracy", fontsize=8)
-    return settled(figure)
+    return figure
 
 
 def caption(lines: Lines) -> Caption:
