@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from accuracy import plan
+import torch
 from accuracy.evaluate import Rows
 from figures import command, measuring, suites
 from figures.catalogue import FIGURES
@@ -18,6 +19,8 @@ from figures.page import section
 from figures.scope import scope_of
 from figures.trials import Alone, dc, merge
 
+from dc_merge_peft import MergeError
+from dc_merge_peft.methods.rescaling import AlphaFit
 from tests.support.suites import SmallSuite, small_suite
 
 NAMED = {kind.name: kind for kind in FIGURES}
@@ -46,8 +49,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("figures")
     small_suite(folder / "suite")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(suites.SUITES, "small", "tests.support.suites:SmallSuite")  # type: ignore[arg-type]
-        patch.setattr(suites, "suite_named", named)
+        patch.setitem(suites.SUITES, "small", "")  # type: ignore[arg-type]
         patch.setattr(command, "suite_named", named)
         return program(folder)
 
@@ -82,7 +84,7 @@ def test_a_second_run_measures_nothing_and_draws_the_same(drawn: Path, monkeypat
     suite = SmallSuite(drawn.parent / "suite")
     monkeypatch.setattr(command, "suite_named", lambda name, cache, seeds: suite)
     monkeypatch.setitem(suites.SUITES, "small", "")  # type: ignore[arg-type]
-    program(drawn.parent)
+    program(drawn.parent, "--only", "figure-02", "figure-03b", "figure-10")
     assert not suite.asked and {file.name: file.read_bytes() for file in drawn.iterdir()} == before
 
 
@@ -184,8 +186,8 @@ def test_tables_come_back(tmp_path: Path) -> None:
 
 
 def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test examples are never looked at; nothing is measured twice; another adapter is, with the merges it is in; after a
-    change of the library only what has other deltas is measured again."""
+    """Test examples are never looked at; nothing is measured twice; another adapter is, with the merges it is in; a change of
+    the library that changes no delta costs no measurement."""
     suite = small_suite(tmp_path / "suite")
     scope = scope_of(suite, 2, 20, "float32")
     trials = [dc(("a", "b"), 0), dc(("c", "d"), 0), Alone(None, 0, scope.tasks)]
@@ -206,20 +208,24 @@ def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "code_key", lambda: "another")
     recoded, newest = again()
     assert newest == 7 and all(row["code"] == "another" for row in recoded.values())
-    assert {task for task, _ in suite.asked} == set("abcd")  # the base model alone has no deltas to compare
-    assert plan.code_key() != "another"
+    assert not suite.asked
 
 
-def test_a_merge_without_data_free_alpha(tmp_path: Path) -> None:
-    """Of two tasks that cancel each other nothing is left to fit; the merge is there all the same."""
+def test_merges_without_data_free_alpha(tmp_path: Path) -> None:
+    """Where all that is merged lies outside the tasks' subspaces there is no such alpha, and the merge is there all the same;
+    where nothing is left at all the library's refusal stands."""
     suite = small_suite(tmp_path / "suite")
-    suite.write("b", 0)
-    (tmp_path / "suite" / "b-0").rename(tmp_path / "suite" / "old")
+    adapters = [suite.adapter(task, 0) for task in "ab"]
+    result, auto = merge(adapters, "dc", {})
+    assert auto and result.alpha == 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlphaFit, "alpha", None)
+        again, none = merge(adapters, "dc", {})
+    assert none is None and torch.equal(again.delta("first"), result.delta("first"))
+    shutil.copytree(suite.adapter("a", 0), tmp_path / "opposite")
     suite.write("a", 0, scale=-1.0)
-    (tmp_path / "suite" / "a-0").rename(tmp_path / "suite" / "b-0")
-    suite.write("a", 0)
-    _, auto = merge([suite.adapter("a", 0), suite.adapter("b", 0)], "ta", {})
-    assert auto is None
+    with pytest.raises(MergeError, match="leaves nothing of these adapters"):
+        merge([suite.adapter("a", 0), tmp_path / "opposite"], "ta", {})
 
 
 def test_about_has_no_paths(drawn: Path) -> None:
