@@ -87,7 +87,11 @@ def draw(lines: Lines) -> Figure:
     axes = figure.subplots()
     for index, label in enumerate(distinct(lines, "method")):
         own = chosen(lines, method=label)
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "linestyle": "none"}
+        style: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKS[index % len(MARKS)],
+            "linestyle": "none",
+        }
         xs, ys = [line["dir_sim"] for line in own], [line["nai"] for line in own]
         axes.plot(xs, ys, markersize=4, alpha=0.55, **style)
         axes.plot(

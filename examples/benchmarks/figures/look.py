@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # On white and on the dark page of GitHub its contrast is 4 to 1 at least.
 GREY = "#7b7d83"
-QUIET = {
+QUIET: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "text.color": GREY,
@@ -87,7 +87,9 @@ def names_below(axes: Any, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 4 else 0)
 
 
-def bars(axes: Any, names: Sequence[str], groups: dict[str, Sequence[float]], colours: Sequence[str] = COLOURS) -> None:
+def bars(
+    axes: Any, names: Sequence[str], groups: Mapping[str, Sequence[float]], colours: Sequence[str] = COLOURS
+) -> None:
     """Bars side by side for each name, one colour a group."""
     width = 0.8 / len(groups)
     for index, (label, values) in enumerate(groups.items()):

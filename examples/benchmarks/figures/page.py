@@ -11,6 +11,7 @@ from common.tables import markdown as table
 
 from figures.catalogue import FIGURES
 from figures.kind import Kind, read_lines
+from figures.perturbations import SMALLEST_GAIN
 from figures.scope import Scope
 
 ABOUT = "about.json"
@@ -38,7 +39,8 @@ def section(folder: Path, link: str | None = None) -> str:
     ]
     captions = {kind.name: kind.caption(read_lines(folder / f"{kind.name}.csv")) for kind in there}
     rows = [[kind.paper, kind.claim, f"**{captions[kind.name].verdict}**"] for kind in there]
-    parts = [preface(facts), table(["figure", "the paper", "here"], rows)]
+    claims = table(["figure", "the paper", "here"], rows).replace("---:", "---")
+    parts = [preface(facts), claims]
     for kind in there:
         found = captions[kind.name]
         parts.append(figure_text(kind, found.seen, found.verdict, folder.name if link is None else link))
@@ -51,7 +53,7 @@ def preface(facts: Mapping[str, Any]) -> str:
         f"The paper's figures drawn from the adapters of {facts['suite']}: {len(facts['tasks'])} tasks ({', '.join(facts['tasks'])}), seed "
         f"{facts['seed']}, rank {facts['rank']}. Accuracies are of the first {facts['examples']} **validation** examples of each task, in "
         f'{facts["precision"]}; alpha is picked on the same ones, which favours all merges alike, or is the data-free `alpha="auto"` '
-        "where a figure says so. No test example was looked at. Intervals (95 %) draw examples again within tasks, the same ones for every merge. Whether a figure "
+        f"where a figure says so. NAI is of tasks whose adapter gains {100 * SMALLEST_GAIN:.0f} points or more over the base model. No test example was looked at. Intervals (95 %) draw examples again within tasks, the same ones for every merge. Whether a figure "
         "agrees with the paper is decided by a rule on its numbers, never by eye."
     )
 

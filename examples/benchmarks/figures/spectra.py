@@ -114,8 +114,8 @@ def retention_caption(lines: Lines) -> Caption:
     fraction = 100 * half["original"]["fraction"]
     steeper = half["original"]["energy"] > half["linear smoothing"]["energy"] > half["averaging"]["energy"]
     seen = (
-        f"The first {fraction:.0f} % of the directions hold, of the energy: {words}. (The paper's curves of full fine-tuning need "
-        "full models, which this suite has not.)"
+        f"The first {fraction:.0f} % of the directions hold, of the energy: {words}. (The paper's curves of full "
+        "fine-tuning are not drawn: these are adapters.)"
     )
     return Caption(seen, AGREES if steeper and half["original"]["energy"] >= 0.8 else PARTLY if steeper else DIFFERS)
 
