@@ -36,7 +36,10 @@ class Job:
     key: str  # of everything but the library's code
     code: str
     examples: int
-    own: Mapping[str, float] = dataclasses.field(default_factory=dict)  # accuracy of the merged tasks' own adapters
+    picking: int  # examples on which alpha is picked
+    own: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # accuracy of the merged tasks' own adapters on these
     earlier: Row | None = None  # the row of an earlier run with the same key and other code
 
 
@@ -91,8 +94,8 @@ def pending(suite: Suite, scope: Scope, trials: Sequence[Trial], rows: Mapping[s
         read = [adapter(task, trial.seed) for task in _adapters(trial)]
         recipe = dataclasses.asdict(trial)
         own = own_shares(scope, trial, rows) if isinstance(trial, Merged) and trial.accuracy else {}
-        key = content_key([MEASURING, recipe, texts, read, own, scope.precision, GRID, LADDER, PATIENCE])
-        job = Job(trial, key, code, scope.examples, own)
+        key = content_key([MEASURING, recipe, texts, read, own, scope.picking, scope.precision, GRID, LADDER, PATIENCE])
+        job = Job(trial, key, code, scope.examples, scope.picking, own)
         row = rows.get(trial.name)
         if row is None or row["key"] != key:
             left.append(job)
@@ -102,8 +105,9 @@ def pending(suite: Suite, scope: Scope, trials: Sequence[Trial], rows: Mapping[s
 
 
 def own_shares(scope: Scope, trial: Merged, rows: Mapping[str, Row]) -> dict[str, float]:
-    """Accuracy of each merged task's own adapter, from rows that are there."""
-    return {task: share(rows[own_trial(scope, task, trial.seed).name]["hits"][task]) for task in trial.tasks}
+    """Accuracy of each merged task's own adapter where alpha is picked, from rows that are there."""
+    found = {task: rows[own_trial(scope, task, trial.seed).name]["hits"][task] for task in trial.tasks}
+    return {task: share(hits[: scope.picking]) for task, hits in found.items()}
 
 
 def _looked_at(trial: Trial) -> tuple[str, ...]:
@@ -158,17 +162,17 @@ def _merged(bench: FigureBench, job: Job, trial: Merged) -> Row:
 
 def _accuracies(bench: FigureBench, job: Job, merge: Merge) -> Row:
     """Hits at the best alpha, found by average normalized accuracy, and at the data-free one."""
-    seen: dict[float, dict[str, str]] = {}
+
+    def looked_at(alpha: float, count: int) -> dict[str, str]:
+        bench.carrier.carry(merge.deltas, alpha)
+        return bench.looked_at(job.own, count)
 
     def score(alpha: float) -> float:
-        bench.carrier.carry(merge.deltas, alpha)
-        seen[alpha] = bench.looked_at(job.own, job.examples)
-        return average_normalized_accuracy(
-            [share(hits) for hits in seen[alpha].values()], [max(own, 1e-9) for own in job.own.values()]
-        )
+        found = [share(hits) for hits in looked_at(alpha, job.picking).values()]
+        return average_normalized_accuracy(found, [max(own, 1e-9) for own in job.own.values()])
 
     best, scores = best_alpha(score, merge.auto)
+    hits = {"validation": looked_at(best, job.examples)}
     if merge.auto is not None:
-        score(merge.auto)
-    hits = {"validation": seen[best]} | ({"auto": seen[merge.auto]} if merge.auto is not None else {})
+        hits["auto"] = looked_at(merge.auto, job.examples)
     return {"best": best, "scores": scores, "hits": hits}

@@ -19,7 +19,7 @@ ABOUT = "about.json"
 
 def about(scope: Scope) -> dict[str, Any]:
     """What the captions need of a scope."""
-    names = ("suite", "tasks", "seed", "other", "rank", "examples", "precision")
+    names = ("suite", "tasks", "seed", "other", "rank", "examples", "picking", "precision")
     return {name: getattr(scope, name) for name in names}
 
 
@@ -49,12 +49,14 @@ def section(folder: Path, link: str | None = None) -> str:
 
 def preface(facts: Mapping[str, Any]) -> str:
     """What the figures are of."""
+    tasks = ", ".join(facts["tasks"])
     return (
-        f"The paper's figures drawn from the adapters of {facts['suite']}: {len(facts['tasks'])} tasks ({', '.join(facts['tasks'])}), seed "
-        f"{facts['seed']}, rank {facts['rank']}. Accuracies are of the first {facts['examples']} **validation** examples of each task, in "
-        f'{facts["precision"]}; alpha is picked on the same ones, which favours all merges alike, or is the data-free `alpha="auto"` '
-        f"where a figure says so. NAI is of tasks whose adapter gains {100 * SMALLEST_GAIN:.0f} points or more over the base model. No test example was looked at. Intervals (95 %) draw examples again within tasks, the same ones for every merge. Whether a figure "
-        "agrees with the paper is decided by a rule on its numbers, never by eye."
+        f"The paper's figures drawn from the adapters of {facts['suite']}: {len(facts['tasks'])} tasks ({tasks}), seed {facts['seed']}, rank "
+        f"{facts['rank']}. Accuracies are of the first {facts['examples']} **validation** examples of each task, in {facts['precision']}; no test "
+        f"example was looked at. alpha is picked on the first {facts['picking']} of them, which favours all merges alike, or is the data-free "
+        "`auto` where a figure says so. NAI is of tasks whose adapter gains "
+        f"{100 * SMALLEST_GAIN:.0f} points or more over the base model. Intervals (95 %) draw examples again within tasks, the same ones for "
+        "every merge. Whether a figure agrees with the paper is decided by a rule on its numbers, never by eye."
     )
 
 

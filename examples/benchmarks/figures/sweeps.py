@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
-RHOS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+RHOS = (1.0, 2.0, 5.0, 10.0, 20.0)
 # Average normalized accuracies that are no further apart are as good as equal.
 CLOSE = 0.02
 
