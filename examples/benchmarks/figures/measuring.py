@@ -94,7 +94,8 @@ def pending(suite: Suite, scope: Scope, trials: Sequence[Trial], rows: Mapping[s
         read = [adapter(task, trial.seed) for task in _adapters(trial)]
         recipe = dataclasses.asdict(trial)
         own = own_shares(scope, trial, rows) if isinstance(trial, Merged) and trial.accuracy else {}
-        key = content_key([MEASURING, recipe, texts, read, own, scope.picking, scope.precision, GRID, LADDER, PATIENCE])
+        search = [own, scope.picking] if own else {}
+        key = content_key([MEASURING, recipe, texts, read, search, scope.precision, GRID, LADDER, PATIENCE])
         job = Job(trial, key, code, scope.examples, scope.picking, own)
         row = rows.get(trial.name)
         if row is None or row["key"] != key:
