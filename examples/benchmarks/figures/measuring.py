@@ -94,7 +94,7 @@ def pending(suite: Suite, scope: Scope, trials: Sequence[Trial], rows: Mapping[s
         read = [adapter(task, trial.seed) for task in _adapters(trial)]
         recipe = dataclasses.asdict(trial)
         own = own_shares(scope, trial, rows) if isinstance(trial, Merged) and trial.accuracy else {}
-        search = [own, scope.picking] if own else {}
+        search = {"own": own, "picking": scope.picking} if own else {}
         key = content_key([MEASURING, recipe, texts, read, search, scope.precision, GRID, LADDER, PATIENCE])
         job = Job(trial, key, code, scope.examples, scope.picking, own)
         row = rows.get(trial.name)
