@@ -86,13 +86,15 @@ def draw(lines: Lines) -> Figure:
         beside.plot(
             [line["step"] for line in measured],
             [100 * line["normalized"] for line in measured],
-            "o",
+            "o-",
+            linewidth=0.8,
             color=COLOURS[1],
             label="accuracy, right axis",
         )
         beside.axhline(100 * white["normalized"], color=COLOURS[1], linestyle=":", label="accuracy with whitening")
         beside.spines[["top"]].set_visible(False)
         axes.set_xscale(scale)
+        axes.set_xlim(-0.03 * STEPS if scale == "linear" else -0.2, (1.05 if scale == "linear" else 1.3) * STEPS)
         tidy(
             axes,
             f"{'Linear' if scale == 'linear' else 'Logarithmic'} steps",
