@@ -22,7 +22,7 @@ from text8.tasks import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("text8", __doc__, _prepare, suite_of), arguments)
+    return run(Benchmark("text8", __doc__, _prepare, suite), arguments)
 
 
 def _prepare(cache: Path) -> bool:
@@ -31,6 +31,6 @@ def _prepare(cache: Path) -> bool:
         return prepare(TASKS, cache)
 
 
-def suite_of(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
+def suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
     """The suite with the adapters in its cache folder."""
     return TextSuite(cache, tuple(TASKS), seeds)
