@@ -18,9 +18,12 @@ def suite_named(name: str, cache: Path, seeds: Sequence[int]) -> Suite:
     """The suite of that name with the adapters in its cache folder.
 
     Raises:
-        SystemExit: an unknown name.
+        SystemExit: an unknown name, or a suite of models fine-tuned in full: the figures look at adapters' factors.
     """
     if name not in SUITES:
         raise SystemExit(f"found the suite {name!r}: expected one of {', '.join(SUITES)}")
     module, _, function = SUITES[name].partition(":")
-    return getattr(importlib.import_module(module), function)(cache, tuple(seeds))
+    suite: Suite = getattr(importlib.import_module(module), function)(cache, tuple(seeds))
+    if suite.kind.name != "adapter":
+        raise SystemExit(f"found the suite {name!r} of full models: expected one of LoRA adapters")
+    return suite
