@@ -51,7 +51,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(suites.SUITES, "small", "")  # type: ignore[arg-type]
         patch.setattr(command, "suite_named", named)
-        return program(folder)
+        return program(folder, "--section", str(folder / "page.md"))
 
 
 def named(name: str, cache: Path, seeds: list[int]) -> SmallSuite:
@@ -75,7 +75,7 @@ def test_section_has_claims_pictures_and_numbers(drawn: Path) -> None:
     for kind in FIGURES:
         assert f"](figures/{kind.name}.svg)" in text and f"](figures/{kind.name}.csv)" in text and kind.claim in text
     assert "**validation**" in text and "first 20" in text and "small" in text
-    assert (drawn / "section.md").read_text(encoding="utf-8") == section(drawn, ".") + "\n"
+    assert (drawn.parent / "page.md").read_text(encoding="utf-8") == section(drawn) + "\n"
 
 
 def test_a_second_run_measures_nothing_and_draws_the_same(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 python -m examples.benchmarks.figures --suite text8 --cache DIR --out docs/benchmarks/text8
 
 DIR has the adapters, as the suite's own program makes them. Measurements are kept in DIR/figures (or --work) and are not made
-twice; figures, their numbers as CSV and section.md go to --out.
+twice; figures and their numbers as CSV go to --out, and what they say to --section.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kinds_named(options.only),
             options.workers,
         )
+        if options.section:
+            link = Path(os.path.relpath(options.out, options.section.parent)).as_posix()
+            options.section.write_text(section(options.out, link) + "\n", encoding="utf-8")
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -60,7 +63,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, required=True, metavar="DIR", help="with the suite's adapters and data; only read"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of figures, tables and section.md")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of figures and tables")
+    parser.add_argument(
+        "--section",
+        type=Path,
+        metavar="FILE",
+        help="for the pictures and captions of all that is in --out, in Markdown",
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="of the measurements (default: CACHE/figures)")
     parser.add_argument(
         "--seeds",
@@ -99,7 +108,7 @@ def largest_rank(suite: Suite) -> int:
 
 
 def make(suite: Suite, scope: Scope, work: Path, out: Path, kinds: Sequence[Kind], workers: int) -> None:
-    """Measure for some figures and draw them; the section is of all figures that are there."""
+    """Measure for some figures and draw them."""
     rows = Rows(work / f"rows-{scope.precision}.jsonl")
     new = measure(suite, scope, [trial for kind in kinds for trial in kind.trials(scope)], rows, workers)
     say(f"{new} trials measured")
@@ -112,4 +121,3 @@ def make(suite: Suite, scope: Scope, work: Path, out: Path, kinds: Sequence[Kind
             write_lines(lines, table)
             save(drawn(kind, read_lines(table)), kind.name, out)
             say(f"{kind.name}: drawn")
-    (out / "section.md").write_text(section(out, ".") + "\n", encoding="utf-8")
