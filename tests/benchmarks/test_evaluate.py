@@ -18,7 +18,7 @@ from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.methods import METHODS
 from tests.support.suites import SmallSuite, small_suite
 
-SETTINGS = Settings(counts=(2,), precision="float32", validation=20, test=30)
+SETTINGS = Settings(counts=(2,), precision="float32", validation=20, test=30, one_seed=())
 FEW = (Contender("dc", "dc"), Contender("plain sum", "ta"), Contender("only four", "ta", {}, (4,)))
 
 

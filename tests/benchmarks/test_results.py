@@ -22,6 +22,14 @@ from dc_merge_peft.lowrank import concatenate
 from tests.support.suites import SmallSuite, small_suite
 
 FEW = (Contender("dc", "dc"), Contender("ta", "ta"))
+TASKS = tuple("abcdefghij")
+BENCHMARK = Benchmark(
+    "small",
+    "Small.",
+    lambda cache: True,
+    lambda cache, seeds: SmallSuite(cache, TASKS, seeds),
+    settings=Settings(one_seed=()),
+)
 
 
 @pytest.fixture
@@ -29,13 +37,9 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All stages of a small benchmark of ten tasks, run."""
     for module in (plan, results):
         monkeypatch.setattr(module, "CONTENDERS", FEW)
-    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
     arguments = ["--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "2", "--precision", "float32"]
-    assert run(benchmark, [*arguments, "--workers", "1"]) == 0
+    assert run(BENCHMARK, [*arguments, "--workers", "1"]) == 0
     return tmp_path / "results"
-
-
-TASKS = tuple("abcdefghij")
 
 
 def test_numbers_are_those_of_the_rows(out: Path) -> None:
@@ -87,7 +91,6 @@ def test_tables_say_what_the_results_say(out: Path) -> None:
 
 def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
     """The stage on its own writes the same three files elsewhere."""
-    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
     arguments = [
         "report",
         "--cache",
@@ -101,7 +104,7 @@ def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
         "--precision",
         "float32",
     ]
-    assert run(benchmark, [*arguments, "--out", str(tmp_path / "again")]) == 0
+    assert run(BENCHMARK, [*arguments, "--out", str(tmp_path / "again")]) == 0
     for name in ("results.json", "results.csv", "results.md"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
@@ -137,9 +140,22 @@ def test_tables_in_a_page(out: Path, tmp_path: Path) -> None:
         with_tables("nothing", found)
 
 
+def test_one_seed_stands_for_all(out: Path, tmp_path: Path) -> None:
+    """Where the settings say so rows of other seeds count for nothing, and the tables say it."""
+    suite, settings = SmallSuite(tmp_path, TASKS, (0, 1)), Settings(counts=(8, 2), precision="float32", one_seed=(2,))
+    rows = {
+        name: row
+        for name, row in Rows(out / "rows-float32.jsonl").found.items()
+        if "+" not in name or name[-1] == "0" or len(name) > 20
+    }
+    found = results_of(suite, settings, rows)
+    seeds = {line["tasks"]: len(line["by_seed"]) for line in found["merged"]}
+    assert seeds == {2: 1, 8: 2} and "2 seeds of adapters (one at 2 tasks)" in markdown(found)
+
+
 def test_rows_out_of_date_are_refused(out: Path, tmp_path: Path) -> None:
     """A report says what is missing, also where rows are there but of another adapter; and that adapters are."""
-    suite, settings = SmallSuite(tmp_path, TASKS), Settings(counts=(2,), precision="float32")
+    suite, settings = SmallSuite(tmp_path, TASKS), Settings(counts=(2,), precision="float32", one_seed=())
     rows = Rows(out / "rows-float32.jsonl").found
     assert results_of(suite, settings, rows)["tasks"]
     with pytest.raises(

@@ -75,8 +75,11 @@ def kind(results: Mapping[str, Any]) -> str:
 
 def seeds_text(results: Mapping[str, Any]) -> str:
     """How many of what."""
-    count = len(results["seeds"])
-    return f"{count} seeds of {kind(results)}s" if count > 1 else f"one seed of {kind(results)}s"
+    count, settings = len(results["seeds"]), settings_of(results)
+    if count == 1:
+        return f"one seed of {kind(results)}s"
+    single = " and ".join(str(tasks) for tasks in sorted(settings.counts) if tasks in settings.one_seed)
+    return f"{count} seeds of {kind(results)}s{f' (one at {single} tasks)' if single else ''}"
 
 
 def groups_text(results: Mapping[str, Any]) -> str:
