@@ -94,8 +94,13 @@ class DataMethod(Method):
     """A method that gets statistics beside the deltas. The engine opens them and hands them over by :meth:`informed`."""
 
     kind: ClassVar[Kind]
-    config: DataMethodConfig
     statistics: Sequence[Statistics] = ()  # opened, one an adapter of the merge
+
+    @property
+    def given(self) -> tuple[str | Statistics, ...]:
+        """What the option ``statistics`` holds."""
+        assert isinstance(self.config, DataMethodConfig)
+        return self.config.statistics.parts
 
     def informed(self, statistics: Sequence[Statistics]) -> DataMethod:
         """The same method with opened statistics, one an adapter, all of its kind."""

@@ -38,7 +38,7 @@ def with_statistics(method: Method, modules: Sequence[PlannedShape], adapters: S
     """
     if not isinstance(method, DataMethod):
         return method
-    given = method.config.statistics.parts
+    given = method.given
     if not given:
         raise missing(method)
     if len(given) != len(adapters):
@@ -74,7 +74,7 @@ def statistics_files(method: Method) -> list[Path]:
     Raises:
         OptionError: some are in memory.
     """
-    parts = method.config.statistics.parts if isinstance(method, DataMethod) else ()
+    parts = method.given if isinstance(method, DataMethod) else ()
     places = [part.location if isinstance(part, Statistics) else part for part in parts]
     if None in places:
         raise OptionError(

@@ -71,14 +71,14 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     from dc_merge_peft.sources.live import lora_layers
 
     tuner: Any = getattr(model, "base_model", model) if hasattr(model, "get_base_model") else model
-    active = getattr(tuner, "active_adapters", None)
-    active = active() if callable(active) else active
-    active = [active] if isinstance(active, str) else list(active or ())
+    found: Any = getattr(tuner, "active_adapters", ())  # a method of models with injected adapters
+    found = found() if callable(found) else found
+    active = [found] if isinstance(found, str) else list(found)
     if len(active) != 1:
         raise OptionError(
             f"found {len(active)} active adapters ({preview(active)}): expected the one whose data this is; call set_adapter first"
         )
-    layers = lora_layers(getattr(tuner, "model", tuner), active[0])
+    layers: Any = lora_layers(getattr(tuner, "model", tuner), active[0])
     if not layers:
         raise OptionError(
             f"adapter '{active[0]}' has no LoRA layers in the model: expected at least one; was it loaded?"
