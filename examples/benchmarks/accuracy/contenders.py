@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dc_merge_peft.methods import METHODS
+from accuracy.suite import Informed, Suite
+from dc_merge_peft.methods import DATA_METHODS, METHODS
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,18 @@ OPTIONS = (
     Contender("ties, smoothing", "ties", {"smoothing": "linear"}, ABLATED),
 )
 CONTENDERS: tuple[Contender, ...] = EVERY_METHOD + SMOOTHING + OPTIONS
+WITH_DATA = (
+    *(Contender(name, name, {}, ABLATED) for name in DATA_METHODS),
+    Contender("fisher, normalized", "fisher", {"normalize": True}, ABLATED),
+)
 
-# The paper's tables by the labels of their rows.
+
+def with_data(suite: Suite) -> tuple[Contender, ...]:
+    """The contenders that need statistics of training examples, where a suite has a door to them."""
+    return WITH_DATA if isinstance(suite, Informed) else ()
+
+
+# The paper's tables by the labels of their rows; a table is left out where a suite lacks one of them.
 TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "Energy smoothing (the paper's Tables 4 and 8)": (
         ("none", "dc, none"), ("averaging", "dc, average"), ("linear", "dc"),
@@ -50,6 +61,10 @@ TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "Energy smoothing (ES) and cover space (CSM) by themselves (Table 6)": (
         ("TA", "ta"), ("TA + ES", "ta, smoothing"), ("TA + CSM", "ta, cover"), ("TA + CSM + ES", "ta, cover, smoothing"),
         ("TIES", "ties"), ("TIES + ES", "ties, smoothing"), ("TIES + CSM", "dc, none"), ("TIES + CSM + ES", "dc"),
+    ),
+    "Methods that look at training examples, beside others of Table 10": (
+        ("average", "average"), ("Fisher merging", "fisher"), ("Fisher merging, normalized", "fisher, normalized"),
+        ("RegMean", "regmean"), ("TA", "ta"), ("PCB-Merging", "pcb"), ("TSV-M", "tsvm"), ("Iso-CTS", "iso_cts"), ("DC-Merge", "dc"),
     ),
 }  # fmt: skip
 
