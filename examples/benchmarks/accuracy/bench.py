@@ -11,7 +11,7 @@ import torch
 from accuracy.alphas import best_alpha
 from accuracy.carrier import Carrier
 from accuracy.keys import tensors_key
-from accuracy.merging import Merge, by_method
+from accuracy.merging import Merge
 from accuracy.plan import Job, share
 from accuracy.statistics import informed
 from accuracy.suite import Suite
@@ -37,7 +37,7 @@ class Bench:
         if seed is None:
             self.carrier.bare()
         else:
-            self.carrier.carry(by_method([self.suite.adapter(task, seed)], "ta", {}).deltas, 1.0)
+            self.carrier.carry(self.suite.kind.own(self.suite.adapter(task, seed)), 1.0)
         return {part: self.hits(task, part, size) for part, size in sizes.items()}
 
     def search(
@@ -58,7 +58,7 @@ class Bench:
         options = dict(job.contender.options)
         if job.statistics:
             options["statistics"] = [want.file(informed(self.suite)) for want in job.statistics]
-        merge = by_method(adapters, job.contender.method, options)
+        merge = self.suite.kind.merge(adapters, job.contender.method, options)
         seconds = time.perf_counter() - start
         deltas = tensors_key(merge.deltas)
         if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (deltas, merge.auto):

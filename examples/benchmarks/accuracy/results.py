@@ -41,6 +41,7 @@ def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dic
     merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count)]
     return {
         "suite": suite.name,
+        "kind": suite.kind.name,
         "seeds": list(suite.seeds),
         "settings": dataclasses.asdict(settings),
         "tasks": [task_line(suite, rows, task) for task in suite.tasks],
@@ -63,11 +64,10 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     tasks = [task for group in together for task in group]
     size = settings.examples(count)["test"]
     found = {label: _model(suite, rows, label, together) for label in _labels(suite, count)}
-    alone = {
-        name: _alone(suite, rows, tasks, size, base=name == "base model") for name in ("base model", "own adapters")
-    }
-    resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()})
-    own = resampling.accuracies(alone["own adapters"])
+    owners = f"own {suite.kind.name}s"
+    alone = {name: _alone(suite, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
+    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()})
+    own = resampling.accuracies(alone[owners])
     for label, hits in alone.items():
         yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
     for rule in RULES:
@@ -125,7 +125,9 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _labels(suite: Suite, count: int) -> list[str]:
-    return [contender.label for contender in (*CONTENDERS, *with_data(suite)) if contender.runs_at(count)]
+    return [
+        contender.label for contender in (*CONTENDERS, *with_data(suite)) if contender.runs_at(count, suite.kind.name)
+    ]
 
 
 def _model(

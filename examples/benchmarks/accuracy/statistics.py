@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from accuracy.carrier import Carrier
 from accuracy.keys import content_key
-from accuracy.merging import by_method
 from accuracy.suite import Informed, Suite
 from accuracy.workers import say, shared_out
 from dc_merge_peft.methods import DATA_METHODS
@@ -85,9 +84,11 @@ class Collector:
         """The file, made where it is not there; complete or not there at all, whoever else makes it."""
         file = want.file(self.suite)
         if not file.exists():
-            merge = by_method([self.suite.adapter(want.task, want.seed)], "ta", {})
-            found = self._collected(self.carrier.carry(merge.deltas, 1.0), want, list(merge.deltas))
-            save(found, file)
+            changes = self.suite.kind.own(self.suite.adapter(want.task, want.seed))
+            model = self.carrier.carry(changes, 1.0)
+            # Vectors, which full models have beside, are averaged by every method.
+            modules = [name.removesuffix(".weight") for name, change in changes.items() if change.ndim > 1]
+            save(self._collected(model, want, modules), file)
         return file
 
     def _collected(self, model: nn.Module, want: Wanted, modules: list[str]) -> Statistics:
