@@ -63,7 +63,7 @@ def save(statistics: Statistics, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            save_file(tensors, Path(folder) / path.name, {"format": "pt", HEADER: json.dumps(about)})
+            save_file(tensors, Path(folder) / path.name, {HEADER: json.dumps(about)})
             os.replace(Path(folder) / path.name, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(
