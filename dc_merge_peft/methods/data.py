@@ -24,6 +24,7 @@ from dc_merge_peft.methods.options import option
 
 Kind = Literal["fisher", "gram"]
 KINDS: dict[Kind, str] = {"fisher": "the diagonal Fisher information", "gram": "Gram matrices of inputs"}
+IN_MEMORY = "<in memory"  # how the name of statistics begins that are in no file
 COLLECTING = "collect them with dc_merge_peft.statistics.fisher or .input_grams from each task's own model and data"
 
 
@@ -46,7 +47,7 @@ class Statistics:
     location: str | None = None  # the file they are in
 
     def __str__(self) -> str:
-        return self.location or f"<in memory: {self.kind} of {self.examples} examples>"
+        return self.location or f"{IN_MEMORY}: {self.kind} of {self.examples} examples>"
 
 
 @dataclass(frozen=True, eq=False)

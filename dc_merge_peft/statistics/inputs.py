@@ -55,19 +55,17 @@ def input_grams(
     most, layers = checked_count(examples), watched(model, modules)
     sums = {path: torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64) for path, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
-    masks: list[Tensor | None] = [None]
+    products = Products()
 
     def see(path: str, x: Tensor, output: Any) -> None:
-        rows = input_rows(layers[path], x.detach(), masks[0])
-        sums[path] = sums[path].to(compute_device(rows.device))
-        with torch.autocast(rows.device.type, enabled=False):
-            sums[path] += (rows.mT @ rows).to(sums[path].device, torch.float64)
-        counts[path] += len(rows)
+        gram, rows = products.of(layers[path], x)
+        sums[path] = sums[path].to(gram.device).add_(gram)
+        counts[path] += rows
 
     seen = 0
     with torch.no_grad(), evaluating(model, dataloader) as batches, recording(layers, see):
         for batch in batches:
-            masks[0] = padding_mask(batch)
+            products.mask = padding_mask(batch)
             forward(model, batch)
             seen += batch_size(batch)
             if most is not None and seen >= most:
@@ -79,6 +77,25 @@ def input_grams(
     for path, gram in grams.items():
         refuse_spoilt(path, gram)
     return Statistics("gram", grams, seen, "X^T X / N over all inputs of a layer, padding left out")
+
+
+class Products:
+    """Gram matrices of inputs; one for layers side by side that share theirs, as queries, keys and values do."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None  # of the batch
+        self._last: tuple[Tensor, int, Tensor, int] | None = None  # input, its version, Gram matrix, rows
+
+    def of(self, layer: Watched, x: Tensor) -> tuple[Tensor, int]:  # (n, n) float64, number of rows
+        """That of one pass through a layer."""
+        shareable = layer.layout.kind == "linear" and not x.is_inference()  # which has no version
+        if shareable and self._last and self._last[0] is x and self._last[1] == x._version:
+            return self._last[2:]
+        rows = input_rows(layer, x.detach(), self.mask)
+        with torch.autocast(rows.device.type, enabled=False):
+            gram = (rows.mT @ rows).to(compute_device(rows.device), torch.float64)
+        self._last = (x, x._version, gram, len(rows)) if shareable else None
+        return gram, len(rows)
 
 
 def input_rows(layer: Watched, x: Tensor, mask: Tensor | None) -> Tensor:  # (N, n), float32 or float64

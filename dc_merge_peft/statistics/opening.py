@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.methods import Method
-from dc_merge_peft.methods.data import COLLECTING, KINDS, DataMethod, Statistics, missing
+from dc_merge_peft.methods.data import COLLECTING, IN_MEMORY, KINDS, DataMethod, Statistics, missing
 from dc_merge_peft.statistics.files import load, shapes
 
 
@@ -44,6 +44,11 @@ def with_statistics(method: Method, modules: Sequence[PlannedShape], adapters: S
     if len(given) != len(adapters):
         raise OptionError(
             f"found {len(given)} statistics for {len(adapters)} adapters: expected one an adapter, in the adapters' order"
+        )
+    if gone := [part for part in given if isinstance(part, str) and part.startswith(IN_MEMORY)]:
+        raise OptionError(
+            f"the statistics {gone[0]} were in memory and can't be found by that name: expected a file, for searches and for records that "
+            "merge again; save them with dc_merge_peft.statistics.save"
         )
     opened = [part if isinstance(part, Statistics) else load(part) for part in given]
     for index, (statistics, adapter) in enumerate(zip(opened, adapters, strict=True)):

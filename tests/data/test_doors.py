@@ -9,7 +9,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from dc_merge_peft import DATA_METHODS, METHODS, DCMergeAdapter, SourceError, statistics
+from dc_merge_peft import DATA_METHODS, METHODS, DCMergeAdapter, OptionError, statistics, tune
 from dc_merge_peft.cli import app
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.methods import EVERY_METHOD
@@ -109,10 +109,20 @@ def test_what_is_recorded(prepared: Prepared) -> None:
     merged = DCMergeAdapter(method="regmean", statistics=bare).merge(prepared.adapters)
     assert run_record(merged)["options"]["statistics"] == ["<in memory: gram of 6 examples>"] * 2
     assert path in merged.modules
-    with pytest.raises(SourceError, match="<in memory: gram of 6 examples>' can't be read"):
+    with pytest.raises(OptionError, match=r"<in memory: gram of 6 examples> were in memory .* expected a file"):
         DCMergeAdapter(method="regmean", statistics=run_record(merged)["options"]["statistics"]).merge(
             prepared.adapters
         )
+
+
+def test_tuned_from_files(prepared: Prepared) -> None:
+    """Options of a method with data are searched like any others, its statistics read for each merge."""
+    found = tune(
+        prepared.adapters, lambda merged: -abs(merged.options["off_diagonal"] - 0.5) - abs(merged.alpha - 2), {"off_diagonal": [0.5, 0.9]},
+        merger=DCMergeAdapter(method="regmean", statistics=prepared.files["regmean"]), alphas=[1.0, 2.0], progress=False,
+    )  # fmt: skip
+    assert (found.best.settings["off_diagonal"], found.best.settings["alpha"]) == (0.5, 2.0)
+    assert found.config.options["statistics"] == prepared.files["regmean"]
 
 
 def test_other_statistics_are_another_merge(prepared: Prepared, tmp_path: Path) -> None:

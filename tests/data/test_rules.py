@@ -199,3 +199,17 @@ def test_a_module_by_itself_has_no_statistics() -> None:
     """``merge`` without them is refused, not done without."""
     with pytest.raises(OptionError, match=r"'regmean' merges with statistics .* merge_with"):
         method_named("regmean").merge(TASKS, WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["fisher", "regmean"])
+def test_order_and_factors_do_not_count(name: str) -> None:
+    """The tasks in another order with their statistics, and other factors of the same deltas, are the same merge."""
+    method = method_named(name)
+    given = (
+        grams([inputs(seed, 60) for seed in range(3)]) if name == "regmean" else [squares(seed) for seed in range(3)]
+    )
+    expected = dense(method.merge_with(TASKS, WEIGHTS, given))
+    again = method.merge_with(TASKS[::-1], WEIGHTS[::-1], given[::-1])
+    assert relative(dense(again), expected) < 1e-10
+    turned = [LowRank(task.B * 3, task.A / 3) for task in TASKS]
+    assert relative(dense(method.merge_with(turned, WEIGHTS, given)), expected) < 1e-10
