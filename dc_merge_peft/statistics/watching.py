@@ -56,6 +56,10 @@ def watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, Watche
     if isinstance(modules, str):
         raise OptionError(f"modules is {modules!r}: expected a list of names, as in ['q_proj', 'v_proj']")
     if modules is not None:
+        if not modules:
+            raise OptionError(
+                "found an empty list of modules: expected one at least, or none for those of the active adapter"
+            )
         if unmatched := [name for name in modules if not any(ends_in(path, name) for path in layers)]:
             raise OptionError(unknown_name("module of the model", unmatched[0], _leaves(layers)))
         layers = {path: layer for path, layer in layers.items() if any(ends_in(path, name) for name in modules)}
@@ -68,17 +72,22 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         OptionError: several active adapters, or none.
     """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTuner
+
     from dc_merge_peft.sources.live import lora_layers
 
-    tuner: Any = getattr(model, "base_model", model) if hasattr(model, "get_base_model") else model
-    found: Any = getattr(tuner, "active_adapters", ())  # a method of models with injected adapters
-    found = found() if callable(found) else found
-    active = [found] if isinstance(found, str) else list(found)
+    # A PeftModel, its tuner, or a model into which adapters were injected.
+    inside: Any = getattr(model, "base_model", None)
+    tuner: Any = inside if isinstance(inside, BaseTuner) else model
+    active = sorted(
+        {name for layer in model.modules() if isinstance(layer, LoraLayer) for name in layer.active_adapters}
+    )
     if len(active) != 1:
         raise OptionError(
             f"found {len(active)} active adapters ({preview(active)}): expected the one whose data this is; call set_adapter first"
         )
-    layers: Any = lora_layers(getattr(tuner, "model", tuner), active[0])
+    layers: Any = lora_layers(tuner.model if isinstance(tuner, BaseTuner) else tuner, active[0])
     if not layers:
         raise OptionError(
             f"adapter '{active[0]}' has no LoRA layers in the model: expected at least one; was it loaded?"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dc_merge_peft import statistics
@@ -228,3 +229,18 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         F = statistics.fisher(model, loader(), labels="given").tensors
     assert all(gram.dtype == torch.float32 and difference(gram, exact[path]) < 0.05 for path, gram in found.items())
     assert all(torch.isfinite(values).all() for values in F.values())
+
+
+def test_other_doors_to_a_model() -> None:
+    """A tuner without its PeftModel, and adapters that PEFT has injected, into a model with a ``model`` inside: the same
+    paths, which are those of the base model."""
+    ids = {"input_ids": models.IDS}
+    fields = {"r": 2, "target_modules": ["q_proj"]}
+    wrapped, injected = models.with_lora(models.llama(), {"math": fields}), models.llama()
+    inject_adapter_in_model(LoraConfig(**fields), injected, "math")
+    models.randomize(injected, "math", 10)
+    expected = statistics.input_grams(wrapped, [ids]).tensors
+    assert list(expected) == [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    for model in (wrapped.base_model, injected):
+        found = statistics.input_grams(model, [ids]).tensors
+        assert found.keys() == expected.keys() and all(difference(found[path], expected[path]) < 1e-6 for path in found)

@@ -176,6 +176,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: statistics.fisher(Unused(), [(X, Y)]),
         r"model without adapters: expected modules=\[\.\.\.\]",
     ),
+    "none": (lambda: statistics.input_grams(Unused(), [(X, Y)], modules=[]), "found an empty list of modules"),
     "one string": (lambda: statistics.fisher(Unused(), [(X, Y)], modules="used"), "expected a list of names"),
     "unknown": (
         lambda: statistics.fisher(Unused(), [(X, Y)], modules=["usd"]),
