@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dc_merge_peft.errors import OptionError
+from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.methods.data import Statistics
 from dc_merge_peft.statistics.batches import (
     Forward,
@@ -46,7 +46,7 @@ def fisher(
     """``F = 1/N sum_x (d log p(y | x) / dW)^2`` of every layer's whole weight ``W = W_0 + dW``, entry by entry, over N examples.
 
     Which labels y: ``"sampled"`` draws one an example from the model's own prediction, an unbiased estimate of the Fisher information
-    (Matena & Raffel, Eq. 4, where there are many classes); ``"all"`` takes the expectation over all classes, exactly, a backward
+    (as Matena & Raffel do where there are many classes); ``"all"`` takes the expectation over all classes, exactly, a backward
     pass a class; ``"given"`` takes those of the data, which makes the *empirical* Fisher. Gradients are squared example by example, not
     batch by batch: a layer's gradient for one example is ``sum_t g_t a_t^T`` over its positions t, from inputs a and the gradients
     g by the outputs, and no gradient of a parameter is computed.
@@ -67,7 +67,7 @@ def fisher(
     Raises:
         OptionError: no examples, labels, logits or losses of the wrong form, unknown modules, layers that nothing goes through, or that see
             more rows than there are examples.
-        SourceError: NaN or Inf in the gradients.
+        SourceError: NaN in the logits, or NaN or Inf in the gradients.
         UnsupportedAdapterError: a layer that is neither Linear, Conv1D nor a convolution.
     """
     if labels not in ("sampled", "all", "given"):
@@ -115,6 +115,7 @@ def losses(
 
     Raises:
         OptionError: logits or losses of another form.
+        SourceError: logits that are NaN.
     """
     if loss is not None:
         found = loss(model, batch)
@@ -132,6 +133,10 @@ def losses(
             "a function that gives them, or loss=, such as next_token_loss for a causal language model"
         )
     likelihoods = logits.float().log_softmax(dim=1) if logits.dtype != torch.float64 else logits.log_softmax(dim=1)
+    if bool(likelihoods.isnan().any()):
+        raise SourceError(
+            "the model's logits hold NaN: expected finite ones; compute in float32 or bfloat16, and look for damaged examples"
+        )
     if labels == "all":
         weights = likelihoods.detach().exp().sqrt()  # their squares are the probabilities
         for label in range(likelihoods.shape[1]):

@@ -228,12 +228,14 @@ def test_data_that_gives_no_statistics(case: str) -> None:
 
 
 def test_damaged_data() -> None:
-    """NaN among the inputs, from both collectors."""
+    """NaN among the inputs, from both collectors, and among losses."""
     spoilt = [(torch.full((2, 3), float("nan")), Y)]
-    for collect in (statistics.fisher, statistics.input_grams):
-        options: dict[str, Any] = {"labels": "given"} if collect is statistics.fisher else {}
-        with pytest.raises(SourceError, match="data makes NaN or Inf at 'used'"):
-            collect(Unused(), spoilt, modules=["used"], **options)
+    with pytest.raises(SourceError, match="data makes NaN or Inf at 'used'"):
+        statistics.input_grams(Unused(), spoilt, modules=["used"])
+    with pytest.raises(SourceError, match="logits hold NaN"):
+        statistics.fisher(Unused(), spoilt, modules=["used"])
+    with pytest.raises(SourceError, match="data makes NaN or Inf at 'used'"):
+        statistics.fisher(Unused(), spoilt, modules=["used"], loss=lambda m, b: m(b[0]).sum(dim=1))
 
 
 def test_layers_of_other_kinds() -> None:
