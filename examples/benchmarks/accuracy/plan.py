@@ -12,8 +12,9 @@ from typing import Any
 import dc_merge_peft
 from accuracy.alphas import GRID, LADDER, PATIENCE
 from accuracy.carrier import PRECISIONS
-from accuracy.contenders import CONTENDERS, Contender, groups
+from accuracy.contenders import CONTENDERS, Contender, groups, with_data
 from accuracy.keys import content_key, files_key
+from accuracy.statistics import Wanted, wanted
 from accuracy.suite import Suite
 
 MEASURING = 1  # counts up with changes of how a merge is measured
@@ -67,6 +68,7 @@ class Job:
     own: Mapping[str, float]  # validation accuracy of each task's own adapter
     key: str  # of everything but the library's code
     code: str
+    statistics: tuple[Wanted, ...] = ()  # of each task's training examples, for methods that need them
     earlier: Mapping[str, Any] | None = None  # the row of an earlier run with the same key and other code
 
     @property
@@ -96,10 +98,12 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
-                for contender in CONTENDERS:
+                for contender in (*CONTENDERS, *with_data(suite)):
                     if contender.runs_at(count, suite.kind.name):
-                        key = content_key([common, contender.method, dict(contender.options)])
-                        found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
+                        needed = wanted(suite, contender.method, group, seed, merged)
+                        of_data = [[want.key for want in needed]] if needed else []
+                        key = content_key([common, contender.method, dict(contender.options), *of_data])
+                        found.append(Job(contender, group, unseen, seed, examples, mine, key, code, tuple(needed)))
     return found
 
 

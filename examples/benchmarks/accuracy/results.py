@@ -19,7 +19,7 @@ from accuracy.bootstrap import (
     mean_difference,
     mean_normalized,
 )
-from accuracy.contenders import CONTENDERS, groups
+from accuracy.contenders import CONTENDERS, groups, with_data
 from accuracy.evaluate import alone_name, unanswered
 from accuracy.plan import Settings, row_name, share
 from accuracy.suite import Suite
@@ -127,7 +127,9 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _labels(suite: Suite, count: int) -> list[str]:
-    return [contender.label for contender in CONTENDERS if contender.runs_at(count, suite.kind.name)]
+    return [
+        contender.label for contender in (*CONTENDERS, *with_data(suite)) if contender.runs_at(count, suite.kind.name)
+    ]
 
 
 def _model(
