@@ -75,7 +75,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTuner
 
-    from dc_merge_peft.sources.live import lora_layers
+    from dc_merge_peft.sources.live_model import LiveModel
 
     # A PeftModel, its tuner, or a model into which adapters were injected.
     inside: Any = getattr(model, "base_model", None)
@@ -87,7 +87,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
         raise OptionError(
             f"found {len(active)} active adapters ({preview(active)}): expected the one whose data this is; call set_adapter first"
         )
-    layers: Any = lora_layers(tuner.model if isinstance(tuner, BaseTuner) else tuner, active[0])
+    layers: Any = LiveModel.of(tuner.model if isinstance(tuner, BaseTuner) else tuner).layers(active[0])
     if not layers:
         raise OptionError(
             f"adapter '{active[0]}' has no LoRA layers in the model: expected at least one; was it loaded?"
