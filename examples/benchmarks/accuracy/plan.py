@@ -31,10 +31,19 @@ class Settings:
     test: int = 200
     # Fewer where there are many groups or tasks: number of tasks, validation and test examples of each.
     fewer: tuple[tuple[int, int, int], ...] = ((2, 64, 100), (3, 64, 100), (16, 24, 75))
+    only: tuple[str, ...] = ()  # labels of contenders; none: all of them
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"found precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        labels = [contender.label for contender in CONTENDERS]
+        if unknown := [label for label in self.only if label not in labels]:
+            raise ValueError(f"found the contender {unknown[0]!r}: expected some of {', '.join(map(repr, labels))}")
+
+    def contenders(self, kind: str, count: int) -> list[Contender]:
+        """Those that are measured with so many tasks' adapters or models."""
+        wanted = [contender for contender in CONTENDERS if not self.only or contender.label in self.only]
+        return [contender for contender in wanted if contender.runs_at(count, kind)]
 
     def examples(self, count: int) -> dict[str, int]:
         """Examples of each of ``count`` tasks, by part; every part is shuffled, and these are its first."""
@@ -85,10 +94,9 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
-                for contender in CONTENDERS:
-                    if contender.runs_at(count, suite.kind.name):
-                        key = content_key([common, contender.method, dict(contender.options)])
-                        found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
+                for contender in settings.contenders(suite.kind.name, count):
+                    key = content_key([common, contender.method, dict(contender.options)])
+                    found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
     return found
 
 

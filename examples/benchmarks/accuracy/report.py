@@ -43,8 +43,10 @@ def tables(results: Mapping[str, Any]) -> str:
     parts = [settings_text(results), "## Tasks", tasks_table(results)]
     for rule in RULES:
         parts += [f"## Methods, {RULE_NAMES[rule]}", methods_table(results, rule)]
+    measured = {line["label"] for line in results["merged"]}
     for title, rows in TABLES_OF[kind(results)].items():
-        parts += [f"## {title}", options_table(results, rows)]
+        if measured >= {label for _, label in rows}:
+            parts += [f"## {title}", options_table(results, rows)]
     if results["unseen"]:
         parts += ["## Tasks that were not merged (Table 11)", unseen_table(results)]
     return "\n\n".join(parts)
@@ -53,7 +55,7 @@ def tables(results: Mapping[str, Any]) -> str:
 def settings_text(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
     saved = results["settings"]
-    settings = Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
+    settings = Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"])), "only": ()})
     sizes = {count: settings.examples(count) for count in sorted(settings.counts)}
     words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
