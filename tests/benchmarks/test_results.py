@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from accuracy import plan, results
+from accuracy import plan
 from accuracy.command import Benchmark, run
 from accuracy.contenders import Contender
 from accuracy.evaluate import Rows
@@ -35,8 +35,7 @@ BENCHMARK = Benchmark(
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All stages of a small benchmark of ten tasks, run."""
-    for module in (plan, results):
-        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    monkeypatch.setattr(plan, "CONTENDERS", FEW)
     arguments = ["--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "2", "--precision", "float32"]
     assert run(BENCHMARK, [*arguments, "--workers", "1"]) == 0
     return tmp_path / "results"
@@ -111,8 +110,7 @@ def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
 
 def test_a_benchmark_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of tasks, examples, and which tasks are not merged, where the command line says nothing."""
-    for module in (plan, results):
-        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    monkeypatch.setattr(plan, "CONTENDERS", FEW)
     own = Settings(precision="float32", fewer=((6, 10, 12),), seen=6, unseen=2)
     benchmark = Benchmark(
         "small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS[:8], seeds), (6,), (0,), own
@@ -179,6 +177,22 @@ def test_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         run(benchmark, ["tidy", "--cache", str(tmp_path)])
     assert "found the stage 'tidy': expected some of data, train, evaluate, report" in capsys.readouterr().err
+
+
+def test_some_of_the_contenders(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those named alone, from rows that are there already; the reference has to be one of them, and names are checked."""
+    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
+    arguments = ["report", "--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "--precision", "float32"]
+    assert run(benchmark, [*arguments, "--out", str(tmp_path / "few"), "--only", "dc"]) == 0
+    found = json.loads((tmp_path / "few/results.json").read_text(encoding="utf-8"))
+    assert {line["label"] for line in found["merged"]} == {"base model", "own adapters", "dc"}
+    whole = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [line for line in whole["merged"] if line["label"] == "dc" and line["tasks"] == 8] == found["merged"][2:]
+    with pytest.raises(ValueError, match=r"found the contender 'tied': expected some of 'dc', 'ta'"):
+        run(benchmark, [*arguments, "--only", "dc", "tied"])
+    with pytest.raises(SystemExit):
+        run(benchmark, [*arguments, "--only", "ta"])
+    assert "found --only without 'dc': expected it among them" in capsys.readouterr().err
 
 
 def test_study_of_rules(tmp_path: Path) -> None:
