@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 BATCH = 32
+END = "\n"  # of an answer: the pretrained model ends its lines, too
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One question and its answer; the end token is the answer's last."""
+    """One question and its answer; the end of the line is the answer's last token."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -58,16 +59,16 @@ def encode(tokenizer: Any, template: str, questions: Sequence[tuple[str, str]], 
     """Put questions into an instruction's gap and answers after it, each with a space before it.
 
     Args:
-        tokenizer: Its end token ends an answer.
+        tokenizer: Of the model.
         template: With ``{}`` for the question.
         questions: With their answers.
         max_tokens: Of a question, after which it is cut; never of an answer.
     """
     before, after = (_ids(tokenizer, piece) for piece in template.split("{}"))
-    end = tokenizer.eos_token_id
     return [
         Encoded(
-            (*before, *_ids(tokenizer, f" {question}")[:max_tokens], *after), (*_ids(tokenizer, f" {answer}"), end)
+            (*before, *_ids(tokenizer, f" {question}")[:max_tokens], *after),
+            (*_ids(tokenizer, f" {answer}"), *_ids(tokenizer, END)),
         )
         for question, answer in questions
     ]
@@ -78,13 +79,13 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def answer_loss(model: Any, batch: Batch) -> Tensor:
-    """Mean cross entropy of the answers' tokens, the end token among them; nothing of the questions is learned."""
+    """Mean cross entropy of the answers' tokens, the end of the line among them; nothing of the questions is learned."""
     return torch.nn.functional.cross_entropy(batch.logits(model).float(), batch.targets)
 
 
 @torch.no_grad()
 def exact_matches(model: Any, questions: Sequence[Encoded], batch_size: int = BATCH) -> Tensor:  # (questions,) bool
-    """Which questions the model answers, by greedy generation, with exactly the reference answer and then ends.
+    """Which questions the model answers, by greedy generation, with exactly the reference answer and the end of the line.
 
     One pass over question and reference answer tells it, without generating: by induction, greedy generation has written the
     reference up to some token exactly if the argmax at each of them was the reference's token, and then the next argmax is that

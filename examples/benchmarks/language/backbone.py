@@ -59,7 +59,9 @@ def load_model(cache: Path) -> Any:
     """The model in float32 and evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(found(cache), local_files_only=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(found(cache), local_files_only=True, dtype=torch.float32)
+    model.set_attn_implementation("eager")  # flash attention takes twice as long on the way back from short texts
+    return model.eval()
 
 
 def load_tokenizer(cache: Path) -> Any:

@@ -58,15 +58,15 @@ _SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
 # With 2 and 4 tasks these are taken side by side: each pair has one of both kinds.
 _ALL = (
-    of_text("language", "Language of a sentence, one of 28", "Which language is this?{}\nLanguage:"),
-    of_program("dates", "A date as ISO 8601 has it", "Write as an ISO date:{}\nDate:", made_up.date),
-    of_text("reuters", "Topic of a newswire report, one of eight", "What is this report about?{}\nTopic:"),
+    of_text("language", "Language of a sentence, one of 28", "Text:{}\nLanguage:"),
+    of_program("dates", "A date as ISO 8601 has it", "Day:{}\nISO date:", made_up.date),
+    of_text("reuters", "Topic of a newswire report, one of eight", "Report:{}\nTopic:"),
     of_program("sums", "The sum of two numbers of two or three digits", "Add:{}\nSum:", made_up.addition),
-    of_text("emoji", "Group of an emoji, from its name, one of nine", "Which kind of emoji is this?{}\nKind:"),
-    of_program("sorting", "Three words in the order of the alphabet", "Sort these words:{}\nSorted:", made_up.sorting),
+    of_text("emoji", "Group of an emoji, from its name, one of nine", "Emoji:{}\nGroup:"),
+    of_program("sorting", "Three words in the order of the alphabet", "Words:{}\nSorted:", made_up.sorting),
     of_text("speech", "Part of speech that a definition belongs to, one of four",
-            "Which part of speech is defined?{}\nPart of speech:", [_SPEECH[key] for key in PARTS_OF_SPEECH]),
-    of_program("numbers", "The digits of a number in words, below a million", "Write in digits:{}\nDigits:", made_up.number),
+            "Definition:{}\nPart of speech:", [_SPEECH[key] for key in PARTS_OF_SPEECH]),
+    of_program("numbers", "The digits of a number in words, below a million", "In words:{}\nIn digits:", made_up.number),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 """The tasks in their order."""
