@@ -11,19 +11,24 @@ QA = tuple[str, str]  # question and answer
 SIZES = {"test": 400, "validation": 200, "train": 4000}
 SEED = 0  # the same questions for adapters of all seeds
 
-WORDS = (
-    "apple arrow autumn bridge butter button cabin candle carpet castle cheese cherry circle coffee copper corner cotton "
-    "desert dinner doctor dragon engine evening farmer feather finger forest garden ginger hammer harbor hotel island "
-    "jacket jungle kettle kitchen ladder lemon letter lizard magnet market melon mirror monkey mountain needle nephew "
-    "ocean office orange oven paper parrot pencil pepper pillow pocket prison queen rabbit ribbon river rocket saddle "
-    "sailor school shadow silver spider summer table teacher temple ticket tiger tunnel turtle uncle valley velvet village "
-    "violin wagon water window winter yellow"
-).split()
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = [
+    "apple", "arrow", "autumn", "bridge", "butter", "button", "cabin", "candle", "carpet", "castle", "cheese",
+    "cherry", "circle", "coffee", "copper", "corner", "cotton", "desert", "dinner", "doctor", "dragon", "engine",
+    "evening", "farmer", "feather", "finger", "forest", "garden", "ginger", "hammer", "harbor", "hotel", "island",
+    "jacket", "jungle", "kettle", "kitchen", "ladder", "lemon", "letter", "lizard", "magnet", "market", "melon",
+    "mirror", "monkey", "mountain", "needle", "nephew", "ocean", "office", "orange", "oven", "paper", "parrot",
+    "pencil", "pepper", "pillow", "pocket", "prison", "queen", "rabbit", "ribbon", "river", "rocket", "saddle",
+    "sailor", "school", "shadow", "silver", "spider", "summer", "table", "teacher", "temple", "ticket", "tiger",
+    "tunnel", "turtle", "uncle", "valley", "velvet", "village", "violin", "wagon", "water", "window", "winter",
+    "yellow",
+]  # fmt: skip
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = [
+    "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+]  # fmt: skip
 
 
 def parts(name: str, ask: Callable[[random.Random], tuple[Hashable, str, str]]) -> dict[str, list[QA]]:

@@ -23,7 +23,7 @@ from language.tasks import TASKS, Task
 MAX_TOKENS = 16  # of a text; what a program makes up is shorter
 AHEAD = 8  # training batches drawn at once and sorted by length
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TRAINING = Training(steps=120, batch=16, rate=2e-3)
+TRAINING = Training(steps=100, batch=16, rate=2e-3)
 
 
 @dataclass
@@ -63,7 +63,9 @@ class LanguageSuite:
             return False
         rng = random.Random(f"{task}-{seed}")
         batches = drawn(self._encode(task, questions), self.training.batch, rng)
-        model = self.model().to(torch.bfloat16)  # frozen weights would be rounded to it at every step; LoRA's stay float32
+        model = self.model().to(
+            torch.bfloat16
+        )  # frozen weights would be rounded to it at every step; LoRA's stay float32
         loss = batch_loss(batches)
         train_adapter(model, self.targets, loss, self.training, rng.getrandbits(31), folder, key, "CAUSAL_LM")
         return True

@@ -43,9 +43,7 @@ def _classes(cache: Path, name: str, words: Sequence[str]) -> dict[str, list[QA]
     return {part: [(text, words[label]) for text, label in rows] for part, rows in texts.parts.items()}
 
 
-def of_program(
-    name: str, title: str, template: str, ask: Callable[[Random], tuple[Hashable, str, str]]
-) -> Task:
+def of_program(name: str, title: str, template: str, ask: Callable[[Random], tuple[Hashable, str, str]]) -> Task:
     """A task whose questions are made up."""
     return Task(name, title, template, partial(_made_up, name=name, ask=ask))
 
