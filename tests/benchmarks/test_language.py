@@ -228,7 +228,7 @@ def test_training_learns_and_hits_are_generated_answers(suite: LanguageSuite) ->
 def test_content_follows_questions_and_instruction(suite: LanguageSuite) -> None:
     """Keys of the parts differ, and those of another instruction too."""
     keys = {suite.content("echo", part, count) for part, count in (("test", 5), ("test", 4), ("validation", 5))}
-    other = replace(suite, catalogue={"echo": replace(ECHO, template="{}\n")}, _parts={}, _encoded={})
+    other = replace(suite, catalogue={"echo": replace(ECHO, template="{}\n")})
     assert len(suite.hits(suite.model(), "echo", "test", 5)) == 5
     assert len(keys) == 3 and other.content("echo", "test", 5) not in keys
 

@@ -11,7 +11,7 @@ import torch
 from accuracy.alphas import best_alpha
 from accuracy.carrier import Carrier
 from accuracy.keys import tensors_key
-from accuracy.merging import Merge, by_method
+from accuracy.merging import Merge
 from accuracy.plan import Job, share
 from accuracy.suite import Suite
 
@@ -36,7 +36,7 @@ class Bench:
         if seed is None:
             self.carrier.bare()
         else:
-            self.carrier.carry(by_method([self.suite.adapter(task, seed)], "ta", {}).deltas, 1.0)
+            self.carrier.carry(self.suite.kind.own(self.suite.adapter(task, seed)), 1.0)
         return {part: self.hits(task, part, size) for part, size in sizes.items()}
 
     def search(
@@ -54,7 +54,7 @@ class Bench:
         """The row of one job; an earlier row where the library's code has changed and its result has not."""
         start = time.perf_counter()
         adapters = [self.suite.adapter(task, job.seed) for task in job.tasks]
-        merge = by_method(adapters, job.contender.method, job.contender.options)
+        merge = self.suite.kind.merge(adapters, job.contender.method, job.contender.options)
         seconds = time.perf_counter() - start
         deltas = tensors_key(merge.deltas)
         if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (deltas, merge.auto):

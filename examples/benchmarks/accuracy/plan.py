@@ -73,6 +73,8 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
     """All merges, in the order of the settings' numbers of tasks; ``own`` are the own adapters' validation hits by task and seed."""
     found = []
     code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
+    if suite.kind.written:
+        code = content_key([code, sources_key("outputs")])
     for count in settings.counts:
         examples = settings.examples(count)
         for group in groups(suite.tasks, count):
@@ -84,7 +86,7 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
                 for contender in CONTENDERS:
-                    if contender.runs_at(count):
+                    if contender.runs_at(count, suite.kind.name):
                         key = content_key([common, contender.method, dict(contender.options)])
                         found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
     return found
@@ -108,15 +110,18 @@ def share(hits: str) -> float:
 
 
 def adapter_key(suite: Suite, task: str, seed: int) -> str:
-    """Of an adapter's own two files.
+    """Of the files that an adapter or a model is read from.
 
     Raises:
         SystemExit: there is none.
     """
     folder = suite.adapter(task, seed)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise SystemExit(f"No adapter of task '{task}', seed {seed}, in {folder}: run the stage 'train' first.")
-    return files_key(folder / "adapter_model.safetensors", folder / "adapter_config.json")
+    files = [folder / name for name in suite.kind.files]
+    if not files[0].is_file():
+        raise SystemExit(
+            f"No {suite.kind.name} of task '{task}', seed {seed}, in {folder}: run the stage 'train' first."
+        )
+    return files_key(*files)
 
 
 def code_key() -> str:
@@ -125,3 +130,8 @@ def code_key() -> str:
     outside = ("cli", "demo", "outputs", "inspection", "plots")
     files = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in outside]
     return files_key(*files)
+
+
+def sources_key(part: str) -> str:
+    """Of the sources in a folder of the library."""
+    return files_key(*sorted((Path(dc_merge_peft.__file__).parent / part).rglob("*.py")))

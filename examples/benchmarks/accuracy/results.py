@@ -41,6 +41,7 @@ def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dic
     merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count)]
     return {
         "suite": suite.name,
+        "kind": suite.kind.name,
         "seeds": list(suite.seeds),
         "settings": dataclasses.asdict(settings),
         "tasks": [task_line(suite, rows, task) for task in suite.tasks],
@@ -62,12 +63,11 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
     size = settings.examples(count)["test"]
-    found = {label: _model(suite, rows, label, together) for label in _labels(count)}
-    alone = {
-        name: _alone(suite, rows, tasks, size, base=name == "base model") for name in ("base model", "own adapters")
-    }
-    resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()})
-    own = resampling.accuracies(alone["own adapters"])
+    found = {label: _model(suite, rows, label, together) for label in _labels(suite, count)}
+    owners = f"own {suite.kind.name}s"
+    alone = {name: _alone(suite, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
+    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()})
+    own = resampling.accuracies(alone[owners])
     for label, hits in alone.items():
         yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
     for rule in RULES:
@@ -86,7 +86,7 @@ def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> I
     seen, unseen = suite.tasks[:SEEN], suite.tasks[SEEN : SEEN + UNSEEN]
     size = settings.examples(SEEN)["test"]
     together = [tuple(seen)]
-    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(SEEN)}
+    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(suite, SEEN)}
     lines = [("base model", "", _alone(suite, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
@@ -124,8 +124,8 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _labels(count: int) -> list[str]:
-    return [contender.label for contender in CONTENDERS if contender.runs_at(count)]
+def _labels(suite: Suite, count: int) -> list[str]:
+    return [contender.label for contender in CONTENDERS if contender.runs_at(count, suite.kind.name)]
 
 
 def _model(

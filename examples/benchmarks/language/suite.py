@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accuracy.keys import content_key, files_key
+from accuracy.kinds import Adapters, Kind
 from accuracy.training import Training, is_made, train_adapter
 from torch import Tensor, nn
 
@@ -36,9 +37,10 @@ class LanguageSuite:
     training: Training = TRAINING
     name: str = "language"
     targets: Sequence[str] = TARGETS
+    kind: Kind = field(default_factory=Adapters)
     catalogue: Mapping[str, Task] = field(default_factory=lambda: TASKS)
-    _parts: dict[str, dict[str, list[QA]]] = field(default_factory=dict)
-    _encoded: dict[tuple[str, str, int], list[Encoded]] = field(default_factory=dict)
+    _parts: dict[str, dict[str, list[QA]]] = field(default_factory=dict, init=False, repr=False)
+    _encoded: dict[tuple[str, str, int], list[Encoded]] = field(default_factory=dict, init=False, repr=False)
 
     def model(self) -> nn.Module:
         return backbone.load_model(self.cache)
