@@ -143,6 +143,21 @@ def test_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "found the stage 'tidy': expected some of data, train, evaluate, report" in capsys.readouterr().err
 
 
+def test_some_contenders_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what is asked for is measured, and tables of nothing else are written; the reference can't be left out."""
+    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
+    arguments = ["--cache", str(tmp_path), "--seeds", "0", "--counts", "2", "--precision", "float32", "--workers", "1"]
+    assert run(benchmark, [*arguments, "--contenders", "dc", "dc, none"]) == 0
+    found = json.loads((tmp_path / "results/results.json").read_text(encoding="utf-8"))
+    assert {line["label"] for line in found["merged"] if line["rule"]} == {"dc", "dc, none"}
+    text = (tmp_path / "results/results.md").read_text(encoding="utf-8")
+    assert "Tables 4 and 8" in text and "Table 5" not in text
+    for wrong, message in (("ta", "found no 'dc' among the contenders"), ("dcc", "found the contender 'dcc'")):
+        with pytest.raises(SystemExit):
+            run(benchmark, [*arguments, "--contenders", wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_study_of_rules(tmp_path: Path) -> None:
     """Every rule at every number of tasks, by both ways to alpha, against the first; test examples are not looked at."""
     suite = small_suite(tmp_path)

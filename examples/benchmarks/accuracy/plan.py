@@ -31,10 +31,15 @@ class Settings:
     test: int = 200
     # Fewer where there are many groups or tasks: number of tasks, validation and test examples of each.
     fewer: tuple[tuple[int, int, int], ...] = ((2, 64, 100), (3, 64, 100), (16, 24, 75))
+    contenders: tuple[str, ...] = ()  # labels of those that are measured; none: all
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"found precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+    def chosen(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Those of them that are measured."""
+        return [contender for contender in contenders if not self.contenders or contender.label in self.contenders]
 
     def examples(self, count: int) -> dict[str, int]:
         """Examples of each of ``count`` tasks, by part; every part is shuffled, and these are its first."""
@@ -85,7 +90,7 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
-                for contender in CONTENDERS:
+                for contender in settings.chosen(CONTENDERS):
                     if contender.runs_at(count, suite.kind.name):
                         key = content_key([common, contender.method, dict(contender.options)])
                         found.append(Job(contender, group, unseen, seed, examples, mine, key, code))

@@ -43,7 +43,10 @@ def tables(results: Mapping[str, Any]) -> str:
     parts = [settings_text(results), "## Tasks", tasks_table(results)]
     for rule in RULES:
         parts += [f"## Methods, {RULE_NAMES[rule]}", methods_table(results, rule)]
+    labels = {line["label"] for line in results["merged"]}
     for title, rows in TABLES_OF[kind(results)].items():
+        if labels.isdisjoint(label for _, label in rows if label != REFERENCE):
+            continue  # nothing of it was measured
         parts += [f"## {title}", options_table(results, rows)]
     if results["unseen"]:
         parts += ["## Tasks that were not merged (Table 11)", unseen_table(results)]

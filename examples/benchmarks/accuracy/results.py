@@ -63,7 +63,7 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
     size = settings.examples(count)["test"]
-    found = {label: _model(suite, rows, label, together) for label in _labels(suite, count)}
+    found = {label: _model(suite, rows, label, together) for label in _labels(suite, settings, count)}
     owners = f"own {suite.kind.name}s"
     alone = {name: _alone(suite, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
     resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()})
@@ -86,7 +86,7 @@ def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> I
     seen, unseen = suite.tasks[:SEEN], suite.tasks[SEEN : SEEN + UNSEEN]
     size = settings.examples(SEEN)["test"]
     together = [tuple(seen)]
-    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(suite, SEEN)}
+    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(suite, settings, SEEN)}
     lines = [("base model", "", _alone(suite, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
@@ -124,8 +124,8 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _labels(suite: Suite, count: int) -> list[str]:
-    return [contender.label for contender in CONTENDERS if contender.runs_at(count, suite.kind.name)]
+def _labels(suite: Suite, settings: Settings, count: int) -> list[str]:
+    return [each.label for each in settings.chosen(CONTENDERS) if each.runs_at(count, suite.kind.name)]
 
 
 def _model(

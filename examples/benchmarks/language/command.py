@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accuracy.command import Benchmark, run
+from accuracy.plan import Settings
 from text8 import data
 from text8.tasks import TASKS as TEXTS
 
@@ -20,10 +21,13 @@ from language import backbone
 from language.suite import LanguageSuite
 from language.tasks import TASKS
 
+# A pass through this model costs some fifteen times that of the text tasks' encoder.
+SETTINGS = Settings(counts=(4, 2, 8), validation=32, test=100, fewer=())
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("language", __doc__, prepare, _suite), arguments)
+    return run(Benchmark("language", __doc__, prepare, _suite, SETTINGS.counts, settings=SETTINGS), arguments)
 
 
 def prepare(cache: Path) -> bool:

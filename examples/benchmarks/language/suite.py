@@ -24,7 +24,7 @@ from language.tasks import TASKS, Task
 MAX_TOKENS = 16  # of a text; what a program makes up is shorter
 AHEAD = 8  # training batches drawn at once and sorted by length
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TRAINING = Training(steps=100, batch=16, rate=2e-3)
+TRAINING = Training(steps=100, batch=8, rate=2e-3)
 
 
 @dataclass
