@@ -58,7 +58,9 @@ def unpack(file: Path, folder: Path) -> None:
 def load_model(cache: Path) -> Any:
     """The model in float32 and evaluation mode."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one for each adapter would hide how far the benchmark is
     model = AutoModelForCausalLM.from_pretrained(found(cache), local_files_only=True, dtype=torch.float32)
     model.set_attn_implementation("eager")  # flash attention takes twice as long on the way back from short texts
     return model.eval()
