@@ -89,6 +89,8 @@ def test_encoding() -> None:
     (found,) = encode(tokenizer, "say:{}\nit:", [("abcdef", "ghijkl")], max_tokens=4)
     written = ["".join(LETTERS[token] for token in part) for part in (found.prompt, found.answer)]
     assert written == ["say: abc\nit:", " ghijkl\n"]
+    (whole,) = encode(tokenizer, "say:{}\nit:", [("abcdef", "ghijkl")], max_tokens=None)
+    assert len(whole.prompt) == len(found.prompt) + 3
 
 
 def test_batches_draw_answers_alike() -> None:
@@ -162,6 +164,9 @@ def test_tasks_are_eight() -> None:
     assert [bool(task.text) for task in TASKS.values()] == [True, False] * 4
     assert all(len(task.template.split("{}")) == 2 for task in TASKS.values())
     assert len({task.template for task in TASKS.values()}) == 8
+    assert all(
+        (task.max_tokens is None) == (not task.text) for task in TASKS.values()
+    )  # a number without its end is another
 
 
 def test_texts_are_answered_by_their_class(tmp_path: Path) -> None:
@@ -220,7 +225,7 @@ def test_training_learns_and_hits_are_generated_answers(suite: LanguageSuite) ->
     carrier.carry(merge.deltas, 1.0)
     found = suite.hits(carrier.model, "echo", "validation", 20)
     peft = PeftModel.from_pretrained(suite.model(), suite.adapter("echo", 0)).eval()
-    questions = encode(tiny_tokenizer(), ECHO.template, echo(Path())["validation"][:20], 16)
+    questions = encode(tiny_tokenizer(), ECHO.template, echo(Path())["validation"][:20], None)
     expected = [generated(peft, question.prompt, len(question.answer)) == question.answer for question in questions]
     assert found.tolist() == expected and sum(expected) >= 15
 

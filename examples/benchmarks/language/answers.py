@@ -55,14 +55,16 @@ class Batch:
         return model.get_output_embeddings()(hidden[self.rows, self.places])
 
 
-def encode(tokenizer: Any, template: str, questions: Sequence[tuple[str, str]], max_tokens: int) -> list[Encoded]:
+def encode(
+    tokenizer: Any, template: str, questions: Sequence[tuple[str, str]], max_tokens: int | None
+) -> list[Encoded]:
     """Put questions into an instruction's gap and answers after it, each with a space before it.
 
     Args:
         tokenizer: Of the model.
         template: With ``{}`` for the question.
         questions: With their answers.
-        max_tokens: Of a question, after which it is cut; never of an answer.
+        max_tokens: Of a question, after which it is cut; never of an answer. None: nothing is cut.
     """
     before, after = (_ids(tokenizer, piece) for piece in template.split("{}"))
     return [

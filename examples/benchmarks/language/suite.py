@@ -21,7 +21,6 @@ from language.answers import Batch, Encoded, answer_loss, encode, exact_matches
 from language.made_up import QA
 from language.tasks import TASKS, Task
 
-MAX_TOKENS = 16  # of a text; what a program makes up is shorter
 AHEAD = 8  # training batches drawn at once and sorted by length
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 TRAINING = Training(steps=100, batch=8, rate=2e-3)
@@ -65,16 +64,15 @@ class LanguageSuite:
             return False
         rng = random.Random(f"{task}-{seed}")
         batches = drawn(self._encode(task, questions), self.training.batch, rng)
-        model = self.model().to(
-            torch.bfloat16
-        )  # frozen weights would be rounded to it at every step; LoRA's stay float32
+        # Frozen weights would be rounded at every step; LoRA's own stay in float32.
+        model = self.model().to(torch.bfloat16)
         loss = batch_loss(batches)
         train_adapter(model, self.targets, loss, self.training, rng.getrandbits(31), folder, key, "CAUSAL_LM")
         return True
 
     def _common(self, task: str) -> list[object]:
         """What decides tokens and model, beside questions and answers."""
-        return [self._base_key, MAX_TOKENS, self.catalogue[task].template]
+        return [self._base_key, self.catalogue[task].max_tokens, self.catalogue[task].template]
 
     def _read(self, task: str) -> dict[str, list[QA]]:
         if task not in self._parts:
@@ -82,7 +80,8 @@ class LanguageSuite:
         return self._parts[task]
 
     def _encode(self, task: str, questions: Sequence[QA]) -> list[Encoded]:
-        return encode(self._tokenizer, self.catalogue[task].template, questions, MAX_TOKENS)
+        asked = self.catalogue[task]
+        return encode(self._tokenizer, asked.template, questions, asked.max_tokens)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -18,6 +18,8 @@ from text8.tasks import TASKS as TEXTS
 from language import made_up
 from language.made_up import QA
 
+MAX_TOKENS = 16  # of a text, whose class mostly shows in them
+
 
 @dataclass(frozen=True)
 class Task:
@@ -30,12 +32,14 @@ class Task:
     """From the cache folder to the questions and answers of each part."""
     text: str = ""
     """The text task that it reads, where it reads one."""
+    max_tokens: int | None = None
+    """After which a question is cut; what a program makes up can't be answered without its end."""
 
 
 def of_text(name: str, title: str, template: str, answers: Sequence[str] = ()) -> Task:
     """A task that asks for the class of a text, by the words of that task's classes unless there are others."""
     words = tuple(answers) or tuple(TEXTS[name].classes.values())
-    return Task(name, title, template, partial(_classes, name=name, words=words), name)
+    return Task(name, title, template, partial(_classes, name=name, words=words), name, MAX_TOKENS)
 
 
 def _classes(cache: Path, name: str, words: Sequence[str]) -> dict[str, list[QA]]:
