@@ -248,6 +248,61 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def rotary(weight: Any, heads: int) -> Any:
+    """Rows of a query or key projection in the order of llama.cpp, which pairs neighbours where transformers pairs halves."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(model: Any, file: Path) -> None:
+    """The tiny model as a GGUF file with a tokenizer of bytes."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*"abcdefghijklmnopqrstuvwxyz", "\u0120", "\u010a", "<s>", "</s>", "ab", "cd"])
+    writer.add_token_types([1] * 28 + [3] * 2 + [1] * 2)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(28)
+    writer.add_eos_token_id(29)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name != "lm_head.weight":  # tied
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+                name.split(".")[-2]
+            )
+            array = weight.numpy()
+            writer.add_tensor(
+                names.get_name(name.removesuffix(".weight")) + ".weight", rotary(array, heads) if heads else array
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_is_unpacked(tmp_path: Path) -> None:
+    """The folder holds the same model and tokenizer, which load without the GGUF file."""
+    model = tiny_model()
+    write_gguf(model, tmp_path / "model.gguf")
+    backbone.unpack(tmp_path / "model.gguf", tmp_path / backbone.FOLDER)
+    (tmp_path / "model.gguf").unlink()
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    found = backbone.load_model(tmp_path)
+    assert not hasattr(found.config, "quantization_config") and next(found.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, model(ids).logits)
+    assert backbone.load_tokenizer(tmp_path)("abc\n", add_special_tokens=False)["input_ids"] == [30, 2, 27]
+
+
 def test_data_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The texts of the tasks that have some, and the model when its folder is not there."""
     asked: list[list[str]] = []
