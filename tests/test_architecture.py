@@ -26,10 +26,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "progress"),
     ("hub_errors", "memory"),
     ("linalg", "frames"),
-    ("lowrank", "dense", "spanned"),
+    ("lowrank", "dense", "spanned", "stacked"),
     ("layout", "methods.*"),
     ("metrics.*",),
     ("layers", "offload", "sources.*"),
+    ("statistics.*",),
     (
         "extras",
         "extra_values",
@@ -39,6 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "completion",
         "reading",
         "engine",
+        "one_module",
+        "batching",
         "parallel",
         "budget",
         "work.*",
@@ -58,7 +61,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # The mathematics: torch, the standard library and itself.
-MATHEMATICS = ("errors", "linalg", "frames", "lowrank", "dense", "spanned", "layout", "methods.*", "metrics.*")
+MATHEMATICS = (
+    "errors",
+    "linalg",
+    "frames",
+    "lowrank",
+    "dense",
+    "spanned",
+    "stacked",
+    "layout",
+    "methods.*",
+    "metrics.*",
+)
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
 LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "optuna", "typer", "rich"}
 
@@ -196,13 +210,13 @@ def test_files_are_short(folder: str) -> None:
 
 def test_public_names() -> None:
     """``__all__`` is the namespace: complete, and nothing else without an underscore but submodules, of which it names the
-    one that users call by its name."""
+    two that users call by their names."""
     public = {
         name
         for name, value in vars(dc_merge_peft).items()
         if not name.startswith("_") and not isinstance(value, ModuleType) and value is not annotations
     }
-    assert set(dc_merge_peft.__all__) == public | {"__version__", "metrics"}
+    assert set(dc_merge_peft.__all__) == public | {"__version__", "metrics", "statistics"}
     assert len(dc_merge_peft.__all__) == len(set(dc_merge_peft.__all__))
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accuracy.carrier import PRECISIONS
-from accuracy.contenders import CONTENDERS
 from accuracy.evaluate import Rows, evaluate
 from accuracy.making import make_adapters
 from accuracy.plan import Settings
@@ -58,19 +57,16 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
                         help=f"of what is trained (default: {seeds})")  # fmt: skip
     parser.add_argument("--counts", type=int, nargs="+", default=list(benchmark.counts), metavar="T",
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
-    parser.add_argument("--contenders", nargs="+", default=[], metavar="LABEL",
-                        help=f"what is measured, {REFERENCE!r} and others, where all would take too long (default: all)")  # fmt: skip
     parser.add_argument("--precision", choices=list(PRECISIONS), default=benchmark.settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
+                        help=f"of methods and options, {REFERENCE!r} among them (default: all that there are)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.stages) - set(STAGES)):
         parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(STAGES)}")
-    labels = [contender.label for contender in CONTENDERS]
-    if unknown := sorted(set(options.contenders) - set(labels)):
-        parser.error(f"found the contender {unknown[0]!r}: expected some of {', '.join(map(repr, labels))}")
-    if options.contenders and REFERENCE not in options.contenders:
-        parser.error(f"found no {REFERENCE!r} among the contenders: the others are compared with it")
+    if options.only and REFERENCE not in options.only:
+        parser.error(f"found --only without {REFERENCE!r}: expected it among them, since all are compared with it")
     options.stages = options.stages or list(STAGES)
     return options
 
@@ -80,10 +76,7 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     options = parse(benchmark, arguments)
     suite = benchmark.suite(options.cache, tuple(options.seeds))
     settings = dataclasses.replace(
-        benchmark.settings,
-        counts=tuple(options.counts),
-        precision=options.precision,
-        contenders=tuple(options.contenders),
+        benchmark.settings, counts=tuple(options.counts), precision=options.precision, only=tuple(options.only)
     )
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
