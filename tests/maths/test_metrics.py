@@ -260,6 +260,7 @@ def test_accuracies_by_hand() -> None:
         (lambda a, b: metrics.dir_sim(a, b), "expected two deltas of one module"),
         (lambda a, b: metrics.sign_conflict(a, b), r"\[\(8, 7\), \(9, 7\)\]: expected at least one delta"),
         (lambda a, b: metrics.cover_block_map([]), "expected at least one delta"),
+        (lambda a, b: metrics.cover_block_map([a], basis="other"), "option 'basis'"),  # type: ignore[arg-type]
         (lambda a, b: metrics.cumulative_energy(a, power=3), "power is 3: expected 1 for S or 2"),
         (lambda a, b: metrics.energy_retention(a, -1), "rank is -1: expected 0 or more"),
         (lambda a, b: metrics.average_normalized_accuracy([1.0], []), "1 merged and 0 individual"),

@@ -43,8 +43,10 @@ def tables(results: Mapping[str, Any]) -> str:
     parts = [settings_text(results), "## Tasks", tasks_table(results)]
     for rule in RULES:
         parts += [f"## Methods, {RULE_NAMES[rule]}", methods_table(results, rule)]
+    measured = {line["label"] for line in results["merged"]}
     for title, rows in TABLES_OF[kind(results)].items():
-        parts += [f"## {title}", options_table(results, rows)]
+        if measured >= {label for _, label in rows}:
+            parts += [f"## {title}", options_table(results, rows)]
     if results["unseen"]:
         parts += ["## Tasks that were not merged (Table 11)", unseen_table(results)]
     return "\n\n".join(parts)
@@ -65,7 +67,7 @@ def settings_text(results: Mapping[str, Any]) -> str:
 def settings_of(results: Mapping[str, Any]) -> Settings:
     """As they were when it was measured."""
     saved = results["settings"]
-    return Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
+    return Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"])), "only": ()})
 
 
 def kind(results: Mapping[str, Any]) -> str:
@@ -75,8 +77,11 @@ def kind(results: Mapping[str, Any]) -> str:
 
 def seeds_text(results: Mapping[str, Any]) -> str:
     """How many of what."""
-    count = len(results["seeds"])
-    return f"{count} seeds of {kind(results)}s" if count > 1 else f"one seed of {kind(results)}s"
+    count, settings = len(results["seeds"]), settings_of(results)
+    if count == 1:
+        return f"one seed of {kind(results)}s"
+    single = " and ".join(str(tasks) for tasks in sorted(settings.counts) if tasks in settings.one_seed)
+    return f"{count} seeds of {kind(results)}s{f' (one at {single} tasks)' if single else ''}"
 
 
 def groups_text(results: Mapping[str, Any]) -> str:
