@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from everything import command
-from everything.command import BENCHMARKS, figures_text, main, parse
+from everything.command import BENCHMARKS, figures_text, main, parse, studies
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
 from everything.page import dir_sims, losses, section, with_section
@@ -39,6 +39,7 @@ def results(name: str, better: float, kind: str = "adapter") -> Found:
         lines.append(line(2, "ta", rule, 0.9 + better, (better, better - 0.01, better + 0.01)))
         lines.append(line(2, "tsvm", rule, 0.8, (-0.1, -0.12, -0.08)))
         lines.append(line(2, "wudi_closed", rule, 0.99, (0.09, 0.08, 0.1)))
+        lines.append(line(2, "regmean", rule, 0.98, (0.08, 0.07, 0.09)))
         lines.append(line(2, "dc, none", rule, 0.895, (-0.005, -0.01, 0.01)))
     data = {
         "suite": name,
@@ -57,7 +58,7 @@ def test_pages_are_the_saved_ones() -> None:
     found = saved(DOCS, list(BENCHMARKS.values()))
     page, index = ((DOCS / name).read_text(encoding="utf-8") for name in ("benchmarks.md", "methods/index.md"))
     figures = DOCS / "benchmarks"
-    assert with_section(page, section(found, figures, figures_text(figures))) == page, (
+    assert with_section(page, section(found, figures, figures_text(figures), studies(DOCS))) == page, (
         "run python -m examples.benchmarks.everything report"
     )
     assert with_guide(index, found) == index, "run python -m examples.benchmarks.everything report"
@@ -68,7 +69,11 @@ def test_losses_are_shown() -> None:
     """A method that is ahead by more than the interval is named with its DirSim; one within the interval is not, nor one that is ours."""
     shown = losses([results("text8", 0.05)], {("text8", 2, "ta"): 0.5, ("text8", 2, "dc"): 0.625})
     assert shown.count("| text8 | 2 |") == 2
-    assert "`ta` | +5.0 (+4.0 to +6.0) | 0.500 against 0.625" in shown and "wudi_closed" not in shown
+    assert (
+        "`ta` | +5.0 (+4.0 to +6.0) | 0.500 against 0.625" in shown
+        and "wudi_closed" not in shown
+        and "regmean" not in shown
+    )
     assert losses([results("text8", 0.005)], {}) == "There is none."
 
 

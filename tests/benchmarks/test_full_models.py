@@ -10,7 +10,7 @@ import torch
 from accuracy import plan
 from accuracy.carrier import Carrier
 from accuracy.command import Benchmark, run
-from accuracy.contenders import CONTENDERS, TABLES_OF
+from accuracy.contenders import CONTENDERS, TABLES_OF, WITH_DATA
 from accuracy.evaluate import Rows, evaluate
 from accuracy.full_merging import by_full_method, differences
 from accuracy.plan import Settings
@@ -123,7 +123,7 @@ def test_contenders_of_full_models() -> None:
     assert {"dc", "tsvm", "iso_cts", "ties", "wudi", "knots_ties"} <= labels["model"]
     for kind, tables in TABLES_OF.items():
         named = {label for rows in tables.values() for _, label in rows}
-        assert named <= {c.label for c in CONTENDERS if kind in c.kinds}
+        assert named <= {c.label for c in (*CONTENDERS, *WITH_DATA) if kind in c.kinds}
 
 
 def test_all_contenders_run(tmp_path: Path) -> None:
@@ -141,9 +141,8 @@ def test_all_contenders_run(tmp_path: Path) -> None:
 
 def test_stages_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From training to tables that speak of models; a change of what writes merged models is measured anew."""
-    few = [c for c in CONTENDERS if c.label in ("dc", "ta", "robust", "dc, linear")]
+    few = [c for c in CONTENDERS if c.label in ("dc", "ta", "robust", "dc, linear", "dc, average")]
     monkeypatch.setattr(plan, "CONTENDERS", few)
-    monkeypatch.setattr("accuracy.results.CONTENDERS", few)
     benchmark = Benchmark(
         "full-small", "Small.", lambda cache: True, lambda cache, seeds: FullSmallSuite(cache, seeds=seeds), (2,), (0,)
     )
@@ -158,7 +157,7 @@ def test_stages_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     small = Settings((2,), "float32")
     assert evaluate(suite, small, rows, 1) == 0
     monkeypatch.setattr(plan, "sources_key", lambda part: "another")
-    assert evaluate(suite, small, rows, 1) == 2 * 3
+    assert evaluate(suite, small, rows, 1) == 2 * 4
 
 
 def test_missing_model_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from accuracy.bootstrap import (
     mean_difference,
     mean_normalized,
 )
-from accuracy.contenders import CONTENDERS, groups
+from accuracy.contenders import groups
 from accuracy.evaluate import alone_name, unanswered
 from accuracy.plan import Settings, row_name, share
 from accuracy.suite import Suite
@@ -63,7 +63,7 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
     size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
-    found = {label: _model(seeds, rows, label, together) for label in _labels(suite, count)}
+    found = {label: _model(seeds, rows, label, together) for label in _labels(suite, settings, count)}
     owners = f"own {suite.kind.name}s"
     alone = {name: _alone(seeds, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
     resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()})
@@ -88,7 +88,7 @@ def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> I
     seen = suite.tasks[:count]
     size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
     together = [tuple(seen)]
-    models = {label: _model(seeds, rows, label, together, unseen) for label in _labels(suite, count)}
+    models = {label: _model(seeds, rows, label, together, unseen) for label in _labels(suite, settings, count)}
     lines = [("base model", "", _alone(seeds, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
@@ -126,8 +126,8 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _labels(suite: Suite, count: int) -> list[str]:
-    return [contender.label for contender in CONTENDERS if contender.runs_at(count, suite.kind.name)]
+def _labels(suite: Suite, settings: Settings, count: int) -> list[str]:
+    return [contender.label for contender in settings.contenders(suite, count)]
 
 
 def _model(
