@@ -213,10 +213,11 @@ def test_study_of_rules(tmp_path: Path) -> None:
 
 
 def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The family's members that are asked for after TSV-M, as a table and as JSON."""
-    assert list(rules([1.0, 2.0], [1.0, 0.0])) == ["p 1, tau 1 (TSV-M)", "p 1, tau 0", "p 2, tau 1", "p 2, tau 0"]
+    """The families' members that are asked for after DC-Merge, as a table and as JSON."""
+    assert list(rules([1.0, 2.0], [1.0], [0.5])) == ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5"]
     small_suite(tmp_path)
-    arguments = ["--cache", str(tmp_path), "--p", "2", "--seeds", "0", "--examples", "20", "--workers", "1"]
+    arguments = ["--cache", str(tmp_path), "--p", "2", "--tau", "1", "--ridge", "1", "--seeds", "0", "--examples", "20"]
+    arguments += ["--workers", "1"]
     out = tmp_path / "lines.json"
     assert (
         run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--out", str(out)], (2,))
@@ -224,7 +225,7 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     lines = json.loads(out.read_text(encoding="utf-8"))
     assert [(line["label"], line["alpha_by"]) for line in lines] == [
-        (label, by) for by in ("validation", "auto") for label in ("p 1, tau 1 (TSV-M)", "p 2, tau 1")
+        (label, by) for by in ("validation", "auto") for label in ("dc", "p 2, tau 1", "lambda 1")
     ]
     shown = capsys.readouterr().out
     assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1

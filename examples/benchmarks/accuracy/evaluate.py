@@ -11,6 +11,7 @@ from typing import Any
 from accuracy.bench import Bench, Row
 from accuracy.keys import content_key
 from accuracy.plan import MEASURING, Job, Settings, adapter_key, jobs, pending, share
+from accuracy.statistics import collect_all
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 
@@ -51,6 +52,7 @@ def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int) -> int:
         rows.add(row)
         say(f"{number} of {len(alone)}: {row['name']}, test {share(row['test']):.1%}")
     left = pending(jobs(suite, settings, own_hits(suite, rows.found)), rows.found)
+    collect_all(suite, (want for job in left for want in job.statistics), workers)
     for number, (job, row) in enumerate(shared_out(_measure, left, make, suite, workers), 1):
         rows.add(row)
         say(f"{number} of {len(left)}: {job.name}, alpha {row['best']:g}, {row['seconds']:.1f} s")

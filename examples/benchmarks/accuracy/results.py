@@ -127,7 +127,7 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _labels(suite: Suite, settings: Settings, count: int) -> list[str]:
-    return [contender.label for contender in settings.contenders(suite.kind.name, count)]
+    return [contender.label for contender in settings.contenders(suite, count)]
 
 
 def _model(
