@@ -11,10 +11,10 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Carrier:
-    """The model in the precision it is measured in, and its own weights in float32 of every layer that a merge has touched."""
+    """The model in the precision it is measured in, and its own parameters in float32."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
-        self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".weight")}
+        self._weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.model = model.to(PRECISIONS[precision]).eval()
         self._parameters = dict(self.model.named_parameters())
         self._changed: set[str] = set()
@@ -24,14 +24,14 @@ class Carrier:
         """The model with ``W + alpha dW`` in these layers, added in float32 and then rounded; its own weights elsewhere.
 
         Args:
-            deltas: dW by the path of a layer whose weight has the same shape.
+            deltas: dW by the path of a layer whose weight has the same shape, or by the name of a parameter.
             alpha: On all of them.
         """
-        names = {f"{layer}.weight": delta for layer, delta in deltas.items()}
+        names = {name if name in self._weights else f"{name}.weight": delta for name, delta in deltas.items()}
         for name in self._changed - set(names):
             self._parameters[name].copy_(self._weights[name])
         for name, delta in names.items():
-            self._parameters[name].copy_(torch.add(self._weights[name], delta, alpha=alpha))
+            self._parameters[name].copy_(torch.add(own := self._weights[name], delta.to(own.device), alpha=alpha))
         self._changed = set(names)
         return self.model
 

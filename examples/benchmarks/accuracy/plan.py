@@ -69,8 +69,20 @@ def row_name(label: str, tasks: Sequence[str], seed: int) -> str:
     return f"{label} | {'+'.join(tasks)} | {seed}"
 
 
-def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -> list[Job]:
-    """All merges, in the order of the settings' numbers of tasks; ``own`` are the own adapters' validation hits by task and seed."""
+def jobs(
+    suite: Suite,
+    settings: Settings,
+    own: Mapping[tuple[str, int], str],
+    contenders: Sequence[Contender] | None = None,
+) -> list[Job]:
+    """All merges, in the order of the settings' numbers of tasks.
+
+    Args:
+        suite: What is measured.
+        settings: How much of it.
+        own: The own adapters' validation hits by task and seed.
+        contenders: What is compared; everything by default.
+    """
     found = []
     code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
     for count in settings.counts:
@@ -83,7 +95,7 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
-                for contender in CONTENDERS:
+                for contender in CONTENDERS if contenders is None else contenders:
                     if contender.runs_at(count):
                         key = content_key([common, contender.method, dict(contender.options)])
                         found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
@@ -108,15 +120,16 @@ def share(hits: str) -> float:
 
 
 def adapter_key(suite: Suite, task: str, seed: int) -> str:
-    """Of an adapter's own two files.
+    """Of an adapter's own two files, or of a full model's in its place.
 
     Raises:
         SystemExit: there is none.
     """
     folder = suite.adapter(task, seed)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise SystemExit(f"No adapter of task '{task}', seed {seed}, in {folder}: run the stage 'train' first.")
-    return files_key(folder / "adapter_model.safetensors", folder / "adapter_config.json")
+    for weights, config in (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors", "config.json")):
+        if (folder / weights).is_file():
+            return files_key(folder / weights, folder / config)
+    raise SystemExit(f"No adapter of task '{task}', seed {seed}, in {folder}: run the stage 'train' first.")
 
 
 def code_key() -> str:

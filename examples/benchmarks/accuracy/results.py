@@ -6,11 +6,13 @@ import csv
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accuracy.bench import Row
 from accuracy.bootstrap import (
+    DRAWS,
     Drawn,
     Interval,
     Resampling,
@@ -19,7 +21,7 @@ from accuracy.bootstrap import (
     mean_difference,
     mean_normalized,
 )
-from accuracy.contenders import CONTENDERS, groups
+from accuracy.contenders import CONTENDERS, Contender, groups
 from accuracy.evaluate import alone_name, unanswered
 from accuracy.plan import SEEN, UNSEEN, Settings, row_name, share
 from accuracy.suite import Suite
@@ -28,24 +30,38 @@ REFERENCE = "dc"  # whom every contender is compared with, at the same rule for 
 RULES = ("validation", "auto")
 
 
-def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dict[str, Any]:
+def results_of(
+    suite: Suite,
+    settings: Settings,
+    rows: Mapping[str, Row],
+    contenders: Sequence[Contender] | None = None,
+    draws: int = DRAWS,
+) -> dict[str, Any]:
     """Everything that was measured, in plain values.
+
+    Args:
+        suite: What was measured.
+        settings: How much of it.
+        rows: What came out.
+        contenders: What was compared, everything by default; the reference must be among them.
+        draws: Of the bootstrap; they are held in memory, eight bytes for each of them and every test example.
 
     Raises:
         SystemExit: a row is missing or was made from something else.
     """
-    if left := unanswered(suite, settings, rows):
+    if left := unanswered(suite, settings, rows, contenders):
         raise SystemExit(
             f"{len(left)} rows are missing or out of date, as '{left[0]}': run the stage 'evaluate' first."
         )
-    merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count)]
+    asked = _Asked(suite, settings, rows, CONTENDERS if contenders is None else contenders, draws)
+    merged = [line for count in sorted(settings.counts) for line in merged_lines(asked, count)]
     return {
         "suite": suite.name,
         "seeds": list(suite.seeds),
         "settings": dataclasses.asdict(settings),
         "tasks": [task_line(suite, rows, task) for task in suite.tasks],
         "merged": merged,
-        "unseen": list(unseen_lines(suite, settings, rows)),
+        "unseen": list(unseen_lines(asked)),
     }
 
 
@@ -57,16 +73,32 @@ def task_line(suite: Suite, rows: Mapping[str, Row], task: str) -> dict[str, Any
     return {"task": task, "examples": len(base), **accuracies}
 
 
-def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], count: int) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Asked:
+    """What lines are made from."""
+
+    suite: Suite
+    settings: Settings
+    rows: Mapping[str, Row]
+    contenders: Sequence[Contender]
+    draws: int
+
+    def labels(self, count: int) -> list[str]:
+        """Of those that were measured with so many tasks."""
+        return [contender.label for contender in self.contenders if contender.runs_at(count)]
+
+
+def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
     """One line a contender and rule at one number of tasks; the pretrained model and the adapters themselves before them."""
+    suite, settings, rows = asked.suite, asked.settings, asked.rows
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
     size = settings.examples(count)["test"]
-    found = {label: _model(suite, rows, label, together) for label in _labels(count)}
+    found = {label: _model(suite, rows, label, together) for label in asked.labels(count)}
     alone = {
         name: _alone(suite, rows, tasks, size, base=name == "base model") for name in ("base model", "own adapters")
     }
-    resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()})
+    resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()}, asked.draws)
     own = resampling.accuracies(alone["own adapters"])
     for label, hits in alone.items():
         yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
@@ -79,18 +111,19 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
             yield line | {"alpha": [round(alpha, 3) for alpha in _alphas(suite, rows, label, together, rule)]}
 
 
-def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> Iterator[dict[str, Any]]:
+def unseen_lines(asked: _Asked) -> Iterator[dict[str, Any]]:
     """Accuracy on tasks that took no part in the merge of eight (Tables 11 and 12)."""
+    suite, settings, rows = asked.suite, asked.settings, asked.rows
     if SEEN not in settings.counts or not suite.tasks[SEEN:]:
         return
     seen, unseen = suite.tasks[:SEEN], suite.tasks[SEEN : SEEN + UNSEEN]
     size = settings.examples(SEEN)["test"]
     together = [tuple(seen)]
-    models = {label: _model(suite, rows, label, together, unseen) for label in _labels(SEEN)}
+    models = {label: _model(suite, rows, label, together, unseen) for label in asked.labels(SEEN)}
     lines = [("base model", "", _alone(suite, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
-        part: Resampling({task: len(lines[0][2][0][task]) for task in tasks})
+        part: Resampling({task: len(lines[0][2][0][task]) for task in tasks}, asked.draws)
         for part, tasks in (("seen", seen), ("unseen", unseen))
     }
     for label, rule, hits in lines:
@@ -122,10 +155,6 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = " ".join(map(str, value)) if isinstance(value, list) else value
     return found
-
-
-def _labels(count: int) -> list[str]:
-    return [contender.label for contender in CONTENDERS if contender.runs_at(count)]
 
 
 def _model(
