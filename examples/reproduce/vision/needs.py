@@ -1,0 +1,65 @@
+"""What one of the vision tables needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accuracy.contenders import Contender
+
+from reproduce.needs import Need, Plan
+from reproduce.vision.backbones import Backbone
+from reproduce.vision.benches import PAPER_GRID
+from reproduce.vision.images import Place
+from reproduce.vision.parts import LARGEST
+from reproduce.vision.tasks import TASKS
+
+DRAWS = 500
+SIDE = 224
+
+
+def plan(
+    title: str,
+    backbone: Backbone,
+    base: str,
+    tasks: Sequence[str],
+    setting: str,
+    places: Mapping[str, Place | None],
+    checkpoints: Mapping[str, str | None],
+    contenders: Sequence[Contender],
+    cache: Path,
+    remarks: Sequence[str] = (),
+) -> Plan:
+    """The list, with estimates from the sizes of the test parts."""
+    needs = [Need(f"CLIP {backbone.name}", base, backbone.gigabytes)]
+    for task in tasks:
+        place, checkpoint = places[task], checkpoints[task]
+        needs.append(_images(task, place))
+        needs.append(_checkpoint(task, checkpoint, setting, backbone))
+    test = sum(TASKS[task].test_size for task in tasks)
+    validation = int(0.2 * test) if setting == "lora" else LARGEST * len(tasks)
+    looks = validation * len(PAPER_GRID) + 2 * test  # at alpha by validation, and by the data-free rule
+    towers = backbone.tower_gigabytes * (len(tasks) + 1) if setting == "fft" else 0.02 * len(tasks)
+    return Plan(
+        title,
+        needs,
+        disk=(test + validation) * 3 * SIDE**2 / 1e9 + 2 * towers,
+        memory=4 + test * DRAWS * 8 / 1e9 + backbone.gigabytes * 3 + towers,
+        gpu=2 + 3 * backbone.tower_gigabytes,
+        hours=(looks * len(contenders) + (test + validation) * 2) / backbone.images_per_second / 3600,
+        cache=cache,
+        remarks=remarks,
+    )
+
+
+def _images(task: str, place: Place | None) -> Need:
+    missing = f"no id of the Hub is known; give --data DIR with a folder {task}, or --dataset {task}=ID"
+    size = TASKS[task].test_size * 20e3 / 1e9  # some 20 kB an image
+    return Need(f"images of {task}", str(place) if place else "nowhere", size, "" if place else missing)
+
+
+def _checkpoint(task: str, checkpoint: str | None, setting: str, backbone: Backbone) -> Need:
+    what = f"LoRA adapter of {task}" if setting == "lora" else f"fine-tuned tower of {task}"
+    missing = f"give --checkpoints DIR with a folder {task}, or --checkpoint {task}=PLACE"
+    size = 0.005 if setting == "lora" else backbone.tower_gigabytes
+    return Need(what, checkpoint or "nowhere", size, "" if checkpoint else missing)
