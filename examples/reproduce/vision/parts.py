@@ -47,14 +47,14 @@ def parts_of(task: VisionTask, place: Place, setting: str) -> dict[str, Part]:
     missing = ", since the data have no validation part" if setting in task.own_validation else ""
     if setting == "lora":
         order = shuffled(len(test.labels))
-        count = int(len(order) * SHARE["lora"])
+        count = _some(task, int(len(order) * SHARE["lora"]), place)
         return {
             "validation": Part(test, order[:count], f"a fifth of the test part{missing}"),
             "test": Part(test, order[count:], "the rest of the test part"),
         }
     train = _needed(task, place, "train")
     order = shuffled(len(train.labels))
-    count = min(int(len(order) * SHARE["fft"]), LARGEST)
+    count = _some(task, min(int(len(order) * SHARE["fft"]), LARGEST), place)
     return {"validation": Part(train, order[:count], f"training examples{missing}"), "test": _whole(test)}
 
 
@@ -65,6 +65,12 @@ def shuffled(count: int) -> list[int]:
 
 def _whole(images: Images) -> Part:
     return Part(images, shuffled(len(images.labels)), "the whole test part")
+
+
+def _some(task: VisionTask, count: int, place: Place) -> int:
+    if not count:
+        raise SystemExit(f"{task.name}: found too few examples in {place}: expected some to choose alpha by")
+    return count
 
 
 def _needed(task: VisionTask, place: Place, part: str) -> Images:

@@ -1,0 +1,300 @@
+"""From folders to the report: Tables 1, 2 and 9 on tiny models, measured as the programs measure the real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accuracy.contenders import Contender
+from accuracy.evaluate import Rows
+from peft import PeftModel
+from PIL import Image
+from reproduce import command, expected
+from reproduce.contenders import FFT, LORA, chosen
+from reproduce.vision import run
+from reproduce.vision.backbones import load_clip, load_tokenizer
+from reproduce.vision.benches import PAPER_GRID, GridBench, by_towers, differences
+from reproduce.vision.images import Place
+from reproduce.vision.openclip import PREFIX, from_clip
+from reproduce.vision.report import page
+from reproduce.vision.suite import ClipSuite, Given
+from transformers import CLIPImageProcessor, CLIPVisionModel
+
+from tests.support.clip import SIDE, tiny_clip, write_adapter, write_images
+
+TASKS = ("RenderedSST2", "EuroSAT", "FER2013")
+CLASSES = {"RenderedSST2": 2, "EuroSAT": 10, "FER2013": 7}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of images of three tasks."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, (task, count) in enumerate(CLASSES.items()):
+        write_images(folder / task, {"train": 10, "test": 5}, [str(n) for n in range(count)], seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of each of them, in three layouts."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_adapter(folder / "sst2", 1)
+    write_adapter(folder / "eurosat", 2, prefix="vision_model.")
+    write_adapter(folder / "fer2013", 3, pickle=True)
+    return folder
+
+
+def given(clip: Path, data: Path, adapters: Path, cache: Path) -> Given:
+    """A suite's things."""
+    names = dict(zip(TASKS, ("sst2", "eurosat", "fer2013"), strict=True))
+    places = {task: Place(data / task) for task in TASKS}
+    return Given(clip, places, {task: str(adapters / name) for task, name in names.items()}, cache, batch=4)
+
+
+def test_hits_are_clips_own(clip_folder: Path, data: Path, adapters: Path, tmp_path: Path) -> None:
+    """Right answers are those of the whole CLIP model, with PEFT's adapter in it, image by image."""
+    suite = ClipSuite(given(clip_folder, data, adapters, tmp_path), TASKS)
+    bench, clip = GridBench(suite, "float32"), load_clip(clip_folder)
+    tower = PeftModel.from_pretrained(clip.vision_model, suite.adapter("EuroSAT", 0)).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    part, names = suite.parts("EuroSAT")["test"], suite.names("EuroSAT")
+    tokenizer = load_tokenizer(clip_folder)
+    prompts = (
+        "a centered satellite photo of {}.",
+        "a centered satellite photo of a {}.",
+        "a centered satellite photo of the {}.",
+    )
+    texts = []
+    for name in names:
+        tokens = [tokenizer(prompt.format(name), return_tensors="pt")["input_ids"] for prompt in prompts]
+        vectors = [clip.text_projection(clip.text_model(input_ids=ids).pooler_output)[0] for ids in tokens]
+        texts.append(torch.stack([vector / vector.norm() for vector in vectors]).mean(dim=0))
+    head = torch.stack([text / text.norm() for text in texts])
+    expected_hits = ""
+    for index in part.chosen:
+        pixels = processor(part.images.image(index), return_tensors="pt")["pixel_values"]
+        image = clip.visual_projection(tower(pixel_values=pixels).pooler_output)[0]
+        right = int((image / image.norm() @ head.T).argmax()) == part.images.labels[index]
+        expected_hits += str(int(right))
+    found = bench.alone("EuroSAT", 0, {"test": 1000})
+    assert found["test"] == expected_hits and set(expected_hits) == {"0", "1"}
+    assert bench.alone("EuroSAT", None, {"test": 1000})["test"] != expected_hits
+
+
+def options(table: str, clip: Path, data: Path, checkpoints: Path, cache: Path, *more: str) -> list[str]:
+    """A command line."""
+    places = ["--base", str(clip), "--data", str(data), "--checkpoints", str(checkpoints), "--cache", str(cache)]
+    return [table, *places, "--device", "cpu", "--batch", "64", *more]
+
+
+def few_entries(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A density for tiny models: of 0.1 percent of their entries nothing would be left."""
+    rows = [
+        dataclasses.replace(c, options={**c.options, **({"density": 0.1} if "density" in c.options else {})})
+        for c in run.TABLES[name].contenders
+    ]
+    monkeypatch.setitem(run.TABLES, name, dataclasses.replace(run.TABLES[name], contenders=rows))
+
+
+def test_table_of_adapters(
+    clip_folder: Path,
+    data: Path,
+    adapters: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One command gives the report; a second run measures nothing, another adapter only what it is in."""
+    few_entries(monkeypatch, "table1")
+    monkeypatch.setattr(run, "ORDERS", {"lora": TASKS})
+    line = options(
+        "table1", clip_folder, data, adapters, tmp_path, "--tasks", "2", "3", "--methods", "ta", "dc, average"
+    )
+    assert command.main(line) == 0
+    report = Path(capsys.readouterr().out.strip())
+    text = report.read_text(encoding="utf-8")
+    assert "## 3 tasks" in text and "DC-Merge, average" in text and "Task Arithmetic" in text and "Iso-CTS" not in text
+    file = tmp_path / "table1/ViT-B-32/results/rows-float32-grid.jsonl"
+    rows = Rows(file).found
+    # Three tasks alone and with the base model, three methods at two numbers of tasks.
+    assert len(rows) == 2 * 3 + 3 * 2
+    assert {float(alpha) for alpha in rows["ta | RenderedSST2+EuroSAT | 0"]["scores"]} == set(PAPER_GRID)
+    results = json.loads((report.parent / "results.json").read_text(encoding="utf-8"))
+    own = next(one for one in results["merged"] if one["label"] == "own adapters" and one["tasks"] == 3)
+    assert own["normalized"]["value"] == 1.0 and own["by_task"]["FER2013"] == np.mean(
+        [int(hit) for hit in rows["FER2013 | 0"]["test"]]
+    ).round(4)
+    lines = file.read_text(encoding="utf-8").count("\n")
+    assert command.main(line) == 0 and file.read_text(encoding="utf-8").count("\n") == lines
+    assert report.read_text(encoding="utf-8") == text
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two towers near the base, one as transformers saves it and one as open_clip's programs do."""
+    folder = tmp_path_factory.mktemp("towers")
+    for seed, name in enumerate(("RenderedSST2Val", "EuroSATVal"), 1):
+        tuned, generator = tiny_clip(), torch.Generator().manual_seed(seed)
+        for parameter in tuned.vision_model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        if seed == 1:
+            vision = CLIPVisionModel(tuned.config.vision_config)
+            inner = getattr(vision, "vision_model", vision)
+            inner.load_state_dict(getattr(tuned.vision_model, "vision_model", tuned.vision_model).state_dict())
+            vision.save_pretrained(folder / name)
+        else:
+            state = {f"{PREFIX}{key}": value for key, value in from_clip(tuned).state_dict().items()}
+            state[f"{PREFIX}proj"] = state.pop(f"{PREFIX}proj.weight").T
+            (folder / name).mkdir()
+            torch.save(state, folder / name / "nonlinear_finetuned.pt")
+    return folder
+
+
+def test_table_of_towers(
+    clip_folder: Path,
+    data: Path,
+    towers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fully fine-tuned models go the same way; their plain sum is base plus alpha times the differences of all."""
+    few_entries(monkeypatch, "table2")
+    monkeypatch.setattr(run, "ORDERS", {"fft": TASKS[:2]})
+    line = options(
+        "table2", clip_folder, data, towers, tmp_path, "--tasks", "2", "--methods", "ta", "--search", "ladder"
+    )
+    assert command.main(line) == 0
+    report = Path(capsys.readouterr().out.strip())
+    assert "position embeddings are averaged here" in report.read_text(encoding="utf-8")
+    kept = tmp_path / "table2/ViT-B-32/checkpoints"
+    places = [kept / "base", kept / "RenderedSST2", kept / "EuroSAT"]
+    one, two = (differences(places[0], place) for place in places[1:])
+    merged = by_towers(places[0], places[1:], Contender("ta", "ta"))
+    key = "transformer.resblocks.0.attn.in_proj_weight"
+    assert one[key].shape == (48, 16)  # query, key and value are one matrix, as where they were merged first
+    torch.testing.assert_close(merged.deltas[key], one[key] + two[key], atol=1e-5, rtol=1e-4)
+    averaged = "transformer.resblocks.0.ln_1.weight"
+    for name in (averaged, "conv1.weight", "positional_embedding"):
+        torch.testing.assert_close(merged.deltas[name], (one[name] + two[name]) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_dry_run(clip_folder: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is missing is named, nothing is made, and a real run refuses with the same list."""
+    line = options("table1", clip_folder, tmp_path / "none", adapters, tmp_path / "cache", "--tasks", "16")
+    assert command.main([*line, "--dry-run"]) == 1
+    shown = capsys.readouterr().out
+    assert "MISSING: no id of the Hub is known; give --data DIR with a folder FER2013" in shown
+    assert f"| LoRA adapter of EuroSAT | {adapters / 'eurosat'} | 0.0 GB | there |" in shown
+    assert "Estimates, not measurements" in shown and not (tmp_path / "cache").exists()
+    with pytest.raises(
+        SystemExit, match="things missing: expected them before the start\n- LoRA adapter of Cars: give --checkpoints"
+    ):
+        command.main(line)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "1"], "found --tasks 1: expected numbers from 2 to 16"),
+        (["--methods", "magic"], "found the method 'magic': expected some of dc, dc, average"),
+        (["--checkpoint", "Cars"], "found --checkpoint Cars: expected --checkpoint TASK=VALUE"),
+        (["--dataset", "Cars=a:b:c:d:e:f"], "expected TASK=ID"),
+        (["--device", "cuda:77"], "found no device 'cuda:77'"),
+        (["--classes", "nowhere.json"], "nowhere.json: can't be read as JSON"),
+    ],
+)
+def test_wrong_options(more: list[str], message: str, tmp_path: Path) -> None:
+    """Each is refused before anything is loaded."""
+    with pytest.raises(SystemExit, match=message):
+        command.main(["table1", "--cache", str(tmp_path), *more])
+
+
+def test_other_sources_by_option(tmp_path: Path) -> None:
+    """Data sets and checkpoints of one's own, for single tasks."""
+    line = [
+        "table9",
+        "--cache",
+        str(tmp_path),
+        "--dataset",
+        "Cars=me/cars:main::valid",
+        "--checkpoint",
+        "dtd=me/dtd-lora",
+    ]
+    made = run.run_of("table9", command.parser().parse_args(line))
+    cars = made.places["Cars"]
+    assert cars is not None and cars.hub is not None
+    assert (cars.hub.id, cars.hub.config, cars.hub.train, cars.hub.validation) == ("me/cars", "main", "train", "valid")
+    assert (
+        made.checkpoints["DTD"] == "me/dtd-lora"
+        and made.checkpoints["SVHN"] == "hoffman-lab/KnOTS-ViT-B-32_lora_R16_svhn"
+    )
+
+
+def test_methods_are_rows_of_the_tables() -> None:
+    """Every row of the paper's tables has a method, and every method a row."""
+    labels = {contender.label.partition(",")[0] for contender in LORA} | {"own adapters"}
+    assert all(set(rows) == labels for rows in expected.TABLE1.values())
+    assert {*labels} - {"own adapters"} == set(expected.TABLE9)
+    labels = {contender.label for contender in FFT} | {"own adapters"}
+    assert all(set(rows) == labels for rows in expected.TABLE2.values())
+    assert [one.label for one in chosen(LORA, ["ta"])] == ["dc", "ta"]
+
+
+def test_papers_numbers_agree_with_each_other() -> None:
+    """Averages printed in one table are those of the tasks printed in another, but for one of the paper's own slips."""
+    for label, row in expected.TABLE9.items():
+        assert sum(row[:8]) / 8 == pytest.approx(row[8], abs=0.06), label
+    for label, (seen, unseen) in expected.TABLE3.items():
+        row = expected.TABLE13[label]
+        assert sum(row[:8]) / 8 == pytest.approx(seen, abs=0.1 if label == "robust" else 0.011), label
+        assert unseen is None or sum(row[8:]) / 4 == pytest.approx(unseen, abs=0.011), label
+
+
+def line_of(label: str, rule: str, value: float, tasks: float) -> dict[str, object]:
+    """A line of results at eight tasks."""
+    interval = {"value": value, "low": value - 0.01, "high": value + 0.01}
+    by_task = dict.fromkeys(expected.TABLE9_TASKS, tasks)
+    return {
+        "tasks": 8,
+        "label": label,
+        "rule": rule,
+        "accuracy": interval,
+        "normalized": interval,
+        "by_task": by_task,
+        "alpha": [1.2],
+    }
+
+
+def test_report_has_the_differences() -> None:
+    """Measured minus the paper's, in points; none on a part of the examples."""
+    lines = [
+        line_of("own adapters", "", 0.88, 0.8),
+        line_of("dc", "validation", 0.65, 0.4),
+        line_of("dc", "auto", 0.1, 0.1),
+    ]
+    results = {"settings": {"counts": [8]}, "merged": lines, "unseen": []}
+    numbers = expected.TABLE1["ViT-B/32"]
+    text = page("T", results, numbers, (8, 12, 16), ["a note"], complete=True, by_task=True)
+    assert "| DC-Merge | 65.0 (64.0 to 66.0) | 64.17 | +0.83 | 65.0 (64.0 to 66.0) | 73.90 | -8.90 | 1.2 |" in text
+    # Half of the own adapters' accuracy on every task, against 90.9 on Cars.
+    assert "| DC-Merge | 50.0 (-40.9) |" in text and "- a note" in text and text.count("| DC-Merge |") == 2
+    part = page("T", results, numbers, (8, 12, 16), [], complete=False)
+    assert "+0.83" not in part and "nothing here can be compared with the paper" in part
+
+
+def test_labels_in_another_order_stop_a_run(clip_folder: Path, adapters: Path, tmp_path: Path) -> None:
+    """Folders whose order would give the prompts to the wrong classes are refused by name."""
+    for name in ("negative", "a positive"):
+        place = tmp_path / "data/RenderedSST2/test" / name
+        place.mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (16, 16)).save(place / f"{number}.png")
+    made = Given(clip_folder, {"RenderedSST2": Place(tmp_path / "data/RenderedSST2")}, {}, tmp_path)
+    with pytest.raises(SystemExit, match="found the label 'a positive' as number 0, where the prompts have 'negative'"):
+        ClipSuite(made, ("RenderedSST2",)).head("RenderedSST2")
