@@ -1,7 +1,7 @@
 """Measures of captions: BLEU, ROUGE-L and CIDEr, as the evaluation of COCO captions defines them.
 
 BLEU: Papineni et al., ACL 2002. ROUGE-L: Lin, 2004. CIDEr: Vedantam, Zitnick, Parikh, CVPR 2015; what the COCO program calls
-so is the paper's CIDEr-D, without its stemming. Words come from :func:`words`, which is close to the COCO program's Penn
+so is the paper's CIDEr-D, without its stemming. Tokens are the caller's; :func:`words` is close to the COCO program's Penn
 Treebank tokenizer (lower case, no punctuation) and not the same.
 """
 
@@ -19,13 +19,9 @@ NGrams = Counter[tuple[str, ...]]
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without punctuation; a hyphen within a word stays, ``'s`` is a word of its own."""
-    found = re.findall(r"[a-z0-9]+(?:[-.][a-z0-9]+)*|'(?:s|re|ve|ll|d|m)\b|n't\b", _split(text.lower()))
-    return [word for word in found if word]
-
-
-def _split(text: str) -> str:
-    return re.sub(r"(?<=[a-z])(n't|'(?:s|re|ve|ll|d|m))\b", r" \1", text)
+    """Lower case, without punctuation; a hyphen or a dot within a word stays, ``'s`` and ``n't`` are words of their own."""
+    apart = re.sub(r"(?<=[a-z])(n't|'(?:s|re|ve|ll|d|m))\b", r" \1", text.lower())
+    return re.findall(r"n't\b|'(?:s|re|ve|ll|d|m)\b|[a-z0-9]+(?:[-.][a-z0-9]+)*", apart)
 
 
 def ngrams(tokens: Sequence[str], n: int) -> NGrams:
@@ -117,9 +113,9 @@ def _clipped(candidate: NGrams, reference: NGrams, frequency: Mapping[tuple[str,
     return product / lengths if lengths else 0.0
 
 
-def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Every measure but METEOR, of untokenised captions."""
-    ours = [words(text) for text in candidates]
-    theirs = [[words(text) for text in texts] for texts in references]
-    found = {f"BLEU-{n}": value for n, value in enumerate(bleu(ours, theirs), 1)}
-    return {**found, "ROUGE-L": rouge_l(ours, theirs), "CIDEr": cider(ours, theirs)}
+def caption_scores(
+    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> dict[str, float]:
+    """Every measure but METEOR, of tokenised captions."""
+    found = {f"BLEU-{n}": value for n, value in enumerate(bleu(candidates, references), 1)}
+    return {**found, "ROUGE-L": rouge_l(candidates, references), "CIDEr": cider(candidates, references)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft import DCMergeAdapter, MergeWarning
 from reproduce.mergebench.questions import Questions, image_path
 
 RENAME = "llava-hf"
@@ -48,7 +49,9 @@ def with_adapters(
     The LoRA scaling is part of every delta here, so that the paper's fixed coefficient of 2.0, which is that scaling, is 1.0.
     """
     merger = DCMergeAdapter(method=method, **{**options, "alpha": alpha})
-    merged = merger.merge(adapters, rename=RENAME, extras="average", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)  # that the projectors are averaged is what is asked for
+        merged = merger.merge(adapters, rename=RENAME, extras="average", progress=False)
     fused = merged.add_to(model).merge_and_unload()
     assert fused is model
     return float(merged.alpha)

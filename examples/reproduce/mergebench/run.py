@@ -158,7 +158,7 @@ class MergeBench:
             "every delta here; it does not say which coefficients the other methods had",
             f"greedy decoding in {self.dtype} on {self.device}",
             "REC is measured as the benchmark's program does; with the numbers of a box read whole it is given beside it",
-            "captions are split into words by rules close to, but not the same as, the COCO program's tokenizer",
+            "captions are split into words by the COCO program's tokenizer where METEOR is given, otherwise by rules close to it",
         ]
         if self.choices is None:
             notes.append(
