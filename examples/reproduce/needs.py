@@ -9,6 +9,8 @@ from pathlib import Path
 
 from common.tables import markdown
 
+HUB = "from the Hub or its cache"
+
 
 @dataclass(frozen=True)
 class Need:
@@ -22,7 +24,7 @@ class Need:
     @property
     def state(self) -> str:
         """In a word or a sentence."""
-        return f"MISSING: {self.missing}" if self.missing else "there" if Path(self.where).exists() else "to be fetched"
+        return f"MISSING: {self.missing}" if self.missing else "there" if Path(self.where).exists() else HUB
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Plan:
     def text(self) -> str:
         """For people."""
         rows = [[n.what, n.where, "" if n.gigabytes is None else f"{n.gigabytes:.1f} GB", n.state] for n in self.needs]
-        fetched = sum(n.gigabytes or 0 for n in self.needs if n.state == "to be fetched")
+        fetched = sum(n.gigabytes or 0 for n in self.needs if n.state == HUB)
         parts = [
             f"# {self.title}", markdown(["needed", "where", "size, estimated", "state"], rows),
             "Estimates, not measurements:",
-            f"- to be fetched: {fetched:.0f} GB\n- written to {self.cache}: {self.disk:.0f} GB, of "
+            f"- fetched, unless it is in the cache: {fetched:.0f} GB\n- written to {self.cache}: {self.disk:.0f} GB, of "
             f"{_free(self.cache):.0f} GB that are free there\n- main memory: {self.memory:.0f} GB\n- GPU memory: {self.gpu:.0f} GB\n"
             f"- time on one GPU: {self.hours:.1f} hours",
         ]  # fmt: skip

@@ -158,3 +158,24 @@ def test_pixels_are_kept(tmp_path: Path) -> None:
     assert again.images[0].max() == 0
     batches = list(again.batches(5, 2, torch.device("cpu")))
     assert [len(batch) for batch in batches] == [2, 2, 1] and batches[0].dtype == torch.float32
+
+
+def test_data_sets_as_the_package_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real files of the Hub's kind, with names of classes; parts that are not there are none, other ids are refused."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["negative", "positive"])}
+    )
+    pictures = [Image.new("RGB", (8, 8), (10 * n, 0, 0)) for n in range(10)]
+    made = datasets.Dataset.from_dict({"image": pictures, "label": [n % 2 for n in range(10)]}, features=features)
+    made.to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    place = Place(hub=HubData(str(tmp_path / "data")))
+    found = place.part("test")
+    assert found is not None and list(found.names) == ["negative", "positive"] and list(found.labels) == [0, 1] * 5
+    assert found.image(3).getpixel((0, 0)) == (30, 0, 0) and place.part("train") is None
+    assert found.key() == place.part("test").key()  # type: ignore[union-attr]
+    assert len(parts_of(TASKS["RenderedSST2"], place, "lora")["test"].chosen) == 8
+    with pytest.raises(SystemExit, match=r"org/none: can't be read .*give another id with --dataset TASK=ID"):
+        Place(hub=HubData("org/none")).part("test")

@@ -24,6 +24,7 @@ from reproduce.vision.report import page
 from reproduce.vision.suite import ClipSuite, Given
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
+from dc_merge_peft import DCMergeAdapter
 from tests.support.clip import SIDE, tiny_clip, write_adapter, write_images
 
 TASKS = ("RenderedSST2", "EuroSAT", "FER2013")
@@ -92,6 +93,11 @@ def options(table: str, clip: Path, data: Path, checkpoints: Path, cache: Path, 
     return [table, *places, "--device", "cpu", "--batch", "64", *more]
 
 
+def digits(hits: torch.Tensor) -> str:
+    """As rows keep them."""
+    return "".join(str(int(hit)) for hit in hits)
+
+
 def few_entries(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A density for tiny models: of 0.1 percent of their entries nothing would be left."""
     rows = [
@@ -129,6 +135,17 @@ def test_table_of_adapters(
     assert own["normalized"]["value"] == 1.0 and own["by_task"]["FER2013"] == np.mean(
         [int(hit) for hit in rows["FER2013 | 0"]["test"]]
     ).round(4)
+    # What a row says is what a fresh model says with PEFT's own sum of the two adapters.
+    row = rows["ta | RenderedSST2+EuroSAT | 0"]
+    kept = tmp_path / "table1/ViT-B-32/checkpoints"
+    suite = ClipSuite(given(clip_folder, data, adapters, tmp_path / "fresh"), TASKS)
+    merged = DCMergeAdapter(method="ta", alpha=row["best"]).merge([kept / "RenderedSST2", kept / "EuroSAT"])
+    model = PeftModel.from_pretrained(suite.model(), merged.save_pretrained(tmp_path / "merged")).eval()
+    with torch.no_grad():
+        fresh = {task: suite.hits(model, task, "test", 1000) for task in TASKS[:2]}
+        base = suite.hits(suite.model(), "EuroSAT", "test", 1000)
+    assert row["hits"]["validation"] == {task: digits(hits) for task, hits in fresh.items()}
+    assert rows["EuroSAT | base"]["test"] == digits(base) != row["hits"]["validation"]["EuroSAT"]
     lines = file.read_text(encoding="utf-8").count("\n")
     assert command.main(line) == 0 and file.read_text(encoding="utf-8").count("\n") == lines
     assert report.read_text(encoding="utf-8") == text

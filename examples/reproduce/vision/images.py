@@ -134,12 +134,11 @@ class Place:
         if part == "validation" and split == hub.test:
             return None  # Food101 calls its test part so
         try:
-            available = datasets.get_dataset_split_names(hub.id, hub.config)
-            if split not in available:
-                return None
             data = datasets.load_dataset(hub.id, hub.config, split=split)
         except Exception as error:
-            # The package has no exception of its own for what can happen on the way to the Hub.
+            # The package has no exceptions of its own for what can happen on the way to the Hub, nor for a split that is not there.
+            if "Unknown split" in str(error):
+                return None
             raise SystemExit(
                 f"{hub.id}: can't be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); give "
                 "another id with --dataset TASK=ID, or folders of images with --data"

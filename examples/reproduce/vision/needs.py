@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from accuracy.contenders import Contender
@@ -36,6 +37,10 @@ def plan(
         place, checkpoint = places[task], checkpoints[task]
         needs.append(_images(task, place))
         needs.append(_checkpoint(task, checkpoint, setting, backbone))
+    if any(place is not None and place.hub is not None for place in places.values()) and not find_spec("datasets"):
+        needs.append(
+            Need("the package datasets", "nowhere", 0.1, "pip install '.[reproduce]', which reads images from the Hub")
+        )
     test = sum(TASKS[task].test_size for task in tasks)
     validation = int(0.2 * test) if setting == "lora" else LARGEST * len(tasks)
     looks = validation * len(PAPER_GRID) + 2 * test  # at alpha by validation, and by the data-free rule
@@ -54,7 +59,7 @@ def plan(
 
 def _images(task: str, place: Place | None) -> Need:
     missing = f"no id of the Hub is known; give --data DIR with a folder {task}, or --dataset {task}=ID"
-    size = TASKS[task].test_size * 20e3 / 1e9  # some 20 kB an image
+    size = TASKS[task].test_size * 4 * 20e3 / 1e9  # some 20 kB an image, and the training data come along
     return Need(f"images of {task}", str(place) if place else "nowhere", size, "" if place else missing)
 
 

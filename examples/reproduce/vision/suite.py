@@ -54,7 +54,8 @@ class ClipSuite:
     _own: dict[str, Path] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
-        return self._clip.vision_model.to(self.given.device)
+        # Loaded anew: whoever measures changes it.
+        return load_clip(self.given.base).vision_model.to(self.given.device)
 
     def adapter(self, task: str, seed: int) -> Path:
         return self._kept(task, kept_adapter)
