@@ -55,6 +55,8 @@ class Plan:
             f"{_free(self.cache):.0f} GB that are free there\n- main memory: {self.memory:.0f} GB\n- GPU memory: {self.gpu:.0f} GB\n"
             f"- time on one GPU: {self.hours:.1f} hours",
         ]  # fmt: skip
+        if self.disk > _free(self.cache):
+            parts.append("**There may be too little room in the cache's place: give another with --cache.**")
         missing = self.missing()
         verdict = (
             f"{len(missing)} of {len(self.needs)} things are missing." if missing else "Nothing is known to be missing."

@@ -16,13 +16,14 @@ class Backbone:
     id: str  # of the Hub
     gigabytes: float  # of the whole CLIP model in float32
     tower_gigabytes: float  # of the vision tower
+    layers: int
     images_per_second: float  # of one GPU of the paper's kind, a guess for estimates
 
 
 BACKBONES: Mapping[str, Backbone] = {
-    "ViT-B/32": Backbone("ViT-B/32", "openai/clip-vit-base-patch32", 0.6, 0.35, 2500),
-    "ViT-B/16": Backbone("ViT-B/16", "openai/clip-vit-base-patch16", 0.6, 0.34, 900),
-    "ViT-L/14": Backbone("ViT-L/14", "openai/clip-vit-large-patch14", 1.7, 1.2, 250),
+    "ViT-B/32": Backbone("ViT-B/32", "openai/clip-vit-base-patch32", 0.6, 0.35, 12, 2500),
+    "ViT-B/16": Backbone("ViT-B/16", "openai/clip-vit-base-patch16", 0.6, 0.34, 12, 900),
+    "ViT-L/14": Backbone("ViT-L/14", "openai/clip-vit-large-patch14", 1.7, 1.2, 24, 250),
 }
 
 # Ends of the tasks' names in ids of the Hub.

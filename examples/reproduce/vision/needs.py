@@ -17,6 +17,7 @@ from reproduce.vision.tasks import TASKS
 
 DRAWS = 500
 SIDE = 224
+SECONDS_PER_SVD = 0.5  # a guess for estimates
 
 
 def plan(
@@ -24,6 +25,7 @@ def plan(
     backbone: Backbone,
     base: str,
     tasks: Sequence[str],
+    counts: Sequence[int],
     setting: str,
     places: Mapping[str, Place | None],
     checkpoints: Mapping[str, str | None],
@@ -41,17 +43,21 @@ def plan(
         needs.append(
             Need("the package datasets", "nowhere", 0.1, "pip install '.[reproduce]', which reads images from the Hub")
         )
-    test = sum(TASKS[task].test_size for task in tasks)
-    validation = int(0.2 * test) if setting == "lora" else LARGEST * len(tasks)
-    looks = validation * len(PAPER_GRID) + 2 * test  # at alpha by validation, and by the data-free rule
+    sizes = {task: TASKS[task].test_size for task in tasks}
+    validation = {task: int(0.2 * size) if setting == "lora" else LARGEST for task, size in sizes.items()}
+    test, held = sum(sizes.values()), sum(validation.values())
+    # At every alpha of the grid, and at the two that are reported.
+    looks = sum(len(PAPER_GRID) * validation[task] + 2 * sizes[task] for count in counts for task in tasks[:count])
+    matrices = 4 * backbone.layers * sum(counts) if setting == "fft" else 0
     towers = backbone.tower_gigabytes * (len(tasks) + 1) if setting == "fft" else 0.02 * len(tasks)
     return Plan(
         title,
         needs,
-        disk=(test + validation) * 3 * SIDE**2 / 1e9 + 2 * towers,
+        disk=(test + held) * 3 * SIDE**2 / 1e9 + 2 * towers,
         memory=4 + test * DRAWS * 8 / 1e9 + backbone.gigabytes * 3 + towers,
         gpu=2 + 3 * backbone.tower_gigabytes,
-        hours=(looks * len(contenders) + (test + validation) * 2) / backbone.images_per_second / 3600,
+        hours=(looks * len(contenders) + (test + held) * 2) / backbone.images_per_second / 3600
+        + len(contenders) * matrices * SECONDS_PER_SVD / 3600,
         cache=cache,
         remarks=remarks,
     )

@@ -76,7 +76,7 @@ class Run:
         """What it needs."""
         title = f"{self.table.title}, {self.backbone.name}, {', '.join(map(str, self.counts))} tasks"
         return plan(
-            title, self.backbone, str(self.given.base), self.tasks, self.table.setting, self.places, self.checkpoints,
+            title, self.backbone, str(self.given.base), self.tasks, self.counts, self.table.setting, self.places, self.checkpoints,
             self.contenders, self.given.cache, self.remarks,
         )  # fmt: skip
 
