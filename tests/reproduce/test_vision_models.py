@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel
 
-from tests.support.clip import SIDE, factors, tiny_clip, write_adapter
+from tests.support.clip import SIDE, factors, stored_encoder, tiny_clip, write_adapter
 
 PIXELS = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
@@ -89,10 +89,9 @@ def test_kept_towers(tmp_path: Path) -> None:
     expected = pooled @ base.proj.weight.T  # without a projection of its own
     torch.testing.assert_close(AutoModel.from_pretrained(kept).eval()(PIXELS), expected, atol=1e-5, rtol=1e-4)
 
-    state = {f"{PREFIX}{name}": value for name, value in from_clip(tuned).state_dict().items()}
-    state[f"{PREFIX}proj"] = state.pop(f"{PREFIX}proj.weight").T
+    state = stored_encoder(tuned)
     (tmp_path / "CarsVal").mkdir()
-    torch.save({**state, "model.logit_scale": torch.ones(())}, tmp_path / "CarsVal/nonlinear_finetuned.pt")
+    torch.save(state, tmp_path / "CarsVal/nonlinear_finetuned.pt")
     kept = kept_tower(str(tmp_path / "CarsVal"), base, tmp_path / "kept-file")
     torch.testing.assert_close(AutoModel.from_pretrained(kept).eval()(PIXELS), embedded(tuned), atol=1e-5, rtol=1e-4)
 

@@ -18,12 +18,11 @@ from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
 from reproduce.vision.benches import PAPER_GRID, GridBench, by_towers, differences
 from reproduce.vision.images import Place
-from reproduce.vision.openclip import PREFIX, from_clip
 from reproduce.vision.suite import ClipSuite, Given
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from dc_merge_peft import DCMergeAdapter
-from tests.support.clip import SIDE, tiny_clip, write_adapter, write_images
+from tests.support.clip import SIDE, stored_encoder, tiny_clip, write_adapter, write_images
 
 TASKS = ("RenderedSST2", "EuroSAT", "FER2013")
 CLASSES = {"RenderedSST2": 2, "EuroSAT": 10, "FER2013": 7}
@@ -155,7 +154,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("towers")
     for seed, name in enumerate(("RenderedSST2Val", "EuroSATVal"), 1):
         tuned, generator = tiny_clip(), torch.Generator().manual_seed(seed)
-        for parameter in tuned.vision_model.parameters():
+        for parameter in (*tuned.vision_model.parameters(), tuned.visual_projection.weight):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         if seed == 1:
             vision = CLIPVisionModel(tuned.config.vision_config)
@@ -163,10 +162,8 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
             inner.load_state_dict(getattr(tuned.vision_model, "vision_model", tuned.vision_model).state_dict())
             vision.save_pretrained(folder / name)
         else:
-            state = {f"{PREFIX}{key}": value for key, value in from_clip(tuned).state_dict().items()}
-            state[f"{PREFIX}proj"] = state.pop(f"{PREFIX}proj.weight").T
             (folder / name).mkdir()
-            torch.save(state, folder / name / "nonlinear_finetuned.pt")
+            torch.save(stored_encoder(tuned), folder / name / "nonlinear_finetuned.pt")
     return folder
 
 
@@ -186,16 +183,17 @@ def test_table_of_towers(
     )
     assert command.main(line) == 0
     report = Path(capsys.readouterr().out.strip())
-    assert "position embeddings are averaged here" in report.read_text(encoding="utf-8")
+    assert "| Task Arithmetic |" in report.read_text(encoding="utf-8")
     kept = tmp_path / "table2/ViT-B-32/checkpoints"
     places = [kept / "base", kept / "RenderedSST2", kept / "EuroSAT"]
     one, two = (differences(places[0], place) for place in places[1:])
     merged = by_towers(places[0], places[1:], Contender("ta", "ta"))
-    key = "transformer.resblocks.0.attn.in_proj_weight"
-    assert one[key].shape == (48, 16)  # query, key and value are one matrix, as where they were merged first
-    torch.testing.assert_close(merged.deltas[key], one[key] + two[key], atol=1e-5, rtol=1e-4)
-    averaged = "transformer.resblocks.0.ln_1.weight"
-    for name in (averaged, "conv1.weight", "positional_embedding"):
+    # Query, key and value are one matrix, as where they were merged first; so are tables of two dimensions.
+    assert one["transformer.resblocks.0.attn.in_proj_weight"].shape == (48, 16)
+    for name in ("transformer.resblocks.0.attn.in_proj_weight", "proj.weight", "positional_embedding.weight"):
+        # The first tower's projection is the base's: transformers' files have none.
+        torch.testing.assert_close(merged.deltas[name], one.get(name, 0) + two[name], atol=1e-5, rtol=1e-4)
+    for name in ("transformer.resblocks.0.ln_1.weight", "conv1.weight", "class_embedding"):
         torch.testing.assert_close(merged.deltas[name], (one[name] + two[name]) / 2, atol=1e-5, rtol=1e-4)
 
 

@@ -87,6 +87,16 @@ def write_adapter(folder: Path, seed: int, *, prefix: str = "", pickle: bool = F
     return folder
 
 
+def stored_encoder(clip: Any) -> dict[str, Tensor]:
+    """The state dict of an image encoder as the programs of open_clip's users store it, made from a whole model."""
+    from reproduce.vision.openclip import PREFIX, from_clip
+
+    state = dict(from_clip(clip).state_dict())
+    state["proj"] = state.pop("proj.weight").T
+    state["positional_embedding"] = state.pop("positional_embedding.weight")
+    return {**{f"{PREFIX}{name}": value for name, value in state.items()}, "model.logit_scale": torch.ones(())}
+
+
 def write_images(folder: Path, parts: Mapping[str, int], classes: list[str], seed: int) -> Path:
     """Random images of several sizes, so many of each class in every part."""
     numbers = np.random.default_rng(seed)

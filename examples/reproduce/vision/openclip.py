@@ -59,8 +59,12 @@ class Block(nn.Module):
 
 
 class OpenClipTower(PreTrainedModel):
-    """Images to embeddings, with open_clip's names but for ``proj``, which is a linear layer here: what it computes and how it
-    is merged stay the same under transposition."""
+    """Images to embeddings, with open_clip's names.
+
+    The authors' programs merge every parameter of two dimensions as a matrix, ``proj`` and the table of position embeddings as
+    well. Both are weights of linear layers here, since those are what the library merges so; ``proj`` is transposed by it, which
+    changes neither what it computes nor how it is merged. The table is only read.
+    """
 
     config_class = OpenClipConfig
     main_input_name = "pixel_values"
@@ -70,7 +74,7 @@ class OpenClipTower(PreTrainedModel):
         width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(torch.zeros(patches + 1, width))
+        self.positional_embedding = nn.Linear(width, patches + 1, bias=False)  # weight (patches + 1, width)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -83,7 +87,7 @@ class OpenClipTower(PreTrainedModel):
     def forward(self, pixel_values: Tensor) -> Tensor:  # (batch, 3, size, size) -> (batch, projection)
         patches = self.conv1(pixel_values).flatten(2).mT
         first = self.class_embedding.expand(len(patches), 1, -1)
-        x = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
+        x = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding.weight)
         for block in self.transformer.resblocks:
             x = block(x)
         return self.proj(self.ln_post(x[:, 0]))
@@ -135,7 +139,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {
         "class_embedding": state["embeddings.class_embedding"],
         "conv1.weight": state["embeddings.patch_embedding.weight"],
-        "positional_embedding": state["embeddings.position_embedding.weight"],
+        "positional_embedding.weight": state["embeddings.position_embedding.weight"],
     }
     for kind in ("weight", "bias"):
         found[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
@@ -157,4 +161,6 @@ def from_file_state(state: Mapping[str, Any], config: OpenClipConfig) -> OpenCli
     found = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     if "proj" in found:
         found["proj.weight"] = found.pop("proj").mT
+    if "positional_embedding" in found:
+        found["positional_embedding.weight"] = found.pop("positional_embedding")
     return loaded(config, found)

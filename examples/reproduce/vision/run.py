@@ -156,12 +156,10 @@ def remarks(table: Table, options: argparse.Namespace) -> list[str]:
     found = []
     if table.name in ("table1", "table9"):
         found.append("the paper reports the better of linear smoothing and averaging: both are rows here")
-    if table.setting == "fft":
-        found.append("position embeddings are averaged here; the authors' program merges their table as a matrix")
-        if options.fusion_bench and not options.checkpoints:
-            found.append(
-                "the checkpoints are FusionBench's, not those of the paper: the differences from it are of other models, too"
-            )
+    if options.fusion_bench and not options.checkpoints:
+        found.append(
+            "the checkpoints are FusionBench's, not those of the paper: the differences from it are of other models, too"
+        )
     if options.examples:
         found.append(f"{options.examples} examples of each part at most")
     return found
