@@ -14,10 +14,13 @@ from accuracy.evaluate import Rows
 from peft import PeftModel
 from PIL import Image
 from reproduce import command
+from reproduce.contenders import FFT
 from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
 from reproduce.vision.benches import PAPER_GRID, GridBench, by_towers, differences
+from reproduce.vision.checkpoints import keep_base, kept_tower
 from reproduce.vision.images import Place
+from reproduce.vision.openclip import from_clip
 from reproduce.vision.suite import ClipSuite, Given
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -207,3 +210,15 @@ def test_labels_in_another_order_stop_a_run(clip_folder: Path, adapters: Path, t
     made = Given(clip_folder, {"RenderedSST2": Place(tmp_path / "data/RenderedSST2")}, {}, tmp_path)
     with pytest.raises(SystemExit, match="found the label 'a positive' as number 0, where the prompts have 'negative'"):
         ClipSuite(made, ("RenderedSST2",)).head("RenderedSST2")
+
+
+def test_every_method_merges_towers(clip_folder: Path, towers: Path, tmp_path: Path) -> None:
+    """All rows of Table 2, on the files that the programs keep; data-free alpha where it has a solution."""
+    base = from_clip(load_clip(clip_folder))
+    kept = [kept_tower(str(place), base, tmp_path / place.name) for place in sorted(towers.iterdir())]
+    for one in FFT:
+        options = {**one.options, **({"density": 0.1} if "density" in one.options else {})}
+        merged = by_towers(keep_base(base, tmp_path / "base"), kept, Contender(one.label, one.method, options))
+        assert merged.deltas.keys() <= dict(base.named_parameters()).keys(), one.label
+        assert all(torch.isfinite(value).all() for value in merged.deltas.values()), one.label
+        assert len(merged.deltas) > 20 and (merged.auto is None or merged.auto > 0), one.label
