@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+import torch
+
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import Method
 from dc_merge_peft.plan import MergePlan, PlannedModule
@@ -16,6 +18,9 @@ ROOM, MATRICES = 4 << 30, 13
 # of methods in factor space, the float64 and float32 matrices of that shape, measured, too.
 _TRUNCATED = 27
 _CORES, _CORES_OF_TASK, _FACTORS = 20, 3, 6
+
+# Of modules that are merged as one stack: bytes on a GPU, and how many.
+BATCH_ROOM, MOST_IN_A_BATCH = 2 << 30, 256
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -71,6 +76,15 @@ def working_bytes(method: Method, module: PlannedModule) -> int:
     if _is_full(module) or not method.equivariant:
         return factors + 4 * m * n * max(_matrices(method, module), _TRUNCATED + tasks)
     return factors + 8 * k * k * (_CORES + _CORES_OF_TASK * tasks)
+
+
+def batch_room(device: torch.device | None) -> int:
+    """Bytes for modules that are merged as one stack: never more than half of what a GPU has free."""
+    if device is None or device.type != "cuda":
+        return BATCH_ROOM
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(BATCH_ROOM, free // 2)
 
 
 def kept_bytes(plan: MergePlan, *, lazily: bool, dense: bool) -> int:

@@ -1,9 +1,8 @@
-"""Modules x tasks through a method, one module at a time; nothing else."""
+"""Modules x tasks through a method, one module after the other or several together; nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,26 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from dc_merge_peft.batching import Stacker, batches
 from dc_merge_peft.budget import checked_memory, kept_bytes, workers
 from dc_merge_peft.completion import completed
-from dc_merge_peft.dense import Delta, Dense, FiledDense
+from dc_merge_peft.dense import Dense, FiledDense
 from dc_merge_peft.errors import MergeError, MergeWarning
-from dc_merge_peft.linalg import FLOAT32_EPS
-from dc_merge_peft.lowrank import LowRank, SharedSpace, norms
+from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
-from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
-from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
+from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks, stacked_merge
+from dc_merge_peft.methods.rescaling import AlphaFit
+from dc_merge_peft.one_module import merge_module, merge_one, seen_by
 from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, Reader, checked_devices
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
-from dc_merge_peft.spanned import put_off
 from dc_merge_peft.work.finished import Finished, WorkFolder
 from dc_merge_peft.work.place import WorkPlace
+
+__all__ = ["merge_module", "run_merge"]
 
 # Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
 TOLERATED = 2e-3
@@ -50,8 +50,10 @@ def run_merge(
     max_memory: int | str | None = None,
     work: tuple[WorkPlace, Mapping[str, Any]] | None = None,
     progress: Progress = silent,
+    _stacking: bool | None = None,
 ) -> MergeResult:
-    """Merge module by module: read the factors of every task, merge, keep the result, let the factors go.
+    """Merge module by module: read the factors of every task, merge, keep the result, let the factors go. On a GPU some methods
+    take modules of equal shapes together.
 
     A method that needs numbers of the whole model first reads all modules more than once.
 
@@ -61,10 +63,11 @@ def run_merge(
         keep_dense: Leave the result of an element-wise method dense, for full weights, instead of truncating it; in a folder, its
             numbers lie in files there.
         lazily: Multiply the merged factors out only when they are looked at, from the sources, which must stay open.
-        max_memory: Main memory of this process at most, as in ``"8GB"`` or in bytes: fewer modules are merged side by side. GPUs
-            merge one at a time anyway.
+        max_memory: Main memory of this process at most, as in ``"8GB"`` or in bytes: fewer modules are merged side by side.
         work: Where finished modules are kept and found, and the manifest of the merge.
         progress: Shows how far the merge is.
+        _stacking: For tests. Modules of equal shapes go through the method as one stack on a GPU, and where results that are kept
+            must be the same bytes one by one; here everywhere or nowhere.
 
     Raises:
         OptionError: a device that does not exist, or memory that is too little.
@@ -84,7 +87,8 @@ def run_merge(
         kept = kept_bytes(plan, lazily=put_away, dense=bool(keep_dense) and not method.equivariant)
         on_cpu = all(device.type == "cpu" for device in devices)
         side_by_side = workers(method, plan, threads, memory if on_cpu else None, kept)
-        run = _Run(reader, method, keep_dense, lazily, lanes, side_by_side, progress)
+        stacking = (False if work else None) if _stacking is None else _stacking
+        run = _Run(reader, method, keep_dense, lazily, lanes, side_by_side, progress, stacking)
         merged, fit = _gathered(plan, _all_modules(run, work))
     if not allow_zero and not any(module.rank for module in merged.values()):
         raise MergeError(
@@ -129,6 +133,7 @@ class _Run:
     lanes: Mapping[str, int]  # of several devices: which one merges each module
     side_by_side: int
     progress: Progress
+    stacking: bool | None = None  # modules of equal shapes together: by default those that a GPU merges
 
     def merged(self, modules: Sequence[PlannedModule]) -> Iterator[Finished]:
         """Each of these modules, which are all or some of the plan's; several side by side."""
@@ -138,31 +143,67 @@ class _Run:
 
         def sweep() -> Iterator[ModuleTasks]:
             return (
-                _seen_by(self.method, reader.tasks(module))[0] for module in self.progress(plan.modules, "surveying")
+                seen_by(self.method, reader.tasks(module))[0] for module in self.progress(plan.modules, "surveying")
             )
 
         merge = self.method.prepare(sweep)
+        stacked = None if self.stacking is False else stacked_merge(self.method)
+        stacker = Stacker(self.method, stacked, plan.svd_rank) if stacked else None
 
-        def merge_one(module: PlannedModule) -> Finished:
-            return self._merge_one(merge, module)
+        def merge_batch(batch: Sequence[PlannedModule]) -> list[Finished]:
+            return self._merge_batch(merge, stacker, batch)
+
+        def together(module: PlannedModule) -> bool:
+            return stacker is not None and (bool(self.stacking) or not reader.on_cpu(module))
 
         if self.lanes:
-            return self._in_lanes(merge_one, modules)
-        return in_parallel(
-            merge_one, self.progress(modules, "merging"), workers=self.side_by_side, on_cpu=reader.on_cpu
+            return self._in_lanes(merge_batch, together, modules)
+        drawn = batches(self.progress(modules, "merging"), self.method, together)
+        results = in_parallel(
+            merge_batch, drawn, workers=self.side_by_side, on_cpu=lambda batch: reader.on_cpu(batch[0])
         )
+        return (finished for batch in results for finished in batch)
 
     def _in_lanes(
-        self, merge_one: Callable[[PlannedModule], Finished], modules: Sequence[PlannedModule]
+        self,
+        merge_batch: Callable[[Sequence[PlannedModule]], list[Finished]],
+        together: Callable[[PlannedModule], bool],
+        modules: Sequence[PlannedModule],
     ) -> Iterator[Finished]:
-        results = in_lanes(merge_one, modules, lambda module: self.lanes[module.name])
-        return (finished for _, finished in zip(self.progress(modules, "merging"), results, strict=True))
+        """Batches of each lane, side by side; results in the order of the modules."""
+        order = {module.name: index for index, module in enumerate(modules)}
+        by_lane: dict[int, list[PlannedModule]] = {}
+        for module in modules:
+            by_lane.setdefault(self.lanes[module.name], []).append(module)
+        dealt_out = [batch for lane in by_lane.values() for batch in batches(lane, self.method, together)]
+        dealt_out.sort(key=lambda batch: order[batch[0].name])
+        results = zip(dealt_out, in_lanes(merge_batch, dealt_out, lambda batch: self.lanes[batch[0].name]), strict=True)
+        waiting: dict[str, Finished] = {}
+        for module in self.progress(modules, "merging"):
+            while module.name not in waiting:
+                batch, finished = next(results)
+                waiting |= zip((each.name for each in batch), finished, strict=True)
+            yield waiting.pop(module.name)
 
-    def _merge_one(self, merge: ModuleMerge, module: PlannedModule) -> Finished:
-        tasks = self.reader.tasks(module)
-        again = self.reader.rereading(module) if self.lazily and self.reader.cheap(module) else None
-        svd_rank, keep_dense = self.reader.plan.svd_rank, self.keep_dense
-        delta, S, fit = _merge_one(self.method, merge, tasks, svd_rank, keep_dense=bool(keep_dense), read=again)
+    def _merge_batch(
+        self, merge: ModuleMerge, stacker: Stacker | None, batch: Sequence[PlannedModule]
+    ) -> list[Finished]:
+        if stacker is None or len(batch) == 1:
+            return [self._merge_one(merge, module, self.reader.tasks(module)) for module in batch]
+        tasks = [self.reader.tasks(module) for module in batch]
+        found = stacker.merged(batch, tasks, [self._again(module) for module in batch])
+        return [
+            self._merge_one(merge, module, read) if finished is None else finished
+            for module, read, finished in zip(batch, tasks, found, strict=True)
+        ]
+
+    def _again(self, module: PlannedModule) -> Callable[[], Sequence[LowRank]] | None:
+        """Reads a module's factors once more, where the product with them is put off until then."""
+        return self.reader.rereading(module) if self.lazily and self.reader.cheap(module) else None
+
+    def _merge_one(self, merge: ModuleMerge, module: PlannedModule, tasks: ModuleTasks) -> Finished:
+        svd_rank, keep_dense, again = self.reader.plan.svd_rank, self.keep_dense, self._again(module)
+        delta, S, fit = merge_one(self.method, merge, tasks, svd_rank, keep_dense=bool(keep_dense), read=again)
         if isinstance(keep_dense, Path) and isinstance(delta, Dense):
             delta = FiledDense(delta, keep_dense)
         return delta, S, fit
@@ -202,91 +243,14 @@ def _left_out(result: MergeResult) -> Iterator[str]:
         )
 
 
-@one_thread()
-def merge_module(
-    method: Method,
-    deltas: Sequence[Delta],  # (m, n) each
-    weights: Sequence[float],
-    svd_rank: int | None,
-) -> tuple[LowRank, Tensor, AlphaFit]:  # delta (m, n) float32; all its singular values; terms of alpha="auto"
-    """One module by itself, as if it were the whole model: see :func:`run_merge`."""
-    module = ModuleTasks("", deltas, weights, range(len(deltas)))
-    merge = method.prepare(lambda: iter([_seen_by(method, module)[0]]))
-    delta, S, fit = _merge_one(method, merge, module, svd_rank)
-    assert isinstance(delta, LowRank)
-    assert S is not None
-    return delta, S, fit
-
-
-def _seen_by(method: Method, module: ModuleTasks) -> tuple[ModuleTasks, SharedSpace | None]:
-    """The module's deltas as the method gets them, and the way back from there.
-
-    A method that looks at the entries of dW gets the deltas themselves; every other one gets k x k cores, which by its
-    equivariance gives the same result.
-    """
-    lowranks = [task for task in module.tasks if isinstance(task, LowRank)]
-    space = SharedSpace.of(lowranks) if method.equivariant and len(lowranks) == len(module.tasks) else None
-    tasks = space.cores if space else [task.to(torch.float64) for task in module.tasks]
-    return ModuleTasks(module.name, tasks, module.weights, module.adapters), space
-
-
-def _merge_one(
-    method: Method,
-    merge: ModuleMerge,
-    module: ModuleTasks,
-    svd_rank: int | None,
-    *,
-    keep_dense: bool = False,
-    read: Callable[[], Sequence[LowRank]] | None = None,
-) -> Finished:
-    """Through the method, truncated optimally, and back to full size in float32, or put off until it is looked at where
-    ``read`` reads the tasks again.
-
-    Without an ``svd_rank`` the merged delta keeps the rank of the sum of its tasks at most. That is all of it, unless an
-    element-wise method has left their span.
-    """
-    seen, space = _seen_by(method, module)
-    sizes = norms(space.cores) if space else [task.norm() for task in seen.tasks]
-    largest = max(abs(weight) * size for size, weight in zip(sizes, seen.weights, strict=True))
-    _refuse_overflow(largest, "weighted delta", module.name, method)
-    merged = merge(seen)
-    if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):
-        merged = Dense(merged.dense())  # its factors hold more numbers than it does, and take longer to decompose
-    norm = merged.norm()
-    _refuse_overflow(norm, "merged delta", module.name, method)
-    # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
-    if norm <= FLOAT32_EPS * largest:
-        (m, n), options = merged.shape, {"dtype": torch.float64, "device": merged.device}
-        merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
-    # Of dense tasks it takes decompositions, which not every method needs.
-    fitted = method.config.alpha == "auto" or any(isinstance(task, LowRank) for task in seen.tasks)
-    fit = fit_alpha(seen.tasks, seen.weights, merged) if fitted else AlphaFit()
-    if keep_dense and isinstance(merged, Dense):
-        return merged.to(torch.float32), None, fit
-    kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
-    if space is None:
-        return kept.to(torch.float32), merged.svd.S, fit
-    return (put_off(space, kept, read) if read else space.expand(kept)), merged.svd.S, fit
-
-
-def _refuse_overflow(norm: float, what: str, module: str, method: Method) -> None:
-    """A delta that float32 can't hold. Infinities cancel to NaN, and NaN has no sign that TIES could elect: the module would
-    be missing from the result."""
-    if not norm <= torch.finfo(torch.float32).max:  # NaN included
-        raise MergeError(
-            f"a {what} of module '{module}' is beyond float32: expected adapters, weights and options of method "
-            f"'{method.name}' of ordinary size; look for an adapter with huge factors, or for a huge weight or option"
-        )
-
-
 def _alpha(method: Method, fit: AlphaFit) -> float:
     """The coefficient in force: the number given, or the fit over all modules."""
     if method.config.alpha != "auto":
         return float(method.config.alpha)
-    if fit.alpha is None or fit.alpha <= 0:
-        found = "no energy inside the adapters' subspaces" if fit.alpha is None else f"a best alpha of {fit.alpha:.3g}"
+    if fit.alpha is None:
+        what = "the merged delta" if fit.tasks else "every weighted adapter"
         raise MergeError(
-            f"alpha='auto' found {found}: the merged delta opposes the adapters, as opposite weights can make it, or all but "
-            "vanishes; give alpha as a number"
+            f"alpha='auto' found that {what} is zero: expected adapters, weights and options that leave something, whose size alpha can "
+            "match; give alpha as a number"
         )
     return fit.alpha

@@ -102,6 +102,12 @@ class LowRank:
         """Frobenius norm, in float64."""
         return max(self.inner(self), 0.0) ** 0.5
 
+    def quartic(self) -> float:
+        """``||dW||_4^4``, the sum of the fourth powers of the singular values, in float64 from r x r products."""
+        B, A = self.B.to(torch.float64), self.A.to(torch.float64)
+        G = (B.mT @ B) @ (A @ A.mT)  # similar to the square of the singular values
+        return max(float((G * G.mT).sum()), 0.0)
+
 
 def concatenate(deltas: Sequence[LowRank]) -> LowRank:
     """The exact sum of deltas as one LowRank of summed rank: ``[B_1 .. B_T] @ [A_1; ..; A_T]``."""
@@ -135,6 +141,14 @@ def is_ordinary(factor: Tensor) -> bool:
     if factor.dtype == torch.float64:
         return False
     return 0 < float(torch.linalg.vector_norm(factor, dtype=torch.float32)) < math.inf
+
+
+def are_ordinary(factors: Sequence[Tensor]) -> bool:
+    """:func:`is_ordinary` of all of them, with one look for all: on a GPU each look waits for what was asked before."""
+    if any(factor.dtype == torch.float64 for factor in factors) or len({factor.device for factor in factors}) > 1:
+        return all(map(is_ordinary, factors))
+    sizes = torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float32) for factor in factors])
+    return bool(((sizes > 0) & (sizes < math.inf)).all())
 
 
 @dataclass(frozen=True, eq=False)

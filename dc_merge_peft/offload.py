@@ -9,7 +9,7 @@ also new ones that the hook does not know.)
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,13 @@ class Offloaded:
 class Offloading:
     """The offload hooks of a model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        """
+        Args:
+            modules: All modules of the model, the model itself among them: ``model.modules()``.
+        """
         # Hooks that load the parameters of all submodules along: accelerate's preload_module_classes.
-        self._wide = [
-            (module, hook) for module in model.modules() for hook in _offload_hooks(module) if hook.place_submodules
-        ]
+        self._wide = [(module, hook) for module in modules for hook in _offload_hooks(module) if hook.place_submodules]
 
     def find(self, module: nn.Module, key: str) -> Offloaded | None:
         """The hook that brings and drops the tensor ``key`` of a module; None where it stays in memory."""
@@ -93,7 +95,9 @@ def unreadable(parameter: object, place: Offloaded | None, path: str) -> str | N
 
 
 def _offload_hooks(module: nn.Module) -> Iterator[AlignDevicesHook]:
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get(
+        "_hf_hook"
+    )  # getattr would look through its parameters first, in vain for nearly all modules
     for found in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(found, AlignDevicesHook) and found.offload:
             yield found

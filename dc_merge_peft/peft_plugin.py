@@ -18,6 +18,7 @@ from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
 from dc_merge_peft.sources.live import LiveSource
+from dc_merge_peft.sources.live_model import LiveModel
 
 # Arguments of PEFT's own signature that these methods do not have; a call that sets one is refused, not ignored.
 _PEFT_ONLY = ("svd_clamp", "svd_full_matrices", "svd_driver", "majority_sign_method")
@@ -71,7 +72,8 @@ def add_merged_adapter(
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")
     reading = DoraReading(dora_rank, checked_device(device), allow_zero)
-    opened = [LiveSource(tuner, adapter) for adapter in adapters]
+    seen = LiveModel.of(tuner.model)
+    opened = [LiveSource(tuner, adapter, seen) for adapter in adapters]
     sources = [DoraSource(source, source.base_weight, reading) if source.is_dora else source for source in opened]
     plan = plan_merge(
         sources,
@@ -84,4 +86,4 @@ def add_merged_adapter(
     )
     # Multiplied out while they are put into the model: each is looked at once, and alpha comes with the product.
     result = run_merge(plan, sources, method, device=device, allow_zero=allow_zero, lazily=True)
-    install_in_tuner(result, tuner, adapter_name)
+    install_in_tuner(result, tuner, adapter_name, seen)

@@ -13,7 +13,7 @@ import torch
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.linalg import compute_device
-from dc_merge_peft.lowrank import LowRank, is_ordinary
+from dc_merge_peft.lowrank import LowRank, are_ordinary, is_ordinary
 from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.sources.base import Source
@@ -40,8 +40,14 @@ class Reader:
             SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
         """
         deltas = self._read(module)
+        factors = [factor for delta in deltas if isinstance(delta, LowRank) for factor in (delta.A, delta.B)]
+        if factors and are_ordinary(factors):
+            return self._tasks(module, deltas)
         for task, delta in zip(module.tasks, deltas, strict=True):
             check_factors(delta, self.sources[task], module.name, self.allow_zero)
+        return self._tasks(module, deltas)
+
+    def _tasks(self, module: PlannedModule, deltas: Sequence[Delta]) -> ModuleTasks:
         weights = [self.plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, self._placed(deltas, module), weights, module.tasks)
 

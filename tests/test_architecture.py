@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "progress"),
     ("hub_errors", "memory"),
     ("linalg", "frames"),
-    ("lowrank", "dense", "spanned"),
+    ("lowrank", "dense", "spanned", "stacked"),
     ("layout", "methods.*"),
     ("metrics.*",),
     ("layers", "offload", "sources.*"),
@@ -39,6 +39,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "completion",
         "reading",
         "engine",
+        "one_module",
+        "batching",
         "parallel",
         "budget",
         "work.*",
@@ -58,7 +60,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # The mathematics: torch, the standard library and itself.
-MATHEMATICS = ("errors", "linalg", "frames", "lowrank", "dense", "spanned", "layout", "methods.*", "metrics.*")
+MATHEMATICS = (
+    "errors",
+    "linalg",
+    "frames",
+    "lowrank",
+    "dense",
+    "spanned",
+    "stacked",
+    "layout",
+    "methods.*",
+    "metrics.*",
+)
 # Slow to import, or optional: nothing that ``import dc_merge_peft`` runs may import them at once.
 LATE = {"peft", "accelerate", "transformers", "huggingface_hub", "matplotlib", "optuna", "typer", "rich"}
 

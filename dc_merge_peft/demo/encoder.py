@@ -59,11 +59,17 @@ def minilm_dir() -> Path:
 
 def load_base() -> tuple[Any, Any]:
     """The base model, in float32 and evaluation mode, and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
     folder = minilm_dir()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path) -> Any:
+    """The encoder from a directory, the base model's or a fine-tuned one's, in float32 and evaluation mode."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
     # Ninety megabytes load in a blink, a bar for that would only tear up the caller's own.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -72,7 +78,7 @@ def load_base() -> tuple[Any, Any]:
     finally:
         if shown:
             logging.enable_progress_bar()
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def tokenise(

@@ -13,6 +13,8 @@ from dc_merge_peft.methods.base import Method, ModuleTasks
 from dc_merge_peft.methods.cover import crowding
 from dc_merge_peft.methods.elementwise import total
 from dc_merge_peft.methods.spaces import SpaceConfig, cover_view, smoothed_tasks
+from dc_merge_peft.methods.stacks import StackedCover, smoothed_stacks
+from dc_merge_peft.stacked import StackedDelta, StackedMerge, StackedTasks, svd_of_stack, weighted_sum_of_stacks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,20 @@ class TaskArithmetic(Method):
         view = cover_view(ModuleTasks("", tasks, weights, range(len(tasks))), self.config)
         return view.back(total(view.matrices()))
 
+    def stacked(self) -> StackedMerge | None:
+        return None if self.config.cover and self.config.basis != "whitening" else self._merge_stack
+
+    def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
+        """The same sum for all modules of a stack."""
+        if self.config.cover:
+            cover = StackedCover.of(tasks, self.config)
+            return cover.back(cover.M.sum(1))
+        if self.config.smoothing != "none" or self.config.rank is not None:
+            svds = smoothed_stacks(tasks, self.config)
+            B, A = [svd.U * svd.S[:, None, :] for svd in svds], [svd.Vh for svd in svds]
+            tasks = dataclasses.replace(tasks, B=tuple(B), A=tuple(A))
+        return StackedDelta(svd_of_stack(*weighted_sum_of_stacks(tasks)), tasks.everywhere)
+
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         return crowding(shape, ranks, self.config.rank) if self.config.cover else ()
 
@@ -63,6 +79,12 @@ class WeightAveraging(TaskArithmetic):
 
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         return super().merge(tasks, [weight / len(tasks) for weight in weights])
+
+    def stacked(self) -> StackedMerge | None:
+        return super().stacked()
+
+    def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
+        return super()._merge_stack(dataclasses.replace(tasks, weights=tasks.weights / len(tasks.B)))
 
 
 def average_vectors(

@@ -10,11 +10,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.methods.options import build_config, check_config, option
+from dc_merge_peft.stacked import StackedMerge
 
-ALPHA_HELP = (
-    "factor on the merged delta; 'auto' is the least-squares fit of the task deltas inside their own subspaces, "
-    "without data"
-)
+ALPHA_HELP = "factor on the merged delta; 'auto' makes it as large as the tasks' deltas are, in the Schatten 4-norm, without data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +103,25 @@ class Method(ABC):
         """
         return lambda module: self.merge(module.tasks, module.weights)
 
+    def stacked(self) -> StackedMerge | None:
+        """The function that merges many modules of one shape at once, which spares a GPU thousands of tiny pieces of work; None
+        where modules are merged one by one. It gives what :meth:`merge` gives, to rounding, and is no substitute for it."""
+        return None
+
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         """What a user should know about merging deltas of these ranks in a module of this shape, found before any
         factor is read. The same text for every module it concerns."""
         return ()
+
+
+def stacked_merge(method: Method) -> StackedMerge | None:
+    """What :meth:`Method.stacked` gives, unless a subclass merges in another way than the class that gives it."""
+    for cls in type(method).__mro__:
+        if "stacked" in vars(cls):
+            return method.stacked()
+        if any(name in vars(cls) for name in ("merge", "prepare", "view", "survey")):
+            return None
+    return None
 
 
 class ModelWideMethod(Method):

@@ -17,6 +17,8 @@ from dc_merge_peft.methods.elementwise import ties, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing
 from dc_merge_peft.methods.spaces import Aggregate, CoverConfig, ElementwiseMethod, View, Views, cover_view
+from dc_merge_peft.methods.stacks import StackedCover, ties_of_stack
+from dc_merge_peft.stacked import StackedDelta, StackedMerge, StackedTasks
 
 # The density of the paper's experiments: its "top-k 0.1" is 0.1 percent of the k x k entries.
 PAPER_DENSITY = 1e-3
@@ -69,6 +71,17 @@ class DCMerge(ElementwiseMethod):
             return ties(view.matrices, [entries_kept(self.config.density, k, rank) for rank in view.ranks])
 
         return aggregate
+
+    def stacked(self) -> StackedMerge | None:
+        return self._merge_stack if self.config.basis == "whitening" else None
+
+    def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
+        """The same steps for all modules of a stack."""
+        cover = StackedCover.of(tasks, self.config)
+        if self.config.aggregation == "ta":
+            return cover.back(cover.M.sum(1))
+        k = sum(cover.ranks)
+        return cover.back(ties_of_stack(cover.M, [entries_kept(self.config.density, k, rank) for rank in cover.ranks]))
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         return crowding(shape, ranks, self.config.rank)

@@ -14,6 +14,15 @@ from dc_merge_peft.linalg import FLOAT32_EPS, SVD, polar_factor
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
 from dc_merge_peft.methods.options import option
+from dc_merge_peft.stacked import (
+    StackedDelta,
+    StackedMerge,
+    StackedSVD,
+    StackedTasks,
+    null_thresholds,
+    svd_of_stack,
+    weighted_sum_of_stacks,
+)
 
 REFERENCE = (
     "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025"
@@ -48,6 +57,19 @@ class IsoC(Method):
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         total = common_svd(tasks, weights, directions(tasks, self.config.rank))
         return isotropic(total.U, total.S, total.Vh.mT)
+
+    def stacked(self) -> StackedMerge:
+        return self._merge_stack
+
+    def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
+        """The same for all modules of a stack. Components that count for nothing have a singular value of zero."""
+        U, S, Vh = svd_of_stack(*weighted_sum_of_stacks(tasks))
+        k = S.shape[-1]
+        scale = (tasks.weights.abs() * tasks.norms).amax(1, keepdim=True)
+        kept = (null_thresholds(S, k) < S) & (FLOAT32_EPS * k * scale < S)
+        kept[:, sum(min(rank, self.config.rank or rank) for rank in tasks.ranks) :] = False
+        mean = S.where(kept, 0).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+        return StackedDelta(StackedSVD(U, mean.where(kept, 0), Vh), tasks.everywhere)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

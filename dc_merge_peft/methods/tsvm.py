@@ -12,6 +12,7 @@ from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
 from dc_merge_peft.methods.cover import cover_basis, crowding, leading_svds
 from dc_merge_peft.methods.options import option
+from dc_merge_peft.stacked import StackedDelta, StackedMerge, StackedTasks, polar_factors, svd_of_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,19 @@ class TSVM(Method):
         V = cover_basis([svd.Vh.mT for svd in svds])  # (n, k)
         S = torch.cat([weight * svd.S for svd, weight in zip(svds, weights, strict=True)])  # (k,)
         return LowRank(U * S, V.mT)
+
+    def stacked(self) -> StackedMerge:
+        return self._merge_stack
+
+    def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
+        """The same for all modules of a stack."""
+        svds = [svd.truncate(self.config.rank) for svd in tasks.svds]
+        U, fine_U = polar_factors(torch.cat([svd.U for svd in svds], dim=2))
+        V, fine_V = polar_factors(torch.cat([svd.Vh for svd in svds], dim=1).mT)
+        S = torch.cat(
+            [weight[:, None] * svd.S for weight, svd in zip(tasks.weights.unbind(1), svds, strict=True)], dim=1
+        )
+        return StackedDelta(svd_of_stack(U * S[:, None, :], V.mT), fine_U & fine_V)
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         return crowding(shape, ranks, self.config.rank)

@@ -40,7 +40,7 @@ def fuse_into(model: nn.Module, result: MergeResult) -> None:
             f"the base model has adapters of its own, as in '{injected}': expected a plain model; call unload() or "
             "merge_and_unload() on its PeftModel first"
         )
-    offloading = Offloading(model)
+    offloading = Offloading(model.modules())
 
     def reason(target: Target) -> str | None:
         held = offloading.find(target.module, target.place.parameter)

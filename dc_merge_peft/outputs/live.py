@@ -3,8 +3,7 @@ leaves it as it was."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +23,8 @@ from dc_merge_peft.outputs.live_state import own_layers_on_failure, unchanged_bu
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import Targets
-from dc_merge_peft.sources.live import factor_holders, lora_layers
+from dc_merge_peft.sources.live import factor_holders
+from dc_merge_peft.sources.live_model import LiveModel, plain_path
 from dc_merge_peft.sources.renames import fitting_rename
 
 
@@ -41,9 +41,10 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
                 f"the {type(model).__name__} holds adapters already: expected a PeftModel, or a base model without any; pass "
                 "the PeftModel that they belong to"
             )
-        check_modules(result, model)
+        seen = LiveModel.of(model)
+        check_modules(result, seen)
         check_extras(result, model, shared=False)
-        config = _config_for(result, model)
+        config = _config_for(result, seen)
         with own_layers_on_failure(model):
             wrapped = PeftModel(model, config, adapter_name, low_cpu_mem_usage=not result.extras.values)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
@@ -64,17 +65,26 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
     return model
 
 
-def install_in_tuner(result: MergeResult, tuner: LoraModel | MixedModel, adapter_name: str) -> None:
+def install_in_tuner(
+    result: MergeResult, tuner: LoraModel | MixedModel, adapter_name: str, seen: LiveModel | None = None
+) -> None:
     """Add ``result`` as a frozen, inactive adapter; on any failure the model is as before.
+
+    Args:
+        result: The merge.
+        tuner: Of the model.
+        adapter_name: The new adapter's name.
+        seen: What ``LiveModel.of(tuner.model)`` has found, where somebody has looked already.
 
     Raises:
         OptionError: the name is taken or holds a dot.
         OutputError: a module is missing or has another shape.
     """
     check_name(adapter_name, tuner.peft_config)
-    check_modules(result, tuner.model)
+    seen = seen or LiveModel.of(tuner.model)
+    check_modules(result, seen)
     check_extras(result, tuner.model, shared=True)
-    config = _config_for(result, tuner.model)
+    config = _config_for(result, seen)
     with unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
         with _readable_refusals(config):
@@ -99,11 +109,10 @@ def check_name(adapter_name: str, taken: Any) -> None:
         )
 
 
-def check_modules(result: MergeResult, model: nn.Module) -> None:
+def check_modules(result: MergeResult, seen: LiveModel) -> None:
     """Every merged module exists in the model with the same layer type and shape, where PEFT can wrap it."""
-    offloading = Offloading(model)
-    modules = {_plain_path(name): module for name, module in model.named_modules()}
-    wrapped = {_plain_path(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    modules = seen.plain
+    wrapped = {plain_path(name) for name, module in seen.modules.items() if isinstance(module, LoraLayer)}
     paths = {name: merged.layout.base_path(name) for name, merged in result.modules.items()}
     missing = dict.fromkeys(path for path in paths.values() if path not in modules)
     if missing:
@@ -120,7 +129,7 @@ def check_modules(result: MergeResult, model: nn.Module) -> None:
                 f"'{name}' is of type {place.layout} and shape {place.shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
-        hook = offloading.find(base, place.parameter) if paths[name] not in wrapped else None
+        hook = seen.offloading.find(base, place.parameter) if paths[name] not in wrapped else None
         if hook and hook.key != place.parameter:
             raise OutputError(
                 f"'{name}' is offloaded as a part of its block (preload_module_classes), where PEFT can't put a layer around it: "
@@ -137,12 +146,12 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
     Raises:
         OutputError: PEFT wrapped other modules than the merged ones.
     """
-    layers = lora_layers(model, adapter_name)
+    seen = LiveModel.of(model)  # PEFT has just put layers into it
+    layers, offloading = seen.layers(adapter_name), seen.offloading
     expected = {merged.layout.layer(name) for name, merged in result.modules.items()}
     if set(layers) != expected:
         difference = sorted(set(layers) ^ expected)
         raise OutputError(f"PEFT wrapped other modules than the merged ones: {preview(difference)} differ")
-    offloading = Offloading(model)
     biases = lora_biases(result)
     hooked: list[tuple[Offloaded, nn.Parameter]] = []
     for path, _, *factors in stored_factors(result):
@@ -176,13 +185,12 @@ def _device_of(layer: LoraLayer, fresh: nn.Parameter, offloading: Offloading) ->
     return next((parameter.device for parameter in base.parameters() if not parameter.is_meta), None)
 
 
-def _config_for(result: MergeResult, model: nn.Module) -> LoraConfig:
+def _config_for(result: MergeResult, seen: LiveModel) -> LoraConfig:
     """A fresh config whose targets resolve, by PEFT's own rule, to exactly the merged modules of this model."""
-    names = {_plain_path(name) for name, _ in model.named_modules() if name}
 
-    def resolve(targets: Targets) -> Sequence[str]:
+    def resolve(targets: Targets) -> Iterator[str]:
         config = LoraConfig(**targets.to_config())
-        return [name for name in names if _matches(config, name)]
+        return (name for name in seen.plain if name and _matches(config, name))
 
     fields = lora_fields(result, resolve)
     fields.pop("peft_type")
@@ -193,11 +201,6 @@ def _matches(config: LoraConfig, name: str) -> bool:
     """PEFT's own rule, which answers with a bool, a regex match, None, or an object that stands for "excluded"."""
     found = check_target_module_exists(config, name)
     return bool(found) and type(found).__name__ != "_ExcludedModule"
-
-
-def _plain_path(name: str) -> str:
-    """A module's path in the base model, without the levels that adapters put in between."""
-    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 @contextmanager

@@ -46,11 +46,10 @@ class TunerState:
     def __init__(self, tuner: LoraModel | MixedModel) -> None:
         self._tuner = tuner
         self._trainable = [(name, parameter, parameter.requires_grad) for name, parameter in tuner.named_parameters()]
-        self._children = [
-            (parent, name, child) for parent in tuner.modules() for name, child in parent.named_children()
-        ]
+        modules = list(tuner.modules())  # a walk takes as long as merging a module
+        self._children = [(parent, name, child) for parent in modules for name, child in parent._modules.items()]
         self._active = list(tuner.active_adapters)
-        self._holders = {module: module._active_adapter for module in tuner.modules() if isinstance(module, _HOLDERS)}
+        self._holders = {module: module._active_adapter for module in modules if isinstance(module, _HOLDERS)}
 
     def remove(self, adapter_name: str, *, layers: bool = False) -> None:
         """Take the new adapter out again, with every wrapper that PEFT has put around a module for it.

@@ -10,7 +10,8 @@ from dc_merge_peft.sources.base import Targets
 # PEFT's word for every linear layer but the head, which only the model can spell out.
 ALL_LINEAR = "all-linear"
 
-Resolve = Callable[[Targets], Collection[str]]
+# From a specification to the modules that it wraps, found one by one: the first wrong one is enough to refuse it.
+Resolve = Callable[[Targets], Iterable[str]]
 
 
 def choose_targets(
@@ -33,7 +34,7 @@ def choose_targets(
     own = dict.fromkeys(spec for spec, complete in sources if complete)
     if resolve is not None:
         for spec in [*own, *_unions([spec for spec, _ in sources]), *_suffixes(modules)]:
-            if spec.target_modules is not None and set(resolve(spec)) == set(modules):
+            if spec.target_modules is not None and _are_all(resolve(spec), set(modules)):
                 return spec
         return full_paths(modules)
     # Without the base model: an adapter's specification resolves there to the adapter's own modules, and a union of
@@ -43,6 +44,16 @@ def choose_targets(
         if spec.target_modules is not None and not spec.unmatched(modules) and all(map(spec.matches, modules)):
             return spec
     return full_paths(modules)
+
+
+def _are_all(found: Iterable[str], wanted: set[str]) -> bool:
+    """Whether exactly the wanted ones are found."""
+    right: set[str] = set()
+    for name in found:
+        if name not in wanted:
+            return False
+        right.add(name)
+    return len(right) == len(wanted)
 
 
 def full_paths(modules: Iterable[str]) -> Targets:

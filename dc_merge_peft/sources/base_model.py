@@ -65,7 +65,7 @@ class BaseModel:
         if isinstance(weight, Tensor) and weight.is_meta:
             from dc_merge_peft.offload import Offloading  # imports accelerate, which few merges need
 
-            place = Offloading(self.model).find(layer, "weight")
+            place = Offloading(self.model.modules()).find(layer, "weight")
             return weight if place is None else place.read(weight, f"the base weight of '{path}'")
         return weight
 

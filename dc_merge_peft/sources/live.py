@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
@@ -16,12 +15,13 @@ from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.layout import STORED_OUT_PROJ, Layout, holder_and_depth
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.offload import Offloading, unreadable
+from dc_merge_peft.offload import unreadable
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source, Targets
 from dc_merge_peft.sources.dora import matrix_of
 from dc_merge_peft.sources.experts import parameters_at, target_parameters
 from dc_merge_peft.sources.extras import extras_reason
 from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
+from dc_merge_peft.sources.live_model import LiveModel
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 
 # Layer classes whose stored factors are not one B and one A for one weight.
@@ -34,25 +34,15 @@ _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVar
 _DORA_VARIANTS = tuple(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"))
 
 
-def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
-    """The LoRA layers that hold an adapter, by path (that of :meth:`Layout.layer`). In a mixed model a layer may sit under
-    those of other adapters; its path is that of the outermost one, as the base model spells it. Only layers around
-    parameters are told apart by their level."""
-    return {
-        name if isinstance(module, ParamWrapper) else holder_and_depth(name)[0]: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer) and _has(module, adapter)
-    }
-
-
 class LiveSource(Source):
     """One LoRA adapter of a PEFT tuner. Offloaded factors are read from where they are, onto their layer's device."""
 
-    def __init__(self, tuner: nn.Module, adapter: str) -> None:
+    def __init__(self, tuner: nn.Module, adapter: str, seen: LiveModel | None = None) -> None:
         """
         Args:
             tuner: A ``LoraModel`` or ``MixedModel``: what a ``PeftModel`` has as ``base_model``.
             adapter: The adapter's name.
+            seen: What ``LiveModel.of(tuner.model)`` has found, where several adapters of one model share the walk.
 
         Raises:
             OptionError: the model has no such adapter.
@@ -66,10 +56,10 @@ class LiveSource(Source):
         config = _config_values(configs[adapter])
         refuse_unless_plain_lora(config, adapter)
         refuse_live_biases(config, adapter)
-        model: nn.Module = tuner.model  # type: ignore[assignment]
+        seen = seen or LiveModel.of(tuner.model)  # type: ignore[arg-type]
         self._adapter, self.config = adapter, config
-        self._offloading = Offloading(model)
-        self._layers = lora_layers(model, adapter)
+        self._offloading = seen.offloading
+        self._layers = seen.layers(adapter)
         if not self._layers:
             raise SourceError(
                 f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?"
@@ -77,7 +67,7 @@ class LiveSource(Source):
         self._parameters = target_parameters(config)
         specs = {name: self._spec(name, layer) for name, layer in self._layers.items()}
         self.modules = {module: spec for name, spec in specs.items() for module in spec.layout.modules(name)}
-        self._extras = live_extras(model, adapter, self._layers)
+        self._extras = live_extras(seen, adapter, self._layers)
         self.extras = {name: extra.spec for name, extra in self._extras.items()}
         self.extras_reason = extras_reason(config, self.extras)
         self.is_dora = any(adapter in layer.lora_magnitude_vector for layer in self._layers.values())
@@ -194,10 +184,6 @@ class LiveSource(Source):
 def _config_values(config: Any) -> dict[str, Any]:
     """A PEFT config as a mapping, without copying what is inside."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def _has(layer: LoraLayer, adapter: str) -> bool:
-    return adapter in layer.lora_A or adapter in layer.lora_embedding_A
 
 
 def factor_holders(layer: LoraLayer, adapter: str) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from dc_merge_peft.errors import UnsupportedAdapterError
 from dc_merge_peft.sources.base import ExtraSpec
 from dc_merge_peft.sources.extras import LORA_BIAS_NAME, TOKENS_NAME
+from dc_merge_peft.sources.live_model import LiveModel
 
 
 class LiveExtra(NamedTuple):
@@ -41,13 +42,13 @@ def refuse_live_biases(config: Mapping[str, Any], adapter: str) -> None:
         )
 
 
-def live_extras(model: nn.Module, adapter: str, layers: Mapping[str, LoraLayer]) -> dict[str, LiveExtra]:
+def live_extras(seen: LiveModel, adapter: str, layers: Mapping[str, LoraLayer]) -> dict[str, LiveExtra]:
     """All tensors of an adapter outside B and A, by their path in the base model.
 
     Raises:
         UnsupportedAdapterError: they are offloaded, or LoRA layers stand inside a module trained in full.
     """
-    found = {**dict(_wrapped(model, adapter)), **dict(_lora_biases(layers, adapter))}
+    found = {**dict(_wrapped(seen, adapter)), **dict(_lora_biases(layers, adapter))}
     for name, extra in found.items():
         if extra.value.is_meta:
             raise UnsupportedAdapterError(
@@ -57,9 +58,9 @@ def live_extras(model: nn.Module, adapter: str, layers: Mapping[str, LoraLayer])
     return found
 
 
-def _wrapped(model: nn.Module, adapter: str) -> Iterator[tuple[str, LiveExtra]]:
+def _wrapped(seen: LiveModel, adapter: str) -> Iterator[tuple[str, LiveExtra]]:
     """Modules and token rows of which PEFT keeps a copy for each adapter."""
-    for path, wrapper in model.named_modules():
+    for path, wrapper in seen.wrappers.items():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter in wrapper.modules_to_save:
             copy = wrapper.modules_to_save[adapter]
             if any(isinstance(module, BaseTunerLayer) for module in copy.modules()):

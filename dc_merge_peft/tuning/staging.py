@@ -111,9 +111,11 @@ def from_model(
     if tuner is None:
         return tuple(sources)
     from dc_merge_peft.sources.live import LiveSource
+    from dc_merge_peft.sources.live_model import LiveModel
 
     devices = checked_devices(device)
     reading = DoraReading(dora_rank, devices[0] if devices else None, allow_zero)
+    seen = LiveModel.of(tuner.model)
     found: list[str | Path | Source] = []
     for source in sources:
         if not isinstance(source, str) or source not in tuner.peft_config:
@@ -124,6 +126,6 @@ def from_model(
                 f"'{source}' is an adapter of the model and a directory, too: expected one of them; write './{source}' for the directory, "
                 "or work in another folder"
             )
-        live = LiveSource(tuner, source)
+        live = LiveSource(tuner, source, seen)
         found.append(DoraSource(live, live.base_weight, reading) if live.is_dora else live)
     return tuple(found)

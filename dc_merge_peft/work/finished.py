@@ -58,7 +58,7 @@ class WorkFolder:
         """
         delta, S, fit = finished
         index = self._indices[module.name]
-        tensors = {"fit": torch.tensor(fit, dtype=torch.float64), "losses": self._losses(module)}
+        tensors = {"sizes": torch.tensor(fit, dtype=torch.float64), "losses": self._losses(module)}
         if S is not None:
             tensors["S"] = S
         if isinstance(delta, FiledDense):
@@ -92,7 +92,7 @@ class WorkFolder:
             if not _names(file, zlib.crc32(content)):
                 return None
             tensors = dict(map(_restored, load(content).items()))
-            S, overlap_and_energy = tensors.get("S"), tensors["fit"].tolist()
+            S, sizes = tensors.get("S"), tensors["sizes"].tolist()
             delta = self._delta(module, tensors, numbers)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):  # not one that this version has written
             return None
@@ -100,7 +100,7 @@ class WorkFolder:
             return None
         self._recall(module, tensors["losses"])
         where = delta.device
-        return delta, None if S is None else S.to(where), AlphaFit(*overlap_and_energy)
+        return delta, None if S is None else S.to(where), AlphaFit(*sizes)
 
     def _delta(self, module: PlannedModule, tensors: Mapping[str, Tensor], numbers: Sequence[Path]) -> Delta | None:
         where = self.reader.device_of(module)

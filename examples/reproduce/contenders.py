@@ -53,4 +53,4 @@ def chosen(known: Sequence[Contender], labels: Sequence[str] | None) -> tuple[Co
 
 def paper_label(label: str) -> str:
     """The row of the table that a contender belongs to."""
-    return label.partition(",")[0]
+    return "own adapters" if label == "own models" else label.partition(",")[0]

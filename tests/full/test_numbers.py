@@ -175,7 +175,7 @@ def test_smoothing_is_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_alpha_auto(tmp_path: Path) -> None:
-    """Least squares of the weighted task vectors on the merged delta inside each task's r leading directions."""
+    """The size of the merged deltas against that of each task's r leading directions."""
     base, places = write_models(tmp_path, models.llama())
     alpha = DCMergeAdapter().merge_full(base, places, tmp_path / "out", WEIGHTS).merged.alpha
     before, tuned = tensors(base), [tensors(place) for place in places]

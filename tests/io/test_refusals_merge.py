@@ -19,10 +19,6 @@ from dc_merge_peft import (
     OutputError,
     SourceError,
 )
-from dc_merge_peft.engine import run_merge
-from dc_merge_peft.methods.arithmetic import TaskArithmetic
-from dc_merge_peft.plan import plan_merge
-from dc_merge_peft.sources.opening import open_sources
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import listing, merge_refused, refused
 
@@ -211,17 +207,11 @@ def test_opposite_adapters_leave_nothing(tmp_path: Path) -> None:
             DCMergeAdapter(method="ta", alpha=alpha).merge([one, two])
 
 
-def test_a_merge_against_its_adapters_has_no_best_alpha(tmp_path: Path) -> None:
-    """``alpha="auto"`` where the merged delta opposes the adapters."""
-
-    class Against(TaskArithmetic):
-        def merge(self, tasks: Any, weights: Any) -> Any:
-            return super().merge(tasks, [-weight for weight in weights])
-
-    sources = open_sources([write_checkpoint(tmp_path / "one", tensors(A, B))])
-    method = Against.from_options({"alpha": "auto"})
-    with refused(MergeError, "alpha='auto'", "a best alpha of -1", "give alpha as a number"):
-        run_merge(plan_merge(sources, method), sources, method)
+def test_nothing_has_no_size(tmp_path: Path) -> None:
+    """``alpha="auto"`` of zeros that were allowed."""
+    places = [write_checkpoint(tmp_path / name, tensors(A, 0 * B)) for name in ("one", "two")]
+    with refused(MergeError, "alpha='auto'", "every weighted adapter is zero", "give alpha as a number"):
+        DCMergeAdapter(method="ta", alpha="auto").merge(places, allow_zero=True)
 
 
 def test_outputs_in_the_way(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dc_merge_peft.engine import merge_module
+from dc_merge_peft.batching import Stacker
+from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.methods import METHODS, method_named
-from tests.support.strategies import dense, random_tasks, relative
+from dc_merge_peft.plan import plan_merge
+from tests.support.strategies import dense, memory_sources, random_tasks, rank_deficient, relative
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -22,6 +24,32 @@ def test_cuda_equals_cpu(name: str) -> None:
     assert found.B.device.type == found.A.device.type == "cuda"
     assert relative(dense(found.to("cpu")), dense(expected)) <= 1e-5
     assert torch.allclose(S_found.cpu(), S, rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", None])
+@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c"])
+def test_cuda_stacks_equal_cpu(name: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of two shapes and one that falls out of its stack, from the CPU and from the GPU: the CPU's results."""
+    modules = {f"q{seed}": random_tasks(seed, (64, 48), (6, 4, 5)) for seed in range(6)}
+    modules |= {f"v{seed}": random_tasks(seed, (32, 48), (6, 4, 5), dtype=torch.bfloat16) for seed in range(10, 14)}
+    first, second, third = modules["q0"]
+    modules["odd"] = [rank_deficient(first), second, third]
+    method, sources = method_named(name), memory_sources(modules)
+    plan = plan_merge(sources, method, [1.0, -0.5, 2.0])
+    expected = run_merge(plan, sources, method)
+    if device is None:
+        sources = memory_sources({key: [task.to("cuda") for task in tasks] for key, tasks in modules.items()})
+        monkeypatch.setattr("dc_merge_peft.reading.Reader.on_cpu", lambda *_: False)
+    stacks, merge = [], Stacker._merge
+    monkeypatch.setattr(
+        Stacker, "_merge", lambda self, some, *rest: (stacks.append(len(some)), merge(self, some, *rest))
+    )
+    found = run_merge(plan, sources, method, device=device)
+    assert stacks == [7, 4] and found.alpha == pytest.approx(expected.alpha, rel=1e-5)
+    for key, module in found.modules.items():
+        assert module.delta.device.type == "cuda" and module.rank == expected.modules[key].rank
+        assert relative(found.delta(key).cpu(), expected.delta(key)) <= 1e-5
 
 
 def test_apples_gpu_computes_on_the_cpu() -> None:

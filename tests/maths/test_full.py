@@ -14,6 +14,8 @@ from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.methods.cover import leading_svds
 from dc_merge_peft.methods.rescaling import fit_alpha
 
+from ..support import oracle
+
 
 def matrix(m: int, n: int, seed: int = 0) -> Tensor:
     """Without any gap in its spectrum."""
@@ -76,42 +78,38 @@ def test_a_task_without_a_delta_leaves_its_share() -> None:
     assert [len(svd.S) for svd in leading_svds(tasks, None)] == [9, 0, 9]
 
 
-def test_alpha_within_leading_directions() -> None:
-    """The fit by least squares on all entries, with each task cut to its share."""
+def test_alpha_of_leading_directions() -> None:
+    """Each task counts with its share of directions, the merged delta whole."""
     tasks, weights = [Dense(matrix(14, 12, seed).double()) for seed in range(3)], [1.0, 0.5, -2.0]
     merged = Dense(matrix(14, 12, 9).double())
-    left, right = [], []
-    for task, weight in zip(tasks, weights, strict=True):
-        U, S, Vh = svd_of_matrix(task.W).truncate(4)
-        left.append((U @ (U.mT @ merged.W @ Vh.mT) @ Vh).flatten())
-        right.append(weight * ((U * S) @ Vh).flatten())
-    solution = torch.linalg.lstsq(torch.cat(left)[:, None], torch.cat(right)[:, None]).solution
-    assert fit_alpha(tasks, weights, merged).alpha == pytest.approx(float(solution), rel=1e-10)
+    cuts = [(U * S) @ Vh for U, S, Vh in (svd_of_matrix(task.W).truncate(4) for task in tasks)]
+    expected = oracle.best_alpha([([cut.numpy() for cut in cuts], weights, merged.W.numpy())])
+    assert fit_alpha(tasks, weights, merged).alpha == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["ta", "average", "ties", "dare_ties", "consensus", "pcb", "magnitude_prune"])
 def test_methods_on_entries_decompose_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does the engine for them, unless alpha is to be fitted or the result cut."""
-    from dc_merge_peft.engine import _merge_one
     from dc_merge_peft.methods.base import ModuleTasks
+    from dc_merge_peft.one_module import merge_one
 
     monkeypatch.setattr(dense_module, "leading_svd_of_matrix", lambda *_: pytest.fail("decomposed"))
     monkeypatch.setattr(dense_module, "svd_of_matrix", lambda *_: pytest.fail("decomposed"))
     module = ModuleTasks("q", [Dense(matrix(12, 10, seed)) for seed in range(2)], [1.0, 1.0], range(2))
     method = method_named(name, {"alpha": 1.0})
-    delta, S, _ = _merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
+    delta, S, _ = merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
     assert isinstance(delta, Dense) and S is None
     assert not METHODS[name].needs_factors
 
 
 def test_wide_factors_are_multiplied_out() -> None:
     """A result of so many directions that its factors are larger than itself goes on as a matrix, and is no other."""
-    from dc_merge_peft.engine import _merge_one, merge_module
     from dc_merge_peft.methods.base import ModuleTasks
+    from dc_merge_peft.one_module import merge_module, merge_one
 
     module = ModuleTasks("q", [Dense(matrix(12, 10, seed)) for seed in range(2)], [1.0, 1.0], range(2))
     method = method_named("tsvm")
-    whole, _, _ = _merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
+    whole, _, _ = merge_one(method, method.prepare(lambda: iter([module])), module, None, keep_dense=True)
     cut, S, _ = merge_module(method, module.tasks, module.weights, None)
     assert isinstance(whole, Dense) and isinstance(method.merge(module.tasks, module.weights), LowRank)
     assert torch.allclose(cut.dense(), whole.W, atol=1e-5) and len(S) == 10

@@ -231,7 +231,7 @@ MODULES = {"q": (18, 14), "v": (11, 16), "out": (12, 12)}
     [("dc", {}), ("dc", {"smoothing": "average", "density": 0.5}), ("ta", {}), ("average", {})],
 )
 def test_alpha_auto(name: str, options: dict[str, Any]) -> None:
-    """``alpha="auto"`` is one least-squares fit over all modules and tasks."""
+    """``alpha="auto"`` compares sizes over all modules and tasks."""
     tasks = {module: random_tasks(seed, shape, (3, 2, 3)) for seed, (module, shape) in enumerate(MODULES.items())}
     weights = (1.0, 0.5, 2.0)
     method = method_named(name, {**options, "alpha": "auto"})

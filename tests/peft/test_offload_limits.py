@@ -170,15 +170,15 @@ def test_device_of_new_factors() -> None:
     layer = models.layers(cpu_offload(two(), execution_device=CPU), "topic")[QUERY]
     layer.base_layer._hf_hook.execution_device = torch.device("cuda", 1)
     fresh = nn.Parameter(torch.ones(2, 2))
-    assert live._device_of(layer, fresh, Offloading(layer)) == torch.device("cuda", 1)
+    assert live._device_of(layer, fresh, Offloading(layer.modules())) == torch.device("cuda", 1)
     layer.base_layer._hf_hook.execution_device = None
-    assert live._device_of(layer, fresh, Offloading(layer)) == CPU
+    assert live._device_of(layer, fresh, Offloading(layer.modules())) == CPU
     plain = models.layers(two(), "topic")[QUERY]
-    assert live._device_of(plain, fresh, Offloading(plain)) == CPU
+    assert live._device_of(plain, fresh, Offloading(plain.modules())) == CPU
     unmade = nn.Parameter(torch.ones(2, 2, device="meta"))  # as PEFT leaves it where its numbers are to come
-    assert live._device_of(plain, unmade, Offloading(plain)) == CPU
+    assert live._device_of(plain, unmade, Offloading(plain.modules())) == CPU
     plain.base_layer.to("meta")
-    assert live._device_of(plain, unmade, Offloading(plain)) is None
+    assert live._device_of(plain, unmade, Offloading(plain.modules())) is None
 
 
 def test_several_hooks_on_one_module() -> None:

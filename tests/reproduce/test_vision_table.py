@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accuracy.contenders import Contender
 from accuracy.evaluate import Rows
 from peft import PeftModel
 from PIL import Image
@@ -17,7 +16,7 @@ from reproduce import command
 from reproduce.contenders import FFT
 from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
-from reproduce.vision.benches import PAPER_GRID, GridBench, by_towers, differences
+from reproduce.vision.benches import PAPER_GRID, GridBench, Towers, differences
 from reproduce.vision.checkpoints import keep_base, kept_tower
 from reproduce.vision.images import Place
 from reproduce.vision.openclip import from_clip
@@ -186,11 +185,12 @@ def test_table_of_towers(
     )
     assert command.main(line) == 0
     report = Path(capsys.readouterr().out.strip())
-    assert "| Task Arithmetic |" in report.read_text(encoding="utf-8")
+    text = report.read_text(encoding="utf-8")
+    assert "| Task Arithmetic |" in text and "| Individual |" in text
     kept = tmp_path / "table2/ViT-B-32/checkpoints"
     places = [kept / "base", kept / "RenderedSST2", kept / "EuroSAT"]
     one, two = (differences(places[0], place) for place in places[1:])
-    merged = by_towers(places[0], places[1:], Contender("ta", "ta"))
+    merged = Towers(places[0]).merge(places[1:], "ta", {})
     # Query, key and value are one matrix, as where they were merged first; so are tables of two dimensions.
     assert one["transformer.resblocks.0.attn.in_proj_weight"].shape == (48, 16)
     for name in ("transformer.resblocks.0.attn.in_proj_weight", "proj.weight", "positional_embedding.weight"):
@@ -218,7 +218,7 @@ def test_every_method_merges_towers(clip_folder: Path, towers: Path, tmp_path: P
     kept = [kept_tower(str(place), base, tmp_path / place.name) for place in sorted(towers.iterdir())]
     for one in FFT:
         options = {**one.options, **({"density": 0.1} if "density" in one.options else {})}
-        merged = by_towers(keep_base(base, tmp_path / "base"), kept, Contender(one.label, one.method, options))
+        merged = Towers(keep_base(base, tmp_path / "base")).merge(kept, one.method, options)
         assert merged.deltas.keys() <= dict(base.named_parameters()).keys(), one.label
         assert all(torch.isfinite(value).all() for value in merged.deltas.values()), one.label
         assert len(merged.deltas) > 20 and (merged.auto is None or merged.auto > 0), one.label

@@ -167,28 +167,17 @@ def weighted_sum(deltas: Sequence[ndarray], weights: Sequence[float]) -> ndarray
     return sum((weight * delta for delta, weight in zip(deltas, weights, strict=True)), np.zeros_like(deltas[0]))
 
 
-def alpha_objective(alpha: float, modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarray]]) -> float:
-    """``sum || alpha P_i dW~ - w_i dW_i ||^2`` over the modules (deltas, weights, merged) and their tasks, with
-    ``P_i X = U_i U_i^T X V_i V_i^T``."""
-    return sum(
-        float(np.linalg.norm(alpha * projected(delta, merged) - weight * delta) ** 2)
-        for deltas, weights, merged in modules
-        for delta, weight in zip(deltas, weights, strict=True)
-    )
-
-
 def best_alpha(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarray]]) -> float:
-    """The minimiser of :func:`alpha_objective`, by least squares on all entries at once."""
-    left, right = [], []
-    for deltas, weights, merged in modules:
-        for delta, weight in zip(deltas, weights, strict=True):
-            left.append(projected(delta, merged).ravel())
-            right.append(weight * delta.ravel())
-    solution, *_ = np.linalg.lstsq(np.concatenate(left)[:, None], np.concatenate(right), rcond=None)
-    return float(solution[0])
+    """Over the modules (deltas, weights, merged): the coefficient that makes the merged deltas as large as the mean task's, each task
+    counted by its weight, in the Schatten 4-norm of all modules together."""
+    asked = sum(
+        sum(abs(w) * schatten4(w * delta) ** 4 for delta, w in zip(deltas, weights, strict=True))
+        / sum(map(abs, weights))
+        for deltas, weights, _ in modules
+    )
+    return float((asked / sum(schatten4(merged) ** 4 for *_, merged in modules)) ** 0.25)
 
 
-def projected(delta: ndarray, X: ndarray) -> ndarray:
-    """X inside the column and row space of ``delta``."""
-    U, _, V = svd(delta)
-    return U @ U.T @ X @ V @ V.T
+def schatten4(X: ndarray) -> float:
+    """``(sum sigma^4)^(1/4)``."""
+    return float((np.linalg.svd(X, compute_uv=False) ** 4).sum() ** 0.25)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accuracy.kinds import Adapters, Kind
 from torch import Tensor, nn
 
 from tests.support.models import write_checkpoint
@@ -40,7 +41,7 @@ class SmallSuite:
     tasks: Sequence[str] = ("a", "b", "c", "d")
     seeds: Sequence[int] = (0, 1)
     name: str = "small"
-    targets: Sequence[str] = LAYERS
+    kind: Kind = field(default_factory=Adapters)
     asked: list[tuple[str, str]] = field(default_factory=list)  # task and part of every measurement
 
     def model(self) -> nn.Module:

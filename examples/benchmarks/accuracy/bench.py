@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from accuracy.alphas import best_alpha
 from accuracy.carrier import Carrier
-from accuracy.contenders import Contender
 from accuracy.keys import tensors_key
-from accuracy.merging import Merge, by_method
+from accuracy.merging import Merge
 from accuracy.plan import Job, share
 from accuracy.suite import Suite
 
@@ -33,21 +31,12 @@ class Bench:
         found = self.suite.hits(self.carrier.model, task, part, count)
         return "".join("1" if hit else "0" for hit in found.tolist())
 
-    def merge(self, tasks: Sequence[str], seed: int, contender: Contender) -> Merge:
-        """The merge of these tasks' adapters."""
-        adapters = [self.suite.adapter(task, seed) for task in tasks]
-        return by_method(adapters, contender.method, contender.options)
-
-    def own(self, task: str, seed: int) -> Mapping[str, Tensor]:
-        """What a task's own adapter adds to the backbone."""
-        return by_method([self.suite.adapter(task, seed)], "ta", {}).deltas
-
     def alone(self, task: str, seed: int | None, sizes: Mapping[str, int]) -> Row:
         """Hits by part of the task's own adapter, or of the pretrained model where there is no seed."""
         if seed is None:
             self.carrier.bare()
         else:
-            self.carrier.carry(self.own(task, seed), 1.0)
+            self.carrier.carry(self.suite.kind.own(self.suite.adapter(task, seed)), 1.0)
         return {part: self.hits(task, part, size) for part, size in sizes.items()}
 
     def search(
@@ -64,7 +53,8 @@ class Bench:
     def merged(self, job: Job) -> Row:
         """The row of one job; an earlier row where the library's code has changed and its result has not."""
         start = time.perf_counter()
-        merge = self.merge(job.tasks, job.seed, job.contender)
+        adapters = [self.suite.adapter(task, job.seed) for task in job.tasks]
+        merge = self.suite.kind.merge(adapters, job.contender.method, job.contender.options)
         seconds = time.perf_counter() - start
         deltas = tensors_key(merge.deltas)
         if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (deltas, merge.auto):

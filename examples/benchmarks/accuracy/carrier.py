@@ -11,7 +11,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Carrier:
-    """The model in the precision it is measured in, and its own parameters in float32."""
+    """The model in the precision it is measured in, and its own parameters in float32, from which every merge starts."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self._weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -21,13 +21,13 @@ class Carrier:
 
     @torch.no_grad()
     def carry(self, deltas: Mapping[str, Tensor], alpha: float) -> nn.Module:
-        """The model with ``W + alpha dW`` in these layers, added in float32 and then rounded; its own weights elsewhere.
+        """The model with ``W + alpha dW`` in these parameters, added in float32 and then rounded; its own ones elsewhere.
 
         Args:
-            deltas: dW by the path of a layer whose weight has the same shape, or by the name of a parameter.
+            deltas: dW by the name of a parameter, or by the path of a layer whose weight it changes; of the same shape.
             alpha: On all of them.
         """
-        names = {name if name in self._weights else f"{name}.weight": delta for name, delta in deltas.items()}
+        names = {name if name in self._parameters else f"{name}.weight": delta for name, delta in deltas.items()}
         for name in self._changed - set(names):
             self._parameters[name].copy_(self._weights[name])
         for name, delta in names.items():

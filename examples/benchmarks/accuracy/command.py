@@ -31,7 +31,9 @@ class Benchmark:
     name: str
     doc: str
     prepare: Callable[[Path], bool]  # the stage "data", in the cache folder; whether anything had to be done
-    suite: Callable[[Path, tuple[int, ...]], Trainable]  # from the cache folder and the adapters' seeds
+    suite: Callable[[Path, tuple[int, ...]], Trainable]  # from the cache folder and the seeds of adapters or models
+    counts: tuple[int, ...] = Settings.counts
+    seeds: tuple[int, ...] = SEEDS
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,15 +42,18 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     parser = argparse.ArgumentParser(prog=benchmark.name, description=benchmark.doc, formatter_class=raw)
     stages = f"of {', '.join(STAGES)}; default: all of them"
     cache = Path.home() / ".cache" / "dc-merge-peft" / benchmark.name
-    counts = " ".join(map(str, Settings.counts))
+    counts, seeds = (" ".join(map(str, numbers)) for numbers in (benchmark.counts, benchmark.seeds))
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
-    parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="packages, data, adapters and results")
+    parser.add_argument(
+        "--cache", type=Path, default=cache, metavar="DIR", help="packages, data, what is trained, and results"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="of results.json, .csv and .md (default: CACHE/results)"
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into as well")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of adapters (default: 0 1 2)")
-    parser.add_argument("--counts", type=int, nargs="+", default=list(Settings.counts), metavar="T",
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(benchmark.seeds),
+                        help=f"of what is trained (default: {seeds})")  # fmt: skip
+    parser.add_argument("--counts", type=int, nargs="+", default=list(benchmark.counts), metavar="T",
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
     parser.add_argument("--precision", choices=list(PRECISIONS), default=Settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
@@ -85,7 +90,7 @@ def _run_stage(
     if stage == "data":
         return "read" if benchmark.prepare(options.cache) else "there already"
     if stage == "train":
-        return f"{make_adapters(suite, options.workers)} adapters trained"
+        return f"{make_adapters(suite, options.workers)} {suite.kind.name}s trained"
     if stage == "evaluate":
         return f"{evaluate(suite, settings, rows, options.workers)} rows measured"
     results = results_of(suite, settings, rows.found)

@@ -1,47 +1,57 @@
-"""What is compared: every method at its defaults, and the paper's tables that are options of DC-Merge."""
+"""What is compared: every method at its defaults, and the paper's tables that are options of DC-Merge; by what is merged, LoRA
+adapters or models fine-tuned in full."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from dc_merge_peft.methods import METHODS
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with its options under one name, and the numbers of tasks it is measured at; none: all that are asked for."""
+    """A method with its options under one name, the numbers of tasks it is measured at (none: all that are asked for), and on
+    what."""
 
     label: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     counts: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ("adapter", "model")
 
-    def runs_at(self, count: int) -> bool:
-        """Whether it is measured with so many tasks."""
-        return not self.counts or count in self.counts
+    def runs_at(self, count: int, kind: str = "adapter") -> bool:
+        """Whether it is measured with so many tasks' adapters or models."""
+        return kind in self.kinds and (not self.counts or count in self.counts)
 
 
 ABLATED = (4, 8)
-EVERY_METHOD = tuple(Contender(name, name) for name in METHODS)
+ADAPTERS, MODELS = ("adapter",), ("model",)
+EVERY_METHOD = tuple(
+    Contender(name, name, kinds=ADAPTERS if method.needs_factors else ("adapter", "model"))
+    for name, method in METHODS.items()
+)
+# Of adapters "dc" smooths linearly, of full models not at all.
 SMOOTHING = (
     Contender("dc, average", "dc", {"smoothing": "average"}),
-    Contender("dc, none", "dc", {"smoothing": "none"}),
+    Contender("dc, none", "dc", {"smoothing": "none"}, kinds=ADAPTERS),
+    Contender("dc, linear", "dc", {"smoothing": "linear"}, kinds=MODELS),
 )
 OPTIONS = (
     # Up to four tasks of rank 16 "auto" keeps more than the paper's share, from eight on the same.
-    Contender("dc, density 0.001", "dc", {"density": 0.001}, (2, 3, 4)),
+    Contender("dc, density 0.001", "dc", {"density": 0.001}, (2, 3, 4), ADAPTERS),
     Contender("dc, no mask", "dc", {"mask": False}, ABLATED),
-    Contender("ta, smoothing", "ta", {"smoothing": "linear"}, ABLATED),
+    Contender("ta, smoothing", "ta", {"smoothing": "linear"}, ABLATED, ADAPTERS),
     Contender("ta, cover", "ta", {"cover": True}, ABLATED),
-    Contender("ta, cover, smoothing", "ta", {"cover": True, "smoothing": "linear"}, ABLATED),
-    Contender("ties, smoothing", "ties", {"smoothing": "linear"}, ABLATED),
+    Contender("ta, cover, smoothing", "ta", {"cover": True, "smoothing": "linear"}, ABLATED, ADAPTERS),
+    Contender("ties, smoothing", "ties", {"smoothing": "linear"}, ABLATED, ADAPTERS),
 )
 CONTENDERS: tuple[Contender, ...] = EVERY_METHOD + SMOOTHING + OPTIONS
 
 # The paper's tables by the labels of their rows.
-TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
+Table: TypeAlias = Sequence[tuple[str, str]]
+TABLES: Mapping[str, Table] = {
     "Energy smoothing (the paper's Tables 4 and 8)": (
         ("none", "dc, none"), ("averaging", "dc, average"), ("linear", "dc"),
     ),
@@ -52,6 +62,16 @@ TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("TIES", "ties"), ("TIES + ES", "ties, smoothing"), ("TIES + CSM", "dc, none"), ("TIES + CSM + ES", "dc"),
     ),
 }  # fmt: skip
+MODEL_TABLES: Mapping[str, Table] = {
+    "Energy smoothing, beyond the cut to r directions": (
+        ("none", "dc"), ("averaging", "dc, average"), ("linear", "dc, linear"),
+    ),
+    "Mask (Table 5)": (("without", "dc, no mask"), ("with", "dc")),
+    "Cover space (CSM) by itself (Table 6)": (
+        ("TA", "ta"), ("TA + CSM", "ta, cover"), ("TIES", "ties"), ("TIES + CSM", "dc"),
+    ),
+}  # fmt: skip
+TABLES_OF: Mapping[str, Mapping[str, Table]] = {"adapter": TABLES, "model": MODEL_TABLES}
 
 
 def groups(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:

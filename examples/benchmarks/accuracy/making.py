@@ -1,4 +1,4 @@
-"""The stage that trains: every adapter of a suite that is not there."""
+"""The stage that trains: every adapter or model of a suite that is not there."""
 
 from __future__ import annotations
 

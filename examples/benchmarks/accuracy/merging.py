@@ -1,4 +1,4 @@
-"""One merge as the measuring part wants it: dense deltas before alpha, and alpha by the data-free rule."""
+"""One merge of adapters as the measuring part wants it: dense deltas before alpha, and alpha by the data-free rule."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Rule: TypeAlias = Callable[[Sequence[LowRank]], "LowRank | Tensor"]
 
 @dataclass(frozen=True)
 class Merge:
-    """What comes out of merging adapters."""
+    """What comes out of merging adapters or models."""
 
-    deltas: Mapping[str, Tensor]  # by module: (m, n) float32, before alpha
+    deltas: Mapping[str, Tensor]  # float32, before alpha: (m, n) by module, or of any shape by parameter
     auto: float | None  # alpha="auto"; None where it has no solution
 
 

@@ -85,6 +85,8 @@ def jobs(
     """
     found = []
     code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
+    if suite.kind.written:
+        code = content_key([code, sources_key("outputs")])
     for count in settings.counts:
         examples = settings.examples(count)
         for group in groups(suite.tasks, count):
@@ -96,7 +98,7 @@ def jobs(
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
                 for contender in CONTENDERS if contenders is None else contenders:
-                    if contender.runs_at(count):
+                    if contender.runs_at(count, suite.kind.name):
                         key = content_key([common, contender.method, dict(contender.options)])
                         found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
     return found
@@ -120,16 +122,18 @@ def share(hits: str) -> float:
 
 
 def adapter_key(suite: Suite, task: str, seed: int) -> str:
-    """Of an adapter's own two files, or of a full model's in its place.
+    """Of the files that an adapter or a model is read from.
 
     Raises:
         SystemExit: there is none.
     """
     folder = suite.adapter(task, seed)
-    for weights, config in (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors", "config.json")):
-        if (folder / weights).is_file():
-            return files_key(folder / weights, folder / config)
-    raise SystemExit(f"No adapter of task '{task}', seed {seed}, in {folder}: run the stage 'train' first.")
+    files = [folder / name for name in suite.kind.files]
+    if not files[0].is_file():
+        raise SystemExit(
+            f"No {suite.kind.name} of task '{task}', seed {seed}, in {folder}: run the stage 'train' first."
+        )
+    return files_key(*files)
 
 
 def code_key() -> str:
@@ -138,3 +142,8 @@ def code_key() -> str:
     outside = ("cli", "demo", "outputs", "inspection", "plots")
     files = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in outside]
     return files_key(*files)
+
+
+def sources_key(part: str) -> str:
+    """Of the sources in a folder of the library."""
+    return files_key(*sorted((Path(dc_merge_peft.__file__).parent / part).rglob("*.py")))

@@ -8,12 +8,13 @@ from typing import Any
 
 from common.tables import markdown as table
 
-from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES
+from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES_OF, groups
 from accuracy.plan import Settings
 from accuracy.results import REFERENCE, RULES
 
 Line = Mapping[str, Any]
 MAIN = [contender.label for contender in (*EVERY_METHOD, *SMOOTHING)]
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 RULE_NAMES = {"validation": "alpha by validation", "auto": 'alpha="auto"'}
 
 
@@ -42,7 +43,7 @@ def tables(results: Mapping[str, Any]) -> str:
     parts = [settings_text(results), "## Tasks", tasks_table(results)]
     for rule in RULES:
         parts += [f"## Methods, {RULE_NAMES[rule]}", methods_table(results, rule)]
-    for title, rows in TABLES.items():
+    for title, rows in TABLES_OF[kind(results)].items():
         parts += [f"## {title}", options_table(results, rows)]
     if results["unseen"]:
         parts += ["## Tasks that were not merged (Table 11)", unseen_table(results)]
@@ -56,15 +57,34 @@ def settings_text(results: Mapping[str, Any]) -> str:
     sizes = {count: settings.examples(count) for count in sorted(settings.counts)}
     words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
-        f"Average normalized accuracy in % over {len(results['seeds'])} seeds of adapters; examples a task, validation and test, by the number of "
-        f"tasks: {words}. Four pairs and two fours are averaged. Intervals (95 %) draw test examples again within tasks; the "
+        f"Average normalized accuracy in % over {seeds_text(results)}; examples a task, validation and test, by the number of "
+        f"tasks: {words}. {groups_text(results)}Intervals (95 %) draw test examples again within tasks; the "
         f"seeds stay. Measured in {settings.precision}. A mean is followed by its interval and the range of alpha."
     )
 
 
+def kind(results: Mapping[str, Any]) -> str:
+    """What was merged."""
+    return results.get("kind", "adapter")  # results from before there was anything else don't say
+
+
+def seeds_text(results: Mapping[str, Any]) -> str:
+    """How many of what."""
+    count = len(results["seeds"])
+    return f"{count} seeds of {kind(results)}s" if count > 1 else f"one seed of {kind(results)}s"
+
+
+def groups_text(results: Mapping[str, Any]) -> str:
+    """Where several groups of one number of tasks are averaged."""
+    tasks = [line["task"] for line in results["tasks"]]
+    sizes = {count: len(groups(tasks, count)) for count in sorted(results["settings"]["counts"])}
+    words = [f"{NUMBERS[number]} groups of {count}" for count, number in sizes.items() if number > 1]
+    return f"{' and '.join(words).capitalize()} are averaged. " if words else ""
+
+
 def tasks_table(results: Mapping[str, Any]) -> str:
     """Zero-shot and own accuracy of every task."""
-    head = ["task", "test examples", "base model", *(f"adapter, seed {seed}" for seed in results["seeds"])]
+    head = ["task", "test examples", "base model", *(f"{kind(results)}, seed {seed}" for seed in results["seeds"])]
     rows = [
         [line["task"], str(line["examples"]), percent(line["base"]), *map(percent, line["own"])]
         for line in results["tasks"]

@@ -57,6 +57,7 @@ def results_of(
     merged = [line for count in sorted(settings.counts) for line in merged_lines(asked, count)]
     return {
         "suite": suite.name,
+        "kind": suite.kind.name,
         "seeds": list(suite.seeds),
         "settings": dataclasses.asdict(settings),
         "tasks": [task_line(suite, rows, task) for task in suite.tasks],
@@ -85,7 +86,7 @@ class _Asked:
 
     def labels(self, count: int) -> list[str]:
         """Of those that were measured with so many tasks."""
-        return [contender.label for contender in self.contenders if contender.runs_at(count)]
+        return [one.label for one in self.contenders if one.runs_at(count, self.suite.kind.name)]
 
 
 def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
@@ -95,11 +96,10 @@ def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
     tasks = [task for group in together for task in group]
     size = settings.examples(count)["test"]
     found = {label: _model(suite, rows, label, together) for label in asked.labels(count)}
-    alone = {
-        name: _alone(suite, rows, tasks, size, base=name == "base model") for name in ("base model", "own adapters")
-    }
-    resampling = Resampling({task: len(hits) for task, hits in alone["own adapters"][0].items()}, asked.draws)
-    own = resampling.accuracies(alone["own adapters"])
+    owners = f"own {suite.kind.name}s"
+    alone = {name: _alone(suite, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
+    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()}, asked.draws)
+    own = resampling.accuracies(alone[owners])
     for label, hits in alone.items():
         yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
     for rule in RULES:

@@ -1,4 +1,5 @@
-"""What a benchmark must give so that merges of its adapters can be measured: backbone, tasks and adapters behind four doors."""
+"""What a benchmark must give so that merges of its adapters or models can be measured: backbone, tasks and checkpoints behind
+four doors."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from accuracy.kinds import Kind
+
 
 class Suite(Protocol):
     """A backbone and its tasks. Nothing that measures knows more about them than this."""
@@ -16,16 +19,16 @@ class Suite(Protocol):
     tasks: Sequence[str]
     """In their fixed order: the first T of them are the benchmark of T tasks."""
     seeds: Sequence[int]
-    """One adapter of each task for each of them."""
-    targets: Sequence[str]
-    """Names of the layers that LoRA trains, as PEFT takes them."""
+    """One adapter or model of each task for each of them."""
+    kind: Kind
+    """What is merged."""
 
     def model(self) -> nn.Module:
         """The pretrained backbone, in float32 and evaluation mode; each call gives another one."""
         ...
 
     def adapter(self, task: str, seed: int) -> Path:
-        """PEFT directory of a task's own adapter, trained already."""
+        """Directory of a task's own adapter or model, trained already."""
         ...
 
     def hits(self, model: nn.Module, task: str, part: str, count: int) -> Tensor:
@@ -39,8 +42,8 @@ class Suite(Protocol):
 
 
 class Trainable(Suite, Protocol):
-    """A suite whose adapters can be made."""
+    """A suite whose adapters or models can be made."""
 
     def train(self, task: str, seed: int) -> bool:
-        """Make one adapter, unless it is there and made from the same things; whether it had to be made."""
+        """Make one of them, unless it is there and made from the same things; whether it had to be made."""
         ...

@@ -1,4 +1,4 @@
-"""LoRA training as in Appendix E.2, whatever the backbone and the data are."""
+"""Training as in Appendix E.2, whatever the backbone and the data are: LoRA adapters, and full models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MADE = "made.json"  # beside an adapter: from what it was made
+MADE = "made.json"  # beside an adapter or in a model's folder: from what it was made
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,19 @@ class Training:
     warmup: int = 20
 
 
+@dataclass(frozen=True)
+class FullTraining:
+    """How every model is fine-tuned in full. The rate is above the 1e-5 that is usual, since there are few steps."""
+
+    steps: int = 100
+    batch: int = 32
+    rate: float = 1e-4
+    decay: float = 0.1
+    warmup: int = 10
+
+
 def is_made(folder: Path, key: str) -> bool:
-    """Whether the adapter in a folder was made from what has this key."""
+    """Whether the adapter or model in a folder was made from what has this key."""
     marker = folder / MADE
     return marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["key"] == key
 
@@ -58,7 +69,6 @@ def train_adapter(
         Mean loss of the last tenth of the steps.
     """
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import get_cosine_schedule_with_warmup
 
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -71,6 +81,43 @@ def train_adapter(
     tuned = get_peft_model(model, config).eval()
     for name, module in tuned.named_modules():
         module.training = "lora_dropout" in name  # CLIP, the paper's backbone, has no other dropout
+    return _trained_and_saved(tuned, loss, training, seed, folder, key)
+
+
+def train_model(
+    model: Any,
+    trained: Sequence[str],
+    loss: Callable[[Any], Tensor],
+    training: FullTraining,
+    seed: int,
+    folder: Path,
+    key: str,
+) -> float:
+    """Fine-tune every parameter of the modules ``trained`` of a transformers model, in float32, and save the model whole.
+
+    Args:
+        trained: Paths of modules, as ``"encoder.layer"``; all other parameters stay as they are.
+
+    The others are those of :func:`train_adapter`, and so is what it returns. No dropout is used: CLIP, the paper's backbone, has
+    none.
+
+    Raises:
+        ValueError: one of the modules has no parameters.
+    """
+    for path in trained:
+        if not any(name.startswith(f"{path}.") for name, _ in model.named_parameters()):
+            raise ValueError(f"found no parameters in '{path}': expected the path of a module with some")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(tuple(f"{path}." for path in trained))
+    return _trained_and_saved(model.eval(), loss, training, seed, folder, key)
+
+
+def _trained_and_saved(
+    tuned: Any, loss: Callable[[Any], Tensor], training: Training | FullTraining, seed: int, folder: Path, key: str
+) -> float:
+    """All parameters of ``tuned`` that take a gradient."""
+    from transformers import get_cosine_schedule_with_warmup
+
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.rate, weight_decay=training.decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, training.warmup, training.steps)

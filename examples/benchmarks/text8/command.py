@@ -22,10 +22,11 @@ from text8.tasks import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("text8", __doc__, _prepare, _suite), arguments)
+    return run(Benchmark("text8", __doc__, prepare_texts, _suite), arguments)
 
 
-def _prepare(cache: Path) -> bool:
+def prepare_texts(cache: Path) -> bool:
+    """Texts of all tasks in a cache folder; whether they had to be read."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Missing constructor", category=UserWarning)  # dates, read as numbers
         return prepare(TASKS, cache)

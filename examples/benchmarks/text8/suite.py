@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accuracy.keys import content_key, files_key
-from accuracy.training import Training, is_made, train_adapter
+from accuracy.kinds import Adapters, Kind
+from accuracy.training import FullTraining, Training, is_made, train_adapter
 from torch import Tensor, nn
 from train_adapters import MODULES, Batches
 
@@ -31,28 +32,27 @@ class Examples:
     labels: Tensor  # (examples,)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """The loss of the next random batch, by the model it is given, and the seed of whatever else is random."""
+
+    loss: Callable[[nn.Module], Tensor]
+    seed: int
+
+
 @dataclass
-class TextSuite:
-    """Sixteen text tasks on all-MiniLM-L6-v2 with heads of class prompts, embedded by the base model and frozen."""
+class TextTasks:
+    """Text tasks on all-MiniLM-L6-v2 with heads of class prompts, embedded by the base model and frozen."""
 
     cache: Path
     tasks: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2)
-    training: Training = field(default_factory=Training)
-    name: str = "text8"
-    targets: Sequence[str] = tuple(MODULES)
-    _examples: dict[tuple[str, str, int], Examples] = field(default_factory=dict)
-    _heads: dict[str, Tensor] = field(default_factory=dict)
-    _texts: dict[str, data.Texts] = field(default_factory=dict)
+    _examples: dict[tuple[str, str, int], Examples] = field(default_factory=dict, init=False, repr=False)
+    _heads: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _texts: dict[str, data.Texts] = field(default_factory=dict, init=False, repr=False)
 
     def model(self) -> nn.Module:
-        model = encoder.load_base()[0]
-        # Flash attention is slower on short texts: a tenth on the way forth, five times on the way back.
-        model.set_attn_implementation("eager")
-        return model
-
-    def adapter(self, task: str, seed: int) -> Path:
-        return self.cache / "adapters" / f"{task}-{seed}"
+        return load(encoder.minilm_dir())
 
     def hits(self, model: nn.Module, task: str, part: str, count: int) -> Tensor:
         examples = self._prepared(task, part, count)
@@ -63,27 +63,23 @@ class TextSuite:
         texts = self._loaded(task)
         return content_key([self._base_key, MAX_LENGTH, texts.prompts, texts.parts[part][:count]])
 
-    def train(self, task: str, seed: int) -> bool:
-        texts = self._loaded(task)
-        settings = dataclasses.asdict(self.training)
-        key = content_key(
-            [self._base_key, MAX_LENGTH, texts.prompts, texts.parts["train"], settings, seed, self.targets]
-        )
-        folder = self.adapter(task, seed)
-        if is_made(folder, key):
-            return False
-        rng = random.Random(f"{task}-{seed}")
-        batches = Batches(self._tokenizer, texts.parts["train"], self.training.batch, rng, MAX_LENGTH, ahead=AHEAD)
-        loss = prompted_loss(batches, self.head(task))
-        train_adapter(self.model(), self.targets, loss, self.training, rng.getrandbits(31), folder, key)
-        return True
-
     def head(self, task: str) -> Tensor:
         """(classes, width): the base model's embeddings of the task's prompts."""
         if task not in self._heads:
             model, tokenizer = encoder.load_base()
             self._heads[task] = encoder.embed(model, tokenizer, list(self._loaded(task).prompts), MAX_LENGTH)
         return self._heads[task]
+
+    def training_key(self, task: str, seed: int, training: Training | FullTraining, targets: Sequence[str]) -> str:
+        """Of everything that decides what is learned of a task."""
+        texts, settings = self._loaded(task), dataclasses.asdict(training)
+        return content_key([self._base_key, MAX_LENGTH, texts.prompts, texts.parts["train"], settings, seed, targets])
+
+    def lesson(self, task: str, seed: int, batch: int) -> Lesson:
+        """What a task's adapter or model is trained with."""
+        rng = random.Random(f"{task}-{seed}")
+        batches = Batches(self._tokenizer, self._loaded(task).parts["train"], batch, rng, MAX_LENGTH, ahead=AHEAD)
+        return Lesson(prompted_loss(batches, self.head(task)), rng.getrandbits(31))
 
     def _loaded(self, task: str) -> data.Texts:
         if task not in self._texts:
@@ -105,6 +101,35 @@ class TextSuite:
     def _base_key(self) -> str:
         folder = encoder.minilm_dir()
         return files_key(folder / "model.safetensors", folder / "tokenizer.json")
+
+
+@dataclass
+class TextSuite(TextTasks):
+    """Sixteen text tasks with LoRA adapters."""
+
+    training: Training = field(default_factory=Training)
+    name: str = "text8"
+    targets: Sequence[str] = tuple(MODULES)
+    kind: Kind = field(default_factory=Adapters)
+
+    def adapter(self, task: str, seed: int) -> Path:
+        return self.cache / "adapters" / f"{task}-{seed}"
+
+    def train(self, task: str, seed: int) -> bool:
+        key, folder = self.training_key(task, seed, self.training, self.targets), self.adapter(task, seed)
+        if is_made(folder, key):
+            return False
+        lesson = self.lesson(task, seed, self.training.batch)
+        train_adapter(self.model(), self.targets, lesson.loss, self.training, lesson.seed, folder, key)
+        return True
+
+
+def load(folder: Path) -> nn.Module:
+    """The encoder from a directory, the base model's or a fine-tuned one's, in float32."""
+    model = encoder.load_model(folder)
+    # Flash attention is slower on short texts: a tenth on the way forth, five times on the way back.
+    model.set_attn_implementation("eager")
+    return model
 
 
 def prompted_loss(batches: Batches, head: Tensor) -> Callable[[nn.Module], Tensor]:

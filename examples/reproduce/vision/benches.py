@@ -5,19 +5,18 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy.bench import Bench
-from accuracy.contenders import Contender
 from accuracy.merging import Merge
 from accuracy.plan import share
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning
-from reproduce.vision.suite import TowerSuite
 
 # Appendix E.2 with the authors' programs: 0.1 to 3.0.
 PAPER_GRID = tuple(round(0.1 * n, 1) for n in range(1, 31))
@@ -40,51 +39,38 @@ class GridBench(Bench):
         return max(scores, key=lambda alpha: (scores[alpha], -alpha)), scores
 
 
-class TowerMerging(Bench):
-    """Merges fully fine-tuned towers; their averaged parameters are scaled by alpha with the merged ones, as in Eq. 31."""
+@dataclass(frozen=True)
+class Towers:
+    """Fully fine-tuned towers as what is merged; averaged parameters are scaled by alpha with the merged ones, as in Eq. 31."""
 
-    suite: TowerSuite
+    base: Path
+    device: str = "cpu"
+    name: str = "model"
+    files: Sequence[str] = ("model.safetensors", "config.json")
+    written: bool = True
 
-    def merge(self, tasks: Sequence[str], seed: int, contender: Contender) -> Merge:
-        return by_towers(
-            self.suite.base_folder,
-            [self.suite.adapter(task, seed) for task in tasks],
-            contender,
-            self.suite.given.device,
-        )
+    def own(self, folder: Path) -> Mapping[str, Tensor]:
+        return differences(self.base, folder)
 
-    def own(self, task: str, seed: int) -> Mapping[str, Tensor]:
-        return differences(self.suite.base_folder, self.suite.adapter(task, seed))
+    def merge(self, folders: Sequence[Path], method: str, options: Mapping[str, Any]) -> Merge:
+        """What the merge adds to the base tower, by parameter, before alpha."""
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)
 
+            def merged(alpha: Any) -> tuple[float, Path]:
+                merger, out = DCMergeAdapter(method=method, **{**options, "alpha": alpha}), Path(place) / str(alpha)
+                done = merger.merge_full(
+                    self.base, folders, out, average=AVERAGED, device=self.device, max_shard_size="50GB", progress=False
+                )  # fmt: skip
+                assert done.merged.alpha is not None
+                return done.merged.alpha, out
 
-class TowerBench(TowerMerging):
-    """Towers with the ladder for alpha."""
-
-
-class TowerGridBench(TowerMerging, GridBench):
-    """Towers with the paper's grid."""
-
-
-def by_towers(base: Path, towers: Sequence[Path], contender: Contender, device: str = "cpu") -> Merge:
-    """Merge full models with one of the library's methods: what it adds to the base model, by parameter, before alpha."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)
-
-        def merged(alpha: Any) -> tuple[float, Path]:
-            merger = DCMergeAdapter(method=contender.method, **{**contender.options, "alpha": alpha})
-            out = Path(folder) / str(alpha)
-            done = merger.merge_full(
-                base, towers, out, average=AVERAGED, device=device, max_shard_size="50GB", progress=False
-            )
-            assert done.merged.alpha is not None
-            return done.merged.alpha, out
-
-        try:
-            auto, out = merged("auto")
-            alpha = auto
-        except MergeError:
-            (alpha, out), auto = merged(1.0), None
-        return Merge({name: value / alpha for name, value in differences(base, out).items()}, auto)
+            try:
+                auto, out = merged("auto")
+                alpha = auto
+            except MergeError:
+                (alpha, out), auto = merged(1.0), None
+            return Merge({name: value / alpha for name, value in differences(self.base, out).items()}, auto)
 
 
 def differences(base: Path, tower: Path) -> dict[str, Tensor]:

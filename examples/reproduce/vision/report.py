@@ -101,5 +101,5 @@ def unseen_table(lines: Sequence[Line]) -> str:
 
 def called(label: str) -> str:
     """The paper's name, with what is special."""
-    name, comma, rest = label.partition(",")
+    name, comma, rest = paper_label(label), *label.partition(",")[1:]
     return PAPER_NAMES.get(name, name) + comma + rest

@@ -20,7 +20,7 @@ from reproduce import expected
 from reproduce.contenders import FFT, LORA, chosen
 from reproduce.needs import Plan, device_named
 from reproduce.vision.backbones import BACKBONES, Backbone, fusion_bench_id, knots_id
-from reproduce.vision.benches import GridBench, TowerBench, TowerGridBench
+from reproduce.vision.benches import GridBench
 from reproduce.vision.checkpoints import checkpoint_of
 from reproduce.vision.images import Place, place_of
 from reproduce.vision.needs import DRAWS, plan
@@ -87,9 +87,7 @@ class Run:
 
     def bench(self) -> type[Bench]:
         """How it is measured."""
-        if self.search == "ladder":
-            return TowerBench if self.table.setting == "fft" else Bench
-        return TowerGridBench if self.table.setting == "fft" else GridBench
+        return GridBench if self.search == "grid" else Bench
 
     def measure(self, out: Path | None) -> Path:
         """Measure what is not measured, and write results and report."""

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from accuracy.keys import content_key
+from accuracy.kinds import Adapters, Kind
 from torch import Tensor, nn
 
 from reproduce.vision.backbones import load_clip, load_tokenizer
+from reproduce.vision.benches import Towers
 from reproduce.vision.checkpoints import keep_base, kept_adapter, kept_tower
 from reproduce.vision.heads import prompted_head, stored_head
 from reproduce.vision.images import Place
@@ -47,11 +49,14 @@ class ClipSuite:
     setting: str = "lora"
     seeds: Sequence[int] = (0,)
     name: str = "vision"
-    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj")
     _heads: dict[str, Tensor] = field(default_factory=dict)
     _parts: dict[str, dict[str, Part]] = field(default_factory=dict)
     _pixels: dict[tuple[str, str], Pixels] = field(default_factory=dict)
     _own: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        return Adapters()
 
     def model(self) -> nn.Module:
         # Loaded anew: whoever measures changes it.
@@ -155,7 +160,10 @@ class TowerSuite(ClipSuite):
     """The same with fully fine-tuned towers, in open_clip's layout."""
 
     setting: str = "fft"
-    targets: Sequence[str] = ()
+
+    @property
+    def kind(self) -> Kind:
+        return Towers(self.base_folder, self.given.device)
 
     def model(self) -> nn.Module:
         return from_clip(self._clip.cpu()).to(self.given.device)

@@ -1,0 +1,97 @@
+"""One module through a method and back to full size: the arithmetic between reading factors and keeping the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.errors import MergeError
+from dc_merge_peft.linalg import FLOAT32_EPS
+from dc_merge_peft.lowrank import LowRank, SharedSpace, norms
+from dc_merge_peft.methods import Method
+from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
+from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
+from dc_merge_peft.parallel import one_thread
+from dc_merge_peft.spanned import put_off
+from dc_merge_peft.work.finished import Finished
+
+
+@one_thread()
+def merge_module(
+    method: Method,
+    deltas: Sequence[Delta],  # (m, n) each
+    weights: Sequence[float],
+    svd_rank: int | None,
+) -> tuple[LowRank, Tensor, AlphaFit]:  # delta (m, n) float32; all its singular values; terms of alpha="auto"
+    """One module by itself, as if it were the whole model: see :func:`run_merge`."""
+    module = ModuleTasks("", deltas, weights, range(len(deltas)))
+    merge = method.prepare(lambda: iter([seen_by(method, module)[0]]))
+    delta, S, fit = merge_one(method, merge, module, svd_rank)
+    assert isinstance(delta, LowRank)
+    assert S is not None
+    return delta, S, fit
+
+
+def seen_by(method: Method, module: ModuleTasks) -> tuple[ModuleTasks, SharedSpace | None]:
+    """The module's deltas as the method gets them, and the way back from there.
+
+    A method that looks at the entries of dW gets the deltas themselves; every other one gets k x k cores, which by its
+    equivariance gives the same result.
+    """
+    lowranks = [task for task in module.tasks if isinstance(task, LowRank)]
+    space = SharedSpace.of(lowranks) if method.equivariant and len(lowranks) == len(module.tasks) else None
+    tasks = space.cores if space else [task.to(torch.float64) for task in module.tasks]
+    return ModuleTasks(module.name, tasks, module.weights, module.adapters), space
+
+
+def merge_one(
+    method: Method,
+    merge: ModuleMerge,
+    module: ModuleTasks,
+    svd_rank: int | None,
+    *,
+    keep_dense: bool = False,
+    read: Callable[[], Sequence[LowRank]] | None = None,
+) -> Finished:
+    """Through the method, truncated optimally, and back to full size in float32, or put off until it is looked at where
+    ``read`` reads the tasks again.
+
+    Without an ``svd_rank`` the merged delta keeps the rank of the sum of its tasks at most. That is all of it, unless an
+    element-wise method has left their span.
+    """
+    seen, space = seen_by(method, module)
+    sizes = norms(space.cores) if space else [task.norm() for task in seen.tasks]
+    largest = max(abs(weight) * size for size, weight in zip(sizes, seen.weights, strict=True))
+    refuse_overflow(largest, "weighted delta", module.name, method)
+    merged = merge(seen)
+    if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):
+        merged = Dense(merged.dense())  # its factors hold more numbers than it does, and take longer to decompose
+    norm = merged.norm()
+    refuse_overflow(norm, "merged delta", module.name, method)
+    # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
+    if norm <= FLOAT32_EPS * largest:
+        (m, n), options = merged.shape, {"dtype": torch.float64, "device": merged.device}
+        merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
+    # Of dense deltas it takes products or decompositions that not every method needs.
+    fitted = method.config.alpha == "auto" or space is not None
+    fit = fit_alpha(seen.tasks, seen.weights, merged) if fitted else AlphaFit()
+    if keep_dense and isinstance(merged, Dense):
+        return merged.to(torch.float32), None, fit
+    kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
+    if space is None:
+        return kept.to(torch.float32), merged.svd.S, fit
+    return (put_off(space, kept, read) if read else space.expand(kept)), merged.svd.S, fit
+
+
+def refuse_overflow(norm: float, what: str, module: str, method: Method) -> None:
+    """A delta that float32 can't hold. Infinities cancel to NaN, and NaN has no sign that TIES could elect: the module would
+    be missing from the result."""
+    if not norm <= torch.finfo(torch.float32).max:  # NaN included
+        raise MergeError(
+            f"a {what} of module '{module}' is beyond float32: expected adapters, weights and options of method "
+            f"'{method.name}' of ordinary size; look for an adapter with huge factors, or for a huge weight or option"
+        )

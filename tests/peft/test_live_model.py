@@ -1,0 +1,72 @@
+"""One look through a PEFT model, shared by all of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from torch import nn
+
+from dc_merge_peft.outputs.targets import choose_targets
+from dc_merge_peft.sources.base import Targets
+from dc_merge_peft.sources.live import LiveSource
+from dc_merge_peft.sources.live_model import LiveModel
+from tests.support import models
+
+NAMES = ("red", "green", "blue", "grey")
+
+
+def adapted(names: Sequence[str]) -> nn.Module:
+    """A BERT with these adapters."""
+    return models.with_lora(models.bert(), {name: {"r": 2, "target_modules": ["query", "value"]} for name in names})
+
+
+def walks(model: nn.Module, names: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often ``add_weighted_adapter`` goes through all modules of the model."""
+    named_modules, base, found = nn.Module.named_modules, model.base_model.model, []
+
+    def counted(self: nn.Module, memo=None, prefix="", remove_duplicate=True):
+        if self is base and memo is None:
+            found.append(self)
+        return named_modules(self, memo, prefix, remove_duplicate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "named_modules", counted)
+        model.add_weighted_adapter(names, [1.0] * len(names), "new", combination_type="dc")
+    model.delete_adapter("new")
+    return len(found)
+
+
+def test_walks_do_not_grow_with_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One walk serves all sources and the checks of the output; PEFT's own are not counted in."""
+    model = adapted(NAMES)
+    two, four = walks(model, NAMES[:2], monkeypatch), walks(model, NAMES, monkeypatch)
+    assert two == four > 0
+
+
+def test_shared_walk_gives_the_same_source() -> None:
+    """A source that shares a walk has the modules and factors of one that walks itself."""
+    model = adapted(NAMES[:2])
+    seen = LiveModel.of(model.base_model.model)
+    for name in NAMES[:2]:
+        alone, shared = LiveSource(model.base_model, name), LiveSource(model.base_model, name, seen)
+        assert shared.modules == alone.modules
+        assert all((shared.factors(each).dense() == alone.factors(each).dense()).all() for each in alone.modules)
+
+
+def test_targets_are_refused_at_the_first_wrong_module() -> None:
+    """What resolves to one module too many, or to one too few, is no specification of the merged ones."""
+    looked = []
+
+    def resolve(spec: Targets):
+        for name in ("a.q", "b.q", "b.k"):
+            looked.append(name)
+            if spec.matches(name):
+                yield name
+
+    own = Targets(target_modules=frozenset({"q"}))
+    assert choose_targets(["a.q", "b.q"], [(own, True)], resolve) == own
+    looked.clear()
+    found = choose_targets(["b.q", "b.k"], [(own, True)], resolve)
+    assert found != own and [name for name in ("a.q", "b.q", "b.k") if found.matches(name)] == ["b.q", "b.k"]
+    assert looked[:2] == ["a.q", "a.q"]
