@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from accuracy.evaluate import Rows
+from accuracy.kinds import FullModels
 from peft import PeftModel
 from PIL import Image
 from reproduce import command
 from reproduce.contenders import FFT
 from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
-from reproduce.vision.benches import PAPER_GRID, GridBench, Towers, differences
+from reproduce.vision.benches import PAPER_GRID, GridBench
 from reproduce.vision.checkpoints import keep_base, kept_tower
 from reproduce.vision.images import Place
-from reproduce.vision.openclip import from_clip
+from reproduce.vision.openclip import AVERAGED, from_clip, load_tower
 from reproduce.vision.suite import ClipSuite, Given
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -189,8 +190,9 @@ def test_table_of_towers(
     assert "| Task Arithmetic |" in text and "| Individual |" in text
     kept = tmp_path / "table2/ViT-B-32/checkpoints"
     places = [kept / "base", kept / "RenderedSST2", kept / "EuroSAT"]
-    one, two = (differences(places[0], place) for place in places[1:])
-    merged = Towers(places[0]).merge(places[1:], "ta", {})
+    kind = FullModels(places[0], load_tower, how={"average": AVERAGED})
+    one, two = (kind.own(place) for place in places[1:])
+    merged = kind.merge(places[1:], "ta", {})
     # Query, key and value are one matrix, as where they were merged first; so are tables of two dimensions.
     assert one["transformer.resblocks.0.attn.in_proj_weight"].shape == (48, 16)
     for name in ("transformer.resblocks.0.attn.in_proj_weight", "proj.weight", "positional_embedding.weight"):
@@ -216,9 +218,10 @@ def test_every_method_merges_towers(clip_folder: Path, towers: Path, tmp_path: P
     """All rows of Table 2, on the files that the programs keep; data-free alpha where it has a solution."""
     base = from_clip(load_clip(clip_folder))
     kept = [kept_tower(str(place), base, tmp_path / place.name) for place in sorted(towers.iterdir())]
+    kind = FullModels(keep_base(base, tmp_path / "base"), load_tower, how={"average": AVERAGED})
     for one in FFT:
         options = {**one.options, **({"density": 0.1} if "density" in one.options else {})}
-        merged = Towers(keep_base(base, tmp_path / "base")).merge(kept, one.method, options)
+        merged = kind.merge(kept, one.method, options)
         assert merged.deltas.keys() <= dict(base.named_parameters()).keys(), one.label
         assert all(torch.isfinite(value).all() for value in merged.deltas.values()), one.label
         assert len(merged.deltas) > 20 and (merged.auto is None or merged.auto > 0), one.label

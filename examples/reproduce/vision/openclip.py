@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 PREFIX = "model.visual."  # of the image encoder's file
+# What the authors' programs average beside vectors: the patch embedding, whose weight has four dimensions.
+AVERAGED = ["conv1"]
 
 
 class OpenClipConfig(PretrainedConfig):
@@ -111,6 +114,11 @@ def from_clip(clip: Any) -> OpenClipTower:
     state = renamed(dict(inner.state_dict()))
     state["proj.weight"] = clip.visual_projection.weight
     return loaded(config, state)
+
+
+def load_tower(folder: Path) -> OpenClipTower:
+    """A tower that was kept."""
+    return OpenClipTower.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def loaded(config: OpenClipConfig, state: Mapping[str, Tensor]) -> OpenClipTower:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from accuracy.keys import content_key
-from accuracy.kinds import Adapters, Kind
+from accuracy.kinds import Adapters, FullModels, Kind
 from torch import Tensor, nn
 
 from reproduce.vision.backbones import load_clip, load_tokenizer
-from reproduce.vision.benches import Towers
 from reproduce.vision.checkpoints import keep_base, kept_adapter, kept_tower
 from reproduce.vision.heads import prompted_head, stored_head
 from reproduce.vision.images import Place
-from reproduce.vision.openclip import OpenClipTower, from_clip
+from reproduce.vision.openclip import AVERAGED, OpenClipTower, from_clip, load_tower
 from reproduce.vision.parts import Part, parts_of
 from reproduce.vision.pixels import Pixels, part_key, pixels
 from reproduce.vision.tasks import TASKS, class_names
@@ -163,7 +162,8 @@ class TowerSuite(ClipSuite):
 
     @property
     def kind(self) -> Kind:
-        return Towers(self.base_folder, self.given.device)
+        how = {"average": AVERAGED, "device": self.given.device, "max_shard_size": "50GB"}
+        return FullModels(self.base_folder, load_tower, how=how)
 
     def model(self) -> nn.Module:
         return from_clip(self._clip.cpu()).to(self.given.device)
