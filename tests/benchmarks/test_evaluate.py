@@ -18,7 +18,7 @@ from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.methods import METHODS
 from tests.support.suites import SmallSuite, small_suite
 
-SETTINGS = Settings(counts=(2,), precision="float32", validation=20, test=30)
+SETTINGS = Settings(counts=(2,), precision="float32", validation=20, test=30, one_seed=())
 FEW = (Contender("dc", "dc"), Contender("plain sum", "ta"), Contender("only four", "ta", {}, (4,)))
 
 
@@ -137,6 +137,14 @@ def test_sizes() -> None:
     assert Settings().examples(8) == {"validation": 64, "test": 200}
     assert Settings().examples(16) == {"validation": 24, "test": 75}
     assert SETTINGS.examples(2) == SETTINGS.examples(8) == {"validation": 20, "test": 30}
+
+
+def test_tasks_beside_merged_ones() -> None:
+    """Only at the settings' own number of tasks, and only where there are tasks after them."""
+    tasks = "abcdefghij"
+    assert Settings().beside(tasks, 8) == ("i", "j") and Settings().beside(tasks, 4) == Settings().beside("ab", 8) == ()
+    six = Settings(seen=6, unseen=2)
+    assert six.beside(tasks, 6) == ("g", "h") and six.beside(tasks, 8) == ()
 
 
 def test_unknown_precision_is_refused() -> None:

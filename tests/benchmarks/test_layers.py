@@ -29,3 +29,10 @@ def test_measuring_knows_no_texts(file: Path) -> None:
     found = {name for name in imported(file) if name.partition(".")[0] not in sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in found} <= ALLOWED
     assert not any(name.startswith("dc_merge_peft.demo") for name in found)
+
+
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "figures").glob("*.py")), ids=lambda file: file.stem)
+def test_figures_know_no_suite(file: Path) -> None:
+    """They are drawn of any suite: ``figures/suites.py`` names those that there are, and imports none at once."""
+    found = {name.partition(".")[0] for name in imported(file)} - sys.stdlib_module_names
+    assert found <= ALLOWED | {"figures", "matplotlib"}

@@ -15,11 +15,21 @@ from accuracy.plan import Settings, share
 from accuracy.report import markdown, options_table, unseen_table, with_tables
 from accuracy.results import results_of
 from accuracy.study import study, table
+from accuracy.study_command import rules
+from accuracy.study_command import run as run_study
 
 from dc_merge_peft.lowrank import concatenate
 from tests.support.suites import SmallSuite, small_suite
 
 FEW = (Contender("dc", "dc"), Contender("ta", "ta"))
+TASKS = tuple("abcdefghij")
+BENCHMARK = Benchmark(
+    "small",
+    "Small.",
+    lambda cache: True,
+    lambda cache, seeds: SmallSuite(cache, TASKS, seeds),
+    settings=Settings(one_seed=()),
+)
 
 
 @pytest.fixture
@@ -27,13 +37,9 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All stages of a small benchmark of ten tasks, run."""
     for module in (plan, results):
         monkeypatch.setattr(module, "CONTENDERS", FEW)
-    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
     arguments = ["--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "2", "--precision", "float32"]
-    assert run(benchmark, [*arguments, "--workers", "1"]) == 0
+    assert run(BENCHMARK, [*arguments, "--workers", "1"]) == 0
     return tmp_path / "results"
-
-
-TASKS = tuple("abcdefghij")
 
 
 def test_numbers_are_those_of_the_rows(out: Path) -> None:
@@ -85,7 +91,6 @@ def test_tables_say_what_the_results_say(out: Path) -> None:
 
 def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
     """The stage on its own writes the same three files elsewhere."""
-    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
     arguments = [
         "report",
         "--cache",
@@ -99,9 +104,29 @@ def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
         "--precision",
         "float32",
     ]
-    assert run(benchmark, [*arguments, "--out", str(tmp_path / "again")]) == 0
+    assert run(BENCHMARK, [*arguments, "--out", str(tmp_path / "again")]) == 0
     for name in ("results.json", "results.csv", "results.md"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_benchmark_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of tasks, examples, and which tasks are not merged, where the command line says nothing."""
+    for module in (plan, results):
+        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    own = Settings(precision="float32", fewer=((6, 10, 12),), seen=6, unseen=2)
+    benchmark = Benchmark(
+        "small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS[:8], seeds), (6,), (0,), own
+    )
+    assert run(benchmark, ["--cache", str(tmp_path), "--workers", "1"]) == 0
+    found = json.loads((tmp_path / "results/results.json").read_text(encoding="utf-8"))
+    rows = Rows(tmp_path / "results/rows-float32.jsonl").found
+    row = rows["dc | a+b+c+d+e+f | 0"]
+    assert row["unseen"] == ["g", "h"] and {len(hits) for hits in row["hits"]["auto"].values()} == {12}
+    line = next(line for line in found["unseen"] if (line["label"], line["rule"]) == ("dc", "auto"))
+    mean = sum(share(row["hits"]["auto"][task]) for task in "gh") / 2
+    assert line["unseen"]["value"] == pytest.approx(mean, abs=1e-4)
+    assert "| accuracy on 6 merged tasks | accuracy on 2 others |" in markdown(found)
+    assert "examples a task, validation and test, by the number of tasks: 6: 10 and 12" in markdown(found)
 
 
 def test_tables_in_a_page(out: Path, tmp_path: Path) -> None:
@@ -115,9 +140,22 @@ def test_tables_in_a_page(out: Path, tmp_path: Path) -> None:
         with_tables("nothing", found)
 
 
+def test_one_seed_stands_for_all(out: Path, tmp_path: Path) -> None:
+    """Where the settings say so rows of other seeds count for nothing, and the tables say it."""
+    suite, settings = SmallSuite(tmp_path, TASKS, (0, 1)), Settings(counts=(8, 2), precision="float32", one_seed=(2,))
+    rows = {
+        name: row
+        for name, row in Rows(out / "rows-float32.jsonl").found.items()
+        if "+" not in name or name[-1] == "0" or len(name) > 20
+    }
+    found = results_of(suite, settings, rows)
+    seeds = {line["tasks"]: len(line["by_seed"]) for line in found["merged"]}
+    assert seeds == {2: 1, 8: 2} and "2 seeds of adapters (one at 2 tasks)" in markdown(found)
+
+
 def test_rows_out_of_date_are_refused(out: Path, tmp_path: Path) -> None:
     """A report says what is missing, also where rows are there but of another adapter; and that adapters are."""
-    suite, settings = SmallSuite(tmp_path, TASKS), Settings(counts=(2,), precision="float32")
+    suite, settings = SmallSuite(tmp_path, TASKS), Settings(counts=(2,), precision="float32", one_seed=())
     rows = Rows(out / "rows-float32.jsonl").found
     assert results_of(suite, settings, rows)["tasks"]
     with pytest.raises(
@@ -158,3 +196,21 @@ def test_study_of_rules(tmp_path: Path) -> None:
     assert other["above_first"]["value"] == pytest.approx(difference) and len(same["alpha"]) == 4
     head, body = table(lines)
     assert len(head) == 5 and [row[0] for row in body] == list(rules)
+
+
+def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The family's members that are asked for after TSV-M, as a table and as JSON."""
+    assert list(rules([1.0, 2.0], [1.0, 0.0])) == ["p 1, tau 1 (TSV-M)", "p 1, tau 0", "p 2, tau 1", "p 2, tau 0"]
+    small_suite(tmp_path)
+    arguments = ["--cache", str(tmp_path), "--p", "2", "--seeds", "0", "--examples", "20", "--workers", "1"]
+    out = tmp_path / "lines.json"
+    assert (
+        run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--out", str(out)], (2,))
+        == 0
+    )
+    lines = json.loads(out.read_text(encoding="utf-8"))
+    assert [(line["label"], line["alpha_by"]) for line in lines] == [
+        (label, by) for by in ("validation", "auto") for label in ("p 1, tau 1 (TSV-M)", "p 2, tau 1")
+    ]
+    shown = capsys.readouterr().out
+    assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1

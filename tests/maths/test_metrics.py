@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dc_merge_peft import OptionError, metrics
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.lowrank import LowRank, SharedSpace, concatenate
+from dc_merge_peft.methods.basis import optimized_basis
 
 from ..support import measures, oracle
 from ..support.strategies import QUICK, dense, random_tasks, task_lists, zero_task
@@ -135,6 +136,23 @@ def test_cover_measures_are_the_dense_ones(tasks: list[LowRank]) -> None:
             for b, block in enumerate(row):
                 assert float(maps[i, a, b]) == pytest.approx(np.abs(block).mean(), abs=1e-6)
                 assert float(energy[i, a, b]) == pytest.approx((block**2).sum() / (core**2).sum(), abs=1e-6)
+
+
+def test_cover_measures_in_the_optimised_basis() -> None:
+    """Algorithm 2's basis instead of whitening (Figure 14): M_i are dense projections on it, and no energy is lost."""
+    tasks = [wide(task) for task in random_tasks(4, (12, 10), (3, 2, 3))]
+    U, V, _ = optimized_basis([task.svd for task in tasks], steps=20)
+    M, ranks = metrics.cover_representation(tasks, basis="optimized", basis_steps=20)
+    assert ranks == [3, 2, 3]
+    for task, found in zip(tasks, M, strict=True):
+        assert found.numpy() == pytest.approx((U.mT @ task.dense() @ V).numpy(), abs=1e-9)
+    energy = metrics.cover_block_energy(tasks, basis="optimized", basis_steps=20)
+    maps = metrics.cover_block_map(tasks, basis="optimized", basis_steps=20)
+    for i, core in enumerate(M):
+        block = measures.blocks(core.numpy(), ranks)[0][2]
+        assert float(maps[i, 0, 2]) == pytest.approx(np.abs(block).mean(), abs=1e-9)
+        assert float(energy[i, 0, 2]) == pytest.approx((block**2).sum() / (core.numpy() ** 2).sum(), abs=1e-9)
+    assert not torch.allclose(energy, metrics.cover_block_energy(tasks), atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ laws
@@ -260,6 +278,7 @@ def test_accuracies_by_hand() -> None:
         (lambda a, b: metrics.dir_sim(a, b), "expected two deltas of one module"),
         (lambda a, b: metrics.sign_conflict(a, b), r"\[\(8, 7\), \(9, 7\)\]: expected at least one delta"),
         (lambda a, b: metrics.cover_block_map([]), "expected at least one delta"),
+        (lambda a, b: metrics.cover_block_map([a], basis="other"), "option 'basis'"),  # type: ignore[arg-type]
         (lambda a, b: metrics.cumulative_energy(a, power=3), "power is 3: expected 1 for S or 2"),
         (lambda a, b: metrics.energy_retention(a, -1), "rank is -1: expected 0 or more"),
         (lambda a, b: metrics.average_normalized_accuracy([1.0], []), "1 merged and 0 individual"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accuracy.carrier import PRECISIONS
@@ -34,6 +35,7 @@ class Benchmark:
     suite: Callable[[Path, tuple[int, ...]], Trainable]  # from the cache folder and the seeds of adapters or models
     counts: tuple[int, ...] = Settings.counts
     seeds: tuple[int, ...] = SEEDS
+    settings: Settings = field(default_factory=Settings)  # all else; counts and precision are of the command line
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,7 +57,7 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
                         help=f"of what is trained (default: {seeds})")  # fmt: skip
     parser.add_argument("--counts", type=int, nargs="+", default=list(benchmark.counts), metavar="T",
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
-    parser.add_argument("--precision", choices=list(PRECISIONS), default=Settings.precision,
+    parser.add_argument("--precision", choices=list(PRECISIONS), default=benchmark.settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
     options = parser.parse_args(arguments)
@@ -69,7 +71,7 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     """Run the stages that are asked for, in their order."""
     options = parse(benchmark, arguments)
     suite = benchmark.suite(options.cache, tuple(options.seeds))
-    settings = Settings(tuple(options.counts), options.precision)
+    settings = dataclasses.replace(benchmark.settings, counts=tuple(options.counts), precision=options.precision)
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
     try:

@@ -17,8 +17,6 @@ from accuracy.keys import content_key, files_key
 from accuracy.suite import Suite
 
 MEASURING = 1  # counts up with changes of how a merge is measured
-# From eight tasks on, most of them merged at once: the paper's Table 11.
-SEEN, UNSEEN = 8, 4
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,23 @@ class Settings:
     test: int = 200
     # Fewer where there are many groups or tasks: number of tasks, validation and test examples of each.
     fewer: tuple[tuple[int, int, int], ...] = ((2, 64, 100), (3, 64, 100), (16, 24, 75))
+    # Numbers of tasks at which the first seed stands for all: there are many groups, or the merges take long.
+    one_seed: tuple[int, ...] = (2, 3, 16)
+    # So many tasks merged, and so many after them, where there are any, measured beside them: the paper's Table 11.
+    seen: int = 8
+    unseen: int = 4
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"found precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+    def seeds(self, seeds: Sequence[int], count: int) -> tuple[int, ...]:
+        """Those whose merges of ``count`` tasks are measured."""
+        return tuple(seeds[:1]) if count in self.one_seed else tuple(seeds)
+
+    def beside(self, tasks: Sequence[str], count: int) -> tuple[str, ...]:
+        """The tasks that are measured beside ``count`` merged ones; none but at one number of tasks."""
+        return tuple(tasks[self.seen : self.seen + self.unseen]) if count == self.seen else ()
 
     def examples(self, count: int) -> dict[str, int]:
         """Examples of each of ``count`` tasks, by part; every part is shuffled, and these are its first."""
@@ -90,10 +101,10 @@ def jobs(
     for count in settings.counts:
         examples = settings.examples(count)
         for group in groups(suite.tasks, count):
-            unseen = tuple(suite.tasks[SEEN : SEEN + UNSEEN]) if count == SEEN else ()
+            unseen = settings.beside(suite.tasks, count)
             texts = [content(task, part, examples[part]) for task in group for part in ("validation", "test")]
             texts += [content(task, "test", examples["test"]) for task in unseen]
-            for seed in suite.seeds:
+            for seed in settings.seeds(suite.seeds, count):
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}

@@ -52,8 +52,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def settings_text(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
-    saved = results["settings"]
-    settings = Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
+    settings = settings_of(results)
     sizes = {count: settings.examples(count) for count in sorted(settings.counts)}
     words = ", ".join(f"{count}: {size['validation']} and {size['test']}" for count, size in sizes.items())
     return (
@@ -63,6 +62,12 @@ def settings_text(results: Mapping[str, Any]) -> str:
     )
 
 
+def settings_of(results: Mapping[str, Any]) -> Settings:
+    """As they were when it was measured."""
+    saved = results["settings"]
+    return Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
+
+
 def kind(results: Mapping[str, Any]) -> str:
     """What was merged."""
     return results.get("kind", "adapter")  # results from before there was anything else don't say
@@ -70,8 +75,11 @@ def kind(results: Mapping[str, Any]) -> str:
 
 def seeds_text(results: Mapping[str, Any]) -> str:
     """How many of what."""
-    count = len(results["seeds"])
-    return f"{count} seeds of {kind(results)}s" if count > 1 else f"one seed of {kind(results)}s"
+    count, settings = len(results["seeds"]), settings_of(results)
+    if count == 1:
+        return f"one seed of {kind(results)}s"
+    single = " and ".join(str(tasks) for tasks in sorted(settings.counts) if tasks in settings.one_seed)
+    return f"{count} seeds of {kind(results)}s{f' (one at {single} tasks)' if single else ''}"
 
 
 def groups_text(results: Mapping[str, Any]) -> str:
@@ -134,7 +142,10 @@ def unseen_table(results: Mapping[str, Any]) -> str:
         for line in results["unseen"]
         if line["label"] in (*MAIN, "base model")
     ]
-    return table(["method", "alpha", "accuracy on 8 merged tasks", "accuracy on 4 others"], rows)
+    settings = settings_of(results)
+    others = len(settings.beside([line["task"] for line in results["tasks"]], settings.seen))
+    head = ["method", "alpha", f"accuracy on {settings.seen} merged tasks", f"accuracy on {others} others"]
+    return table(head, rows)
 
 
 def cell(line: Line) -> str:

@@ -23,7 +23,7 @@ from accuracy.bootstrap import (
 )
 from accuracy.contenders import CONTENDERS, Contender, groups
 from accuracy.evaluate import alone_name, unanswered
-from accuracy.plan import SEEN, UNSEEN, Settings, row_name, share
+from accuracy.plan import Settings, row_name, share
 from accuracy.suite import Suite
 
 REFERENCE = "dc"  # whom every contender is compared with, at the same rule for alpha
@@ -94,10 +94,10 @@ def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
     suite, settings, rows = asked.suite, asked.settings, asked.rows
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
-    size = settings.examples(count)["test"]
-    found = {label: _model(suite, rows, label, together) for label in asked.labels(count)}
+    size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
+    found = {label: _model(seeds, rows, label, together) for label in asked.labels(count)}
     owners = f"own {suite.kind.name}s"
-    alone = {name: _alone(suite, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
+    alone = {name: _alone(seeds, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
     resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()}, asked.draws)
     own = resampling.accuracies(alone[owners])
     for label, hits in alone.items():
@@ -108,19 +108,21 @@ def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
             line = {"tasks": count, "label": label, "rule": rule, **_averages(tasks, model, own)}
             if label != REFERENCE:
                 line[f"above_{REFERENCE}"] = _plain(mean_difference(model, drawn[REFERENCE], own))
-            yield line | {"alpha": [round(alpha, 3) for alpha in _alphas(suite, rows, label, together, rule)]}
+            yield line | {"alpha": [round(alpha, 3) for alpha in _alphas(seeds, rows, label, together, rule)]}
 
 
 def unseen_lines(asked: _Asked) -> Iterator[dict[str, Any]]:
-    """Accuracy on tasks that took no part in the merge of eight (Tables 11 and 12)."""
+    """Accuracy on tasks that took no part in a merge of others (Tables 11 and 12)."""
     suite, settings, rows = asked.suite, asked.settings, asked.rows
-    if SEEN not in settings.counts or not suite.tasks[SEEN:]:
+    count = settings.seen
+    unseen = settings.beside(suite.tasks, count)
+    if count not in settings.counts or not unseen:
         return
-    seen, unseen = suite.tasks[:SEEN], suite.tasks[SEEN : SEEN + UNSEEN]
-    size = settings.examples(SEEN)["test"]
+    seen = suite.tasks[:count]
+    size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
     together = [tuple(seen)]
-    models = {label: _model(suite, rows, label, together, unseen) for label in asked.labels(SEEN)}
-    lines = [("base model", "", _alone(suite, rows, [*seen, *unseen], size, base=True))]
+    models = {label: _model(seeds, rows, label, together, unseen) for label in asked.labels(count)}
+    lines = [("base model", "", _alone(seeds, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
         part: Resampling({task: len(lines[0][2][0][task]) for task in tasks}, asked.draws)
@@ -158,36 +160,38 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model(
-    suite: Suite, rows: Mapping[str, Row], label: str, together: Sequence[tuple[str, ...]], unseen: Sequence[str] = ()
+    seeds: Sequence[int],
+    rows: Mapping[str, Row],
+    label: str,
+    together: Sequence[tuple[str, ...]],
+    unseen: Sequence[str] = (),
 ) -> dict[str, list[dict[str, str]]]:
     """Hits by task for every seed, by the rule for alpha; a rule that failed anywhere is left out."""
     found: dict[str, list[dict[str, str]]] = {}
     for rule in RULES:
-        seeds = []
-        for seed in suite.seeds:
+        of_seeds = []
+        for seed in seeds:
             group_rows = {group: rows[row_name(label, group, seed)]["hits"] for group in together}
             if any(rule not in hits for hits in group_rows.values()):
                 break
-            seeds.append({t: hits[rule][t] for group, hits in group_rows.items() for t in (*group, *unseen)})
+            of_seeds.append({t: hits[rule][t] for group, hits in group_rows.items() for t in (*group, *unseen)})
         else:
-            found[rule] = seeds
+            found[rule] = of_seeds
     return found
 
 
 def _alone(
-    suite: Suite, rows: Mapping[str, Row], tasks: Sequence[str], size: int, *, base: bool
+    seeds: Sequence[int], rows: Mapping[str, Row], tasks: Sequence[str], size: int, *, base: bool
 ) -> list[dict[str, str]]:
     """Test hits of each task's own adapters, or of the pretrained model, for every seed."""
-    return [
-        {task: rows[alone_name(task, None if base else seed)]["test"][:size] for task in tasks} for seed in suite.seeds
-    ]
+    return [{task: rows[alone_name(task, None if base else seed)]["test"][:size] for task in tasks} for seed in seeds]
 
 
 def _alphas(
-    suite: Suite, rows: Mapping[str, Row], label: str, together: Sequence[tuple[str, ...]], rule: str
+    seeds: Sequence[int], rows: Mapping[str, Row], label: str, together: Sequence[tuple[str, ...]], rule: str
 ) -> list[float]:
     """Of every group and seed."""
-    found = [rows[row_name(label, group, seed)] for group in together for seed in suite.seeds]
+    found = [rows[row_name(label, group, seed)] for group in together for seed in seeds]
     return [row["best" if rule == "validation" else "auto"] for row in found]
 
 

@@ -22,7 +22,7 @@ from text8.tasks import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("text8", __doc__, prepare_texts, _suite), arguments)
+    return run(Benchmark("text8", __doc__, prepare_texts, suite), arguments)
 
 
 def prepare_texts(cache: Path) -> bool:
@@ -32,5 +32,6 @@ def prepare_texts(cache: Path) -> bool:
         return prepare(TASKS, cache)
 
 
-def _suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
+def suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
+    """All tasks, and adapters of these seeds."""
     return TextSuite(cache, tuple(TASKS), seeds)

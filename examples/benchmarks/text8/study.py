@@ -6,49 +6,22 @@ and comes first. Other rules: call ``accuracy.study.study`` with functions of yo
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
+# Before anything of them is imported; worker processes get the path from this one.
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent), str(BENCHMARKS.parent.parent)]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the lines where they are wanted."""
-    from accuracy.rules import gram_power
-    from accuracy.study import study, table
-    from common.tables import markdown
+    from accuracy.study_command import run
 
-    from text8.suite import TextSuite
-    from text8.tasks import TASKS
+    from text8.command import suite
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="with the adapters of the benchmark")
-    parser.add_argument("--p", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--examples", type=int, default=100, help="validation texts of a task (%(default)s, 200 at most)"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the lines as JSON")
-    options = parser.parse_args()
-    rules = {"p 1, tau 1 (TSV-M)": partial(gram_power, p=1.0, tau=1.0)}
-    for p in options.p:
-        for tau in options.tau:
-            if (p, tau) != (1.0, 1.0):
-                rules[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
-    suite = TextSuite(options.cache, tuple(TASKS), tuple(options.seeds))
-    lines = study(suite, rules, options.counts, examples=options.examples, workers=options.workers)
-    if options.out:
-        options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-    print(markdown(*table(lines)))
-    return 0
+    return run(__doc__, suite, arguments, (2, 4, 8))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ class Run:
         """Measure what is not measured, and write results and report."""
         self.plan().check()
         suite = self.suite()
-        settings = Settings(self.counts, self.precision, ALL, ALL, fewer=())
+        # Tables 11 and 12 are of LoRA.
+        others = 4 if self.table.setting == "lora" else 0
+        settings = Settings(self.counts, self.precision, ALL, ALL, fewer=(), one_seed=(), unseen=others)
         rows = Rows(self.given.cache / "results" / f"rows-{self.precision}-{self.search}.jsonl")
         new = evaluate(suite, settings, rows, 1, self.contenders, self.bench())
         say(f"{new} rows measured")

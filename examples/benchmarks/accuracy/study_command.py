@@ -1,0 +1,68 @@
+"""The command line of a study: a family of rules on the validation examples of a benchmark whose adapters are trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from common.tables import markdown
+
+from accuracy.carrier import PRECISIONS
+from accuracy.merging import Rule
+from accuracy.rules import gram_power
+from accuracy.study import study, table
+from accuracy.suite import Suite
+
+
+def run(
+    doc: str, suite: Callable[[Path, tuple[int, ...]], Suite], arguments: Sequence[str] | None, counts: Sequence[int]
+) -> int:
+    """Measure, print the table, and write the lines where they are wanted.
+
+    Args:
+        doc: What the program says of itself.
+        suite: From the cache folder and the adapters' seeds.
+        arguments: Of the command line; None for this process's own.
+        counts: Numbers of tasks where the command line names none.
+    """
+    options = parse(doc, arguments, counts)
+    found = suite(options.cache, tuple(options.seeds))
+    lines = study(
+        found, rules(options.p, options.tau), options.counts,
+        examples=options.examples, precision=options.precision, workers=options.workers,
+    )  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    print(markdown(*table(lines)))
+    return 0
+
+
+def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="with the adapters of the benchmark")
+    parser.add_argument("--p", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--counts", type=int, nargs="+", default=list(counts), metavar="T")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--examples", type=int, default=100, help="validation examples of a task (%(default)s, 200 at most)"
+    )
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bfloat16")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the lines as JSON")
+    return parser.parse_args(arguments)
+
+
+def rules(powers: Sequence[float], taus: Sequence[float]) -> Mapping[str, Rule]:
+    """The members of the family that are asked for, TSV-M before them: the others are compared with it."""
+    found: dict[str, Rule] = {"p 1, tau 1 (TSV-M)": partial(gram_power, p=1.0, tau=1.0)}
+    for p in powers:
+        for tau in taus:
+            if (p, tau) != (1.0, 1.0):
+                found[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
+    return found

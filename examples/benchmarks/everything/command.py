@@ -1,0 +1,124 @@
+"""All accuracy benchmarks, one after the other: from packages to adapters to measurements to the pages of the docs, offline, on a CPU.
+
+python -m examples.benchmarks.everything                        # all stages of all; what is done already is kept
+python -m examples.benchmarks.everything evaluate figures report    # from cached adapters
+python -m examples.benchmarks.everything report --only text8    # the pages again, from what was measured
+
+data, train, evaluate, report: as each benchmark by itself has them. figures: the paper's figures. With report come
+docs/benchmarks.md and the guide of docs/methods/index.md. It may be stopped at any time and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from accuracy.command import STAGES
+from accuracy.workers import say
+
+from everything.found import saved
+from everything.guide import with_guide
+from everything.page import section, with_section
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+# Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
+BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
+DRAWN = "text8"  # whose adapters the figures are of
+EVERY_STAGE = (*STAGES[:-1], "figures", STAGES[-1])
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="everything", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(EVERY_STAGE)}; default: all of them")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache" / "dc-merge-peft",
+        metavar="DIR",
+        help="a folder for each benchmark lies in it",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=ROOT / "docs",
+        metavar="DIR",
+        help="pages to write into (default: those of the repository)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(BENCHMARKS),
+        default=list(BENCHMARKS),
+        metavar="NAME",
+        help=f"of {', '.join(BENCHMARKS)}",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.stages) - set(EVERY_STAGE)):
+        parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(EVERY_STAGE)}")
+    options.stages = options.stages or list(EVERY_STAGE)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that are asked for, and say how long each benchmark took."""
+    options = parse(arguments)
+    for name in options.only:
+        if stages := [stage for stage in STAGES if stage in options.stages]:
+            start = time.perf_counter()
+            _run(name, stages, options)
+            say(f"{name}: {', '.join(stages)}, in {time.perf_counter() - start:.0f} s")
+    figures = options.docs / "benchmarks"
+    if "figures" in options.stages and DRAWN in options.only:
+        from figures.command import main as draw
+
+        draw(
+            [
+                "--suite",
+                DRAWN,
+                "--cache",
+                str(options.cache / DRAWN),
+                "--work",
+                str(options.cache / "figures"),
+                "--out",
+                str(figures),
+            ]
+        )
+    if "report" in options.stages:
+        write_pages(options.docs, figures)
+    return 0
+
+
+def write_pages(docs: Path, figures: Path) -> None:
+    """The page of all benchmarks and the guide, from what is saved in the docs."""
+    found = saved(docs, list(BENCHMARKS.values()))
+    page, guide = docs / "benchmarks.md", docs / "methods/index.md"
+    page.write_text(
+        with_section(page.read_text(encoding="utf-8"), section(found, figures, figures_text(figures))), encoding="utf-8"
+    )
+    guide.write_text(with_guide(guide.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def figures_text(folder: Path) -> str:
+    """What the figures' program says of them; nothing where none were drawn."""
+    from figures.page import ABOUT
+    from figures.page import section as of_figures
+
+    return of_figures(folder) if (folder / ABOUT).is_file() else ""
+
+
+def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:
+    """One benchmark, by its own command."""
+    docs = options.docs / BENCHMARKS[name]
+    arguments = [*stages, "--cache", str(options.cache / name), "--workers", str(options.workers)]
+    arguments += ["--page", f"{docs}.md", "--out", str(docs)]
+    status = importlib.import_module(f"{name}.command").main(arguments)
+    if status:
+        raise SystemExit(status)

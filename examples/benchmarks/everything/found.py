@@ -1,0 +1,83 @@
+"""What the benchmarks have saved in the docs, for pages that speak of several of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accuracy.results import REFERENCE
+
+Line = Mapping[str, Any]
+# Rows of the same method with other options, and forms that nobody published: no rivals of the reference in a comparison.
+OURS = ("wudi_closed",)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One benchmark's saved results."""
+
+    name: str  # of the suite, of its page and of the folder beside it
+    data: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What was merged: ``"adapter"`` or ``"model"``."""
+        return self.data.get("kind", "adapter")
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of tasks that were merged, rising."""
+        return sorted(self.data["settings"]["counts"])
+
+    @property
+    def seeds(self) -> int:
+        """How many adapters or models a task has."""
+        return len(self.data["seeds"])
+
+    @cached_property
+    def lines(self) -> Mapping[tuple[int, str, str], Line]:
+        """By number of tasks, label and rule for alpha."""
+        return {(line["tasks"], line["label"], line["rule"]): line for line in self.data["merged"]}
+
+    def methods(self, count: int, rule: str) -> dict[str, Line]:
+        """Every method at its defaults, by name; variants by options are left out."""
+        return {
+            label: line
+            for (tasks, label, by), line in self.lines.items()
+            if (tasks, by) == (count, rule) and "," not in label
+        }
+
+    def variants(self, count: int, rule: str) -> dict[str, Line]:
+        """Every method and every variant by label."""
+        return {label: line for (tasks, label, by), line in self.lines.items() if (tasks, by) == (count, rule)}
+
+    def rivals(self, count: int, rule: str) -> dict[str, Line]:
+        """Published methods but for the reference."""
+        return {name: line for name, line in self.methods(count, rule).items() if name not in (REFERENCE, *OURS)}
+
+
+def saved(docs: Path, names: Sequence[str]) -> list[Found]:
+    """The results of those of the benchmarks that have some, in the order of ``names``."""
+    return list(_saved(docs, names))
+
+
+def _saved(docs: Path, names: Sequence[str]) -> Iterator[Found]:
+    for name in names:
+        file = docs / name / "results.json"
+        if file.is_file():
+            yield Found(name, json.loads(file.read_text(encoding="utf-8")))
+
+
+def value(line: Line) -> float:
+    """Average normalized accuracy."""
+    return line["normalized"]["value"]
+
+
+def ahead(line: Line) -> tuple[float, float, float]:
+    """How far a method is ahead of the reference, with the interval, in points."""
+    above = line[f"above_{REFERENCE}"]
+    return 100 * above["value"], 100 * above["low"], 100 * above["high"]

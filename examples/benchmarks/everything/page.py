@@ -1,0 +1,163 @@
+"""``docs/benchmarks.md`` from the saved results alone: the same text from the same files."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accuracy.report import RULE_NAMES, bounds, percent
+from accuracy.results import REFERENCE, RULES
+from common.tables import markdown as table
+
+from everything.found import Found, ahead, value
+
+LAYERS = "figure-15-layers.csv"  # DirSim by method, module and task
+MARKED = re.compile(r"(<!-- everything: written by [^\n]*-->\n).*?(<!-- /everything -->)", re.DOTALL)
+
+
+def with_section(page: str, text: str) -> str:
+    """A page with what is between its two marks made anew.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    if not MARKED.search(page):
+        raise ValueError(
+            "found no marks of 'everything' in the page: expected '<!-- everything: written by ... -->' and its end"
+        )
+    return MARKED.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
+
+
+def section(found: Sequence[Found], figures: Path, figures_text: str) -> str:
+    """All tables, then the figures.
+
+    Args:
+        found: The benchmarks' results.
+        figures: Folder of the figures and their numbers; it need not be there.
+        figures_text: What the figures' own program says of them; empty where there are none.
+    """
+    parts = ["## At a glance", glance_text(found), glance(found)]
+    for kind, title in (("adapter", "LoRA adapters (Table 1)"), ("model", "Models fine-tuned in full (Table 2)")):
+        if these := [one for one in found if one.kind == kind]:
+            for rule in RULES:
+                parts += [f"## {title}, {RULE_NAMES[rule]}", all_methods(these, rule)]
+    parts += ["## Where DC-Merge loses", losses_text(found), losses(found, dir_sims(figures / LAYERS))]
+    parts += ["## The tables of each benchmark", pages(found)]
+    if figures_text:
+        parts += ["## The paper's figures", figures_text]
+    return "\n\n".join(part for part in parts if part)
+
+
+def glance_text(found: Sequence[Found]) -> str:
+    """How to read the first table."""
+    seeds = ", ".join(f"{one.name}: {one.seeds}" for one in found)
+    return (
+        f"Average normalized accuracy in % (Eq. 29) of `{REFERENCE}` at its defaults, of the best of all other published methods, and how far `{REFERENCE}` is "
+        "ahead of it, with the 95 % interval of the paired difference; positive is better. The best of many others is picked on the "
+        f"same test examples, which favours it. Seeds of adapters or models: {seeds}."
+    )
+
+
+def glance(found: Sequence[Found]) -> str:
+    """The reference against the best of the others."""
+    head = [
+        "benchmark",
+        "tasks",
+        "base model",
+        *(f"{cell}, {rule}" for rule in RULES for cell in (f"`{REFERENCE}`", "best other", "ahead")),
+    ]
+    rows = []
+    for one in found:
+        for count in one.counts:
+            row = [one.name, str(count), percent(value(one.lines[count, "base model", ""]))]
+            for rule in RULES:
+                best, line = max(one.rivals(count, rule).items(), key=lambda item: value(item[1]))
+                mean, low, high = ahead(line)
+                row += [percent(value(one.lines[count, REFERENCE, rule])), f"`{best}` {percent(value(line))}"]
+                row.append(f"{-mean:+.1f} ({-high:+.1f} to {-low:+.1f})")
+            rows.append(row)
+    return table(head, rows)
+
+
+def all_methods(found: Sequence[Found], rule: str) -> str:
+    """Every method on every benchmark, best first by the mean over all columns that it has."""
+    columns = [(one, count) for one in found for count in one.counts]
+    labels = dict.fromkeys(label for one, count in columns for label in one.methods(count, rule))
+
+    def cells(label: str) -> list[Mapping[str, object] | None]:
+        return [one.lines.get((count, label, rule)) for one, count in columns]
+
+    def mean(label: str) -> tuple[int, float]:
+        there = [line for line in cells(label) if line is not None]
+        return len(there), sum(value(line) for line in there) / len(there)
+
+    head = ["method", *(f"{one.name}, {count}" for one, count in columns)]
+    rows = [["base model", *(percent(value(one.lines[count, "base model", ""])) for one, count in columns)]]
+    rows += [
+        [f"`{label}`", *("" if line is None else bounds(line["normalized"]) for line in cells(label))]  # type: ignore[arg-type]
+        for label in sorted(labels, key=mean, reverse=True)
+    ]
+    return table(head, rows)
+
+
+def losses_text(found: Sequence[Found]) -> str:
+    """How often, and what the table shows."""
+    contests = [
+        (one, count, rule, line)
+        for one in found
+        for count in one.counts
+        for rule in RULES
+        for line in one.rivals(count, rule).values()
+    ]
+    behind = [ahead(line) for *_, line in contests]
+    beyond = sum(low > 0 for _, low, _ in behind)
+    ahead_ = sum(high < 0 for *_, high in behind)
+    return (
+        f"Of {len(contests)} comparisons with another published method, at the same number of tasks and by the same rule for alpha, `{REFERENCE}` is ahead by more than "
+        f"the interval in {ahead_} and behind by more than the interval in {beyond}; the others are within it. All those in which it is behind by more than "
+        f"the interval, with the mean directional similarity (Eq. 6) of both merges to the tasks where the figures measured it: where the other's is "
+        "higher it keeps the tasks' directions better, and where it is not, the loss has another reason, as the strength of the merge."
+    )
+
+
+def losses(found: Sequence[Found], similar: Mapping[tuple[str, int, str], float]) -> str:
+    """Every method that is ahead of the reference by more than its interval."""
+    rows = []
+    for one in found:
+        for count in one.counts:
+            for rule in RULES:
+                for name, line in one.rivals(count, rule).items():
+                    mean, low, high = ahead(line)
+                    if low > 0:
+                        pair = [similar.get((one.name, count, method)) for method in (name, REFERENCE)]
+                        shown = "" if None in pair else " against ".join(f"{float(x or 0):.3f}" for x in pair)
+                        rows.append(
+                            [one.name, str(count), rule, f"`{name}`", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", shown]
+                        )
+    if not rows:
+        return "There is none."
+    return table(["benchmark", "tasks", "alpha", "method", "ahead by", "DirSim, its against ours"], rows)
+
+
+def dir_sims(file: Path) -> dict[tuple[str, int, str], float]:
+    """Mean DirSim over modules and tasks by suite, number of tasks and method, as far as the figures have it."""
+    if not file.is_file():
+        return {}
+    sums: dict[str, list[float]] = {}
+    tasks = set()
+    with file.open(encoding="utf-8", newline="") as opened:
+        for row in csv.DictReader(opened):
+            sums.setdefault(row["method"], []).append(float(row["dir_sim"]))
+            tasks.add(row["task"])
+    return {("text8", len(tasks), method): sum(values) / len(values) for method, values in sums.items()}
+
+
+def pages(found: Sequence[Found]) -> str:
+    """Links."""
+    return "\n".join(
+        f"- [{one.name}]({one.name}.md): {len(one.data['tasks'])} tasks, {one.kind}s; energy smoothing (Tables 4 and 8), mask (5), smoothing by cover "
+        f"space (6){', unseen tasks (11)' if one.data['unseen'] else ''}; numbers as [CSV]({one.name}/results.csv) and [JSON]({one.name}/results.json)"
+        for one in found
+    )

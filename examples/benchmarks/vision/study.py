@@ -1,0 +1,28 @@
+"""Study a family of rules on the validation pictures: ``python -m examples.benchmarks.vision.study --p 0 1 2 --tau 0 0.5 1``.
+
+The rules are ``dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T`` of ``accuracy/rules.py``; p = 1, tau = 1 is TSV-M
+and comes first. Other rules: call ``accuracy.study.study`` with functions of your own, as this program does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent
+# Before anything of them is imported; worker processes get the path from this one.
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent), str(BENCHMARKS.parent.parent)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and write the lines where they are wanted."""
+    from accuracy.study_command import run
+
+    from vision.command import suite
+
+    return run(__doc__, suite, arguments, (2, 4, 8))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

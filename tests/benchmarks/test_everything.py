@@ -1,0 +1,159 @@
+"""What all benchmarks say together: the page, the guide, and the command of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from everything import command
+from everything.command import BENCHMARKS, figures_text, main, parse
+from everything.found import Found, saved
+from everything.guide import guide, with_guide
+from everything.page import dir_sims, losses, section, with_section
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+def line(
+    tasks: int, label: str, rule: str, value: float, above: tuple[float, float, float] | None = None
+) -> dict[str, Any]:
+    """A line of results."""
+    found: dict[str, Any] = {
+        "tasks": tasks,
+        "label": label,
+        "rule": rule,
+        "normalized": {"value": value, "low": value, "high": value},
+    }
+    if above is not None:
+        found["above_dc"] = dict(zip(("value", "low", "high"), above, strict=True))
+    return found
+
+
+def results(name: str, better: float, kind: str = "adapter") -> Found:
+    """One benchmark of two tasks in which `ta` is ahead of `dc` by some points, and `tsvm` behind it."""
+    lines = [line(2, "base model", "", 0.5), line(2, "own adapters", "", 1.0)]
+    for rule in ("validation", "auto"):
+        lines.append(line(2, "dc", rule, 0.9))
+        lines.append(line(2, "ta", rule, 0.9 + better, (better, better - 0.01, better + 0.01)))
+        lines.append(line(2, "tsvm", rule, 0.8, (-0.1, -0.12, -0.08)))
+        lines.append(line(2, "wudi_closed", rule, 0.99, (0.09, 0.08, 0.1)))
+        lines.append(line(2, "dc, none", rule, 0.895, (-0.005, -0.01, 0.01)))
+    data = {
+        "suite": name,
+        "kind": kind,
+        "seeds": [0],
+        "settings": {"counts": [2]},
+        "merged": lines,
+        "unseen": [],
+        "tasks": [1, 2],
+    }
+    return Found(name, data)
+
+
+def test_pages_are_the_saved_ones() -> None:
+    """The page and the guide are what the program writes from the results in the docs."""
+    found = saved(DOCS, list(BENCHMARKS.values()))
+    page, index = ((DOCS / name).read_text(encoding="utf-8") for name in ("benchmarks.md", "methods/index.md"))
+    figures = DOCS / "benchmarks"
+    assert with_section(page, section(found, figures, figures_text(figures))) == page, (
+        "run python -m examples.benchmarks.everything report"
+    )
+    assert with_guide(index, found) == index, "run python -m examples.benchmarks.everything report"
+    assert found[0].name == "text8" and "| `dc` |" in page
+
+
+def test_losses_are_shown() -> None:
+    """A method that is ahead by more than the interval is named with its DirSim; one within the interval is not, nor one that is ours."""
+    shown = losses([results("text8", 0.05)], {("text8", 2, "ta"): 0.5, ("text8", 2, "dc"): 0.625})
+    assert shown.count("| text8 | 2 |") == 2
+    assert "`ta` | +5.0 (+4.0 to +6.0) | 0.500 against 0.625" in shown and "wudi_closed" not in shown
+    assert losses([results("text8", 0.005)], {}) == "There is none."
+
+
+def test_page_counts_contests(tmp_path: Path) -> None:
+    """Two rivals by two rules, of which one is ahead and one behind."""
+    text = section([results("text8", 0.05), results("other", 0.0, "model")], tmp_path, "Figures here.")
+    assert (
+        "Of 8 comparisons" in text
+        and "ahead by more than the interval in 4 and behind by more than the interval in 2" in text
+    )
+    assert "| text8 | 2 | 50.0 | 90.0 | `ta` 95.0 | -5.0 (-6.0 to -4.0) |" in text
+    assert (
+        text.index("LoRA adapters (Table 1)") < text.index("fine-tuned in full (Table 2)") < text.index("Figures here.")
+    )
+
+
+def test_guide_takes_the_best_where_the_default_is_not() -> None:
+    """The default where nobody can tell it from the best, else the best, on the average over benchmarks of adapters."""
+    assert guide([results("a", 0.005)]).count("| `wudi_closed` |") == 2
+    one, two = results("a", 0.05), results("b", -0.2)
+    for found in (one, two):
+        found.data["merged"][:] = [row for row in found.data["merged"] if row["label"] != "wudi_closed"]
+    assert guide([one]).count("| `ta` | `ta` 95.0, `dc` 90.0, `dc, none` 89.5, `tsvm` 80.0 | 90.0 | a |") == 2
+    assert guide([one, two, results("c", 0.3, "model")]).count("| `dc` | `dc` 90.0, `dc, none` 89.5, `ta` 82.5") == 2
+
+
+def test_dir_sims_are_means(tmp_path: Path) -> None:
+    """Over modules and tasks, by method; nothing without figures."""
+    file = tmp_path / "layers.csv"
+    assert dir_sims(file) == {}
+    file.write_text("method,module,task,dir_sim\nta,q,a,0.5\nta,q,b,0.25\nta,v,a,0.75\nta,v,b,0.5\n")
+    assert dir_sims(file) == {("text8", 2, "ta"): 0.5}
+
+
+@pytest.mark.parametrize("write", [with_section, with_guide])
+def test_pages_without_marks_are_refused(write: Any) -> None:
+    """Rather than left as they are."""
+    with pytest.raises(ValueError, match="expected '<!-- "):
+        write("# A page", "text" if write is with_section else [results("a", 0.1)])
+
+
+def test_command_runs_the_stages_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each benchmark's own command in its own folder, its pages, then the pages of all."""
+    calls: list[tuple[str, list[str]]] = []
+    pages: list[Path] = []
+
+    class Door:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def main(self, arguments: list[str]) -> int:
+            calls.append((self.name, arguments))
+            return 0
+
+    monkeypatch.setattr(command.importlib, "import_module", Door)
+    monkeypatch.setattr(command, "write_pages", lambda docs, figures: pages.append(figures))
+    options = ["--cache", str(tmp_path / "cache"), "--docs", str(tmp_path / "docs"), "--workers", "1"]
+    assert main(["evaluate", "report", *options, "--only", "text8_fft"]) == 0
+    page, out = str(tmp_path / "docs/text8-fft.md"), str(tmp_path / "docs/text8-fft")
+    expected = [
+        "evaluate",
+        "report",
+        "--cache",
+        str(tmp_path / "cache/text8_fft"),
+        "--workers",
+        "1",
+        "--page",
+        page,
+        "--out",
+        out,
+    ]
+    assert calls == [("text8_fft.command", expected)]
+    assert pages == [tmp_path / "docs/benchmarks"]
+    assert main(["data", *options]) == 0
+    assert [name for name, _ in calls[1:]] == [f"{name}.command" for name in BENCHMARKS] and len(pages) == 1
+
+
+def test_unknown_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    """It says which there are."""
+    with pytest.raises(SystemExit):
+        parse(["bake"])
+    assert "found the stage 'bake'" in capsys.readouterr().err
+
+
+def test_results_name_their_kind() -> None:
+    """Results from before there were full models are of adapters."""
+    data = json.loads((DOCS / "text8/results.json").read_text(encoding="utf-8"))
+    assert Found("text8", {key: value for key, value in data.items() if key != "kind"}).kind == "adapter"
