@@ -6,7 +6,7 @@ Importing this package adds its methods to PEFT as combination types of ``add_we
 
 from __future__ import annotations
 
-from dc_merge_peft import metrics
+from dc_merge_peft import metrics, statistics
 from dc_merge_peft._version import __version__
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import (
@@ -22,7 +22,7 @@ from dc_merge_peft.errors import (
 from dc_merge_peft.inspection import inspect_adapters, inspect_merge
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.methods import METHODS, DCMergeConfig
+from dc_merge_peft.methods import DATA_METHODS, METHODS, DCMergeConfig
 from dc_merge_peft.registration import register, unregister
 from dc_merge_peft.report import report_merge
 from dc_merge_peft.tuning import TuneResult, tune
@@ -30,6 +30,7 @@ from dc_merge_peft.tuning import TuneResult, tune
 register()
 
 __all__ = [
+    "DATA_METHODS",
     "METHODS",
     "DCMergeAdapter",
     "DCMergeConfig",
@@ -50,6 +51,7 @@ __all__ = [
     "metrics",
     "register",
     "report_merge",
+    "statistics",
     "tune",
     "unregister",
 ]

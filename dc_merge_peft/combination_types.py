@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 
 # Names of combination types that stay PEFT's own.
 PEFT_TYPES = frozenset(
@@ -17,4 +17,4 @@ def combination_types() -> dict[str, str]:
     Every method is one under its own name; where PEFT has a type of that name, which stays PEFT's, under the name with
     ``_dw``: it works on the entries of dW, where PEFT's works on those of A and B.
     """
-    return {f"{name}_dw" if name in PEFT_TYPES else name: name for name in METHODS}
+    return {f"{name}_dw" if name in PEFT_TYPES else name: name for name in EVERY_METHOD}

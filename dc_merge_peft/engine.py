@@ -28,6 +28,7 @@ from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, Reader, checked_devices
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.sources.base import Source
+from dc_merge_peft.statistics.opening import with_statistics
 from dc_merge_peft.work.finished import Finished, WorkFolder
 from dc_merge_peft.work.place import WorkPlace
 
@@ -70,7 +71,7 @@ def run_merge(
             must be the same bytes one by one; here everywhere or nowhere.
 
     Raises:
-        OptionError: a device that does not exist, or memory that is too little.
+        OptionError: a device that does not exist, memory that is too little, or no statistics for a method that needs them.
         SourceError: a factor or a tensor beside it holds NaN, Inf or, unless allowed, only zeros.
         MergeError: ``alpha="auto"`` has no solution, or the merged delta is zero or beyond float32.
         OutputError: finished modules can't be kept, or are those of another merge.
@@ -78,6 +79,7 @@ def run_merge(
     """
     start = time.perf_counter()
     devices = checked_devices(device)
+    method = with_statistics(method, plan.modules, [info.name for info in plan.adapters])
     lanes = _lanes(plan, method, len(devices))
     places = {name: devices[lane] for name, lane in lanes.items()}
     memory = checked_memory(max_memory)

@@ -19,6 +19,7 @@ from dc_merge_peft.sources.finetuned import BaseReader, FullModel, FullModelSour
 from dc_merge_peft.sources.full_kinds import Kinds, StoredMatrix, tensors_of
 from dc_merge_peft.sources.full_match import same
 from dc_merge_peft.sources.stored import FLOATS, StoredTensor
+from dc_merge_peft.statistics.opening import with_statistics
 
 # Of batch norm with its usual momentum nothing depends on this count, and models trained for different times differ in it.
 _COUNT = "num_batches_tracked"
@@ -154,6 +155,7 @@ def plan_full(
         dtype=reduce(torch.promote_types, (FLOATS[base.files.tensors[key].dtype] for key in matrices)),
         remarks=_remarks(method, every, len(models), averaged, record),
     )
+    with_statistics(method, merge.modules, [info.name for info in infos])  # refused now where they don't fit
     sources = tuple(FullModelSource(model, reader, every) for model in models)
     return FullPlan(base, tuple(models), merge, sources, matrices, averaged, tuple(copied), record)
 

@@ -22,6 +22,7 @@ from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
+from dc_merge_peft.statistics.opening import with_statistics
 
 # Output dtypes by the name a user may give.
 DTYPES = {
@@ -84,7 +85,7 @@ def plan_merge(
     """Check everything that can be checked without factors.
 
     Raises:
-        OptionError: no adapters, wrong weights, rank, dtype or policy for extras.
+        OptionError: no adapters, wrong weights, rank, dtype or policy for extras, or statistics that a method needs and lacks.
         IncompatibleAdaptersError: repeated adapters, different base models, shapes or layer types, no common module.
         UnsupportedAdapterError: a DoRA adapter without its base model, tensors outside B and A without a policy, or layers that
             PEFT can't have in one adapter.
@@ -102,6 +103,7 @@ def plan_merge(
         _refuse_different_bases(infos)
     modules = _plan_modules(sources)
     _refuse_transposed(infos, modules)
+    with_statistics(method, modules, [info.name for info in infos])  # refused now where they don't fit
     planned = plan_extras(sources, infos, [module.layout.base_path(module.name) for module in modules], extras)
     return MergePlan(
         modules=modules,

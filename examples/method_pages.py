@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from dc_merge_peft.cli.methods import describe_method
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 
 FOLDER = Path(__file__).parent.parent / "docs/methods"
 GUIDE = FOLDER / "index.md"
@@ -32,7 +32,7 @@ def methods_block() -> str:
     """One row a method: name, title, its name in PEFT."""
     rows = [
         f"| [`{name}`]({name}.md) | {_cell(method.title)} | `{describe_method(name)['peft']}` |"
-        for name, method in METHODS.items()
+        for name, method in EVERY_METHOD.items()
     ]
     return "\n" + "\n".join(["| method | what it does | in PEFT |", "| --- | --- | --- |", *rows]) + "\n\n"
 
@@ -70,7 +70,7 @@ def method_page(name: str) -> str:
 def reference_block() -> str:
     """The class of every method and that of its options, for mkdocstrings."""
     lines = []
-    for method in METHODS.values():
+    for method in EVERY_METHOD.values():
         for described in (method, method.Config):
             lines += [f"::: {described.__module__}.{described.__name__}", "    options:", "      members: false", ""]
     return "\n" + "\n".join(lines) + "\n"
@@ -78,7 +78,7 @@ def reference_block() -> str:
 
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
-    texts = {FOLDER / f"{name}.md": method_page(name) for name in METHODS}
+    texts = {FOLDER / f"{name}.md": method_page(name) for name in EVERY_METHOD}
     return texts | {
         GUIDE: rendered(GUIDE, "methods", methods_block()),
         API: rendered(API, "reference", reference_block()),

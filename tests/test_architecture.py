@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layout", "methods.*"),
     ("metrics.*",),
     ("layers", "offload", "sources.*"),
+    ("statistics.*",),
     (
         "extras",
         "extra_values",
@@ -209,13 +210,13 @@ def test_files_are_short(folder: str) -> None:
 
 def test_public_names() -> None:
     """``__all__`` is the namespace: complete, and nothing else without an underscore but submodules, of which it names the
-    one that users call by its name."""
+    two that users call by their names."""
     public = {
         name
         for name, value in vars(dc_merge_peft).items()
         if not name.startswith("_") and not isinstance(value, ModuleType) and value is not annotations
     }
-    assert set(dc_merge_peft.__all__) == public | {"__version__", "metrics"}
+    assert set(dc_merge_peft.__all__) == public | {"__version__", "metrics", "statistics"}
     assert len(dc_merge_peft.__all__) == len(set(dc_merge_peft.__all__))
 
 

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import dc_merge_peft
 from dc_merge_peft.cli import app
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.runconfig import RunConfig
 from tests.support.llava import make_llava_workspace
 from tests.support.program import run
-from tests.support.workspace import make_full_workspace, make_tune_workspace, make_workspace
+from tests.support.workspace import make_data_workspace, make_full_workspace, make_tune_workspace, make_workspace
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,7 +33,12 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 # Pages whose examples assume other files.
-WORKSPACES = {"llava.md": make_llava_workspace, "merge-full.md": make_full_workspace, "tune.md": make_tune_workspace}
+WORKSPACES = {
+    "llava.md": make_llava_workspace,
+    "regmean.md": make_data_workspace,
+    "merge-full.md": make_full_workspace,
+    "tune.md": make_tune_workspace,
+}
 SEARCH_SPACE = "# space.yaml\n"  # how a YAML block begins that is no configuration
 
 
@@ -145,7 +150,7 @@ def test_every_method_has_its_page() -> None:
     module = example("method_pages")
     for page, text in module.pages().items():
         assert page.read_text(encoding="utf-8") == text, "run python examples/method_pages.py"
-    assert {page.stem for page in (ROOT / "docs/methods").glob("*.md")} == {*METHODS, "index"}
+    assert {page.stem for page in (ROOT / "docs/methods").glob("*.md")} == {*EVERY_METHOD, "index"}
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -182,8 +187,13 @@ def test_every_public_name_is_documented() -> None:
     assert undocumented(dc_merge_peft, named) == []
     assert undocumented(dc_merge_peft.metrics, named) == []
     assert undocumented(
-        dc_merge_peft, named - {"dc_merge_peft.errors", "dc_merge_peft.tune", "dc_merge_peft.METHODS"}
-    ) == [name for name in dc_merge_peft.__all__ if name in {"METHODS", "tune"} or name.endswith(("Error", "Warning"))]
+        dc_merge_peft,
+        named - {"dc_merge_peft.errors", "dc_merge_peft.tune", "dc_merge_peft.METHODS", "dc_merge_peft.DATA_METHODS"},
+    ) == [
+        name
+        for name in dc_merge_peft.__all__
+        if name in {"DATA_METHODS", "METHODS", "tune"} or name.endswith(("Error", "Warning"))
+    ]
 
 
 def test_every_answer_leads_on() -> None:

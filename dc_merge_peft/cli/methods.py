@@ -13,7 +13,7 @@ import typer
 from dc_merge_peft.cli.show import console, reports_errors, table
 from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.errors import OptionError, unknown_name
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.methods.options import describe_bounds, describe_type
 from dc_merge_peft.methods.spaces import SpaceConfig
 
@@ -24,14 +24,14 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with all options.")] = False,
 ) -> None:
     """List the merging methods, or one method's options."""
-    if name is not None and name not in METHODS:
-        raise OptionError(unknown_name("method", name, METHODS))
+    if name is not None and name not in EVERY_METHOD:
+        raise OptionError(unknown_name("method", name, EVERY_METHOD))
     if as_json:
-        typer.echo(json.dumps({key: describe_method(key) for key in ([name] if name is not None else METHODS)}))
+        typer.echo(json.dumps({key: describe_method(key) for key in ([name] if name is not None else EVERY_METHOD)}))
         return
     out = console()
     if name is None:
-        rows = [(key, method["title"], method["peft"]) for key in METHODS for method in [describe_method(key)]]
+        rows = [(key, method["title"], method["peft"]) for key in EVERY_METHOD for method in [describe_method(key)]]
         out.print(table("", ("method", "what it does", "in PEFT"), rows))
         out.print()
         out.print("The options of one: dc-merge methods NAME. Which one to take: docs/methods of the documentation.")
@@ -49,7 +49,7 @@ def methods(
 def describe_method(name: str) -> dict[str, Any]:
     """One method as plain values: title, reference, its name in PEFT, and for each option its default, allowed values and
     meaning. A method's own options come before those of the space that it works in."""
-    method = METHODS[name]
+    method = EVERY_METHOD[name]
     types = typing.get_type_hints(method.Config)
     own = {"alpha", *inspect.get_annotations(method.Config)}
     of_space = {field.name for field in dataclasses.fields(SpaceConfig)} - own
@@ -60,11 +60,7 @@ def describe_method(name: str) -> dict[str, Any]:
         "options": [
             {
                 "name": field.name,
-                "default": "none"
-                if field.default is None
-                else str(field.default).lower()
-                if isinstance(field.default, bool)
-                else field.default,
+                "default": _plain(field.default),
                 "type": describe_type(
                     types[field.name], describe_bounds(field.metadata["minimum"], field.metadata["maximum"])
                 ),
@@ -73,3 +69,10 @@ def describe_method(name: str) -> dict[str, Any]:
             for field in sorted(dataclasses.fields(method.Config), key=lambda field: field.name in of_space)
         ],
     }
+
+
+def _plain(default: Any) -> Any:
+    """A default as a number or in words."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return default if isinstance(default, (int, float)) else "none" if default is None else str(default)

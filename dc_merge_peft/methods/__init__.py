@@ -1,7 +1,9 @@
-"""The merging methods. A new one is one file here and one row in :data:`METHODS`."""
+"""The merging methods. A new one is one file here and one row in :data:`METHODS`, or, where it needs statistics of the tasks'
+data, in :data:`DATA_METHODS`."""
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +12,14 @@ from dc_merge_peft.methods.arithmetic import TaskArithmetic, WeightAveraging
 from dc_merge_peft.methods.base import Method, MethodConfig
 from dc_merge_peft.methods.consensus import ConsensusTA
 from dc_merge_peft.methods.dare import DareTA, DareTIES
+from dc_merge_peft.methods.data import DataMethod
 from dc_merge_peft.methods.dc import DCMerge, DCMergeConfig
+from dc_merge_peft.methods.fisher import FisherMerging
 from dc_merge_peft.methods.iso import IsoC, IsoCTS
 from dc_merge_peft.methods.knots import KnotsDareTIES, KnotsTIES
 from dc_merge_peft.methods.pcb import PCBMerging
 from dc_merge_peft.methods.pruning import MagnitudePrune
+from dc_merge_peft.methods.regmean import RegMean
 from dc_merge_peft.methods.robust import RobustMerge
 from dc_merge_peft.methods.ties import TIES
 from dc_merge_peft.methods.tsvm import TSVM
@@ -39,7 +44,13 @@ METHODS: dict[str, type[Method]] = {
     "wudi_closed": WUDIClosed,
     "robust": RobustMerge,
 }
-"""Every method's class by its name, which ``method=``, ``--method`` and YAML files take."""
+"""Every method's class that needs adapters alone by its name, which ``method=``, ``--method`` and YAML files take."""
+
+DATA_METHODS: dict[str, type[DataMethod]] = {"fisher": FisherMerging, "regmean": RegMean}
+"""The methods that need statistics of each task's own data, too, by their names, which are used in the same way."""
+
+EVERY_METHOD: Mapping[str, type[Method]] = ChainMap(DATA_METHODS, METHODS)  # type: ignore[arg-type]
+"""Both together, as they are at the moment."""
 
 
 def method_named(name: str, options: Mapping[str, Any] | None = None) -> Method:
@@ -48,9 +59,9 @@ def method_named(name: str, options: Mapping[str, Any] | None = None) -> Method:
     Raises:
         OptionError: an unknown method or option, or a value of the wrong type or range.
     """
-    if name not in METHODS:
-        raise OptionError(unknown_name("method", name, METHODS))
-    return METHODS[name].from_options(options or {})
+    if name not in EVERY_METHOD:
+        raise OptionError(unknown_name("method", name, EVERY_METHOD))
+    return EVERY_METHOD[name].from_options(options or {})
 
 
 def method_for(config: MethodConfig) -> Method:
@@ -59,11 +70,21 @@ def method_for(config: MethodConfig) -> Method:
     Raises:
         OptionError: the config class belongs to no method.
     """
-    for method in METHODS.values():
+    for method in EVERY_METHOD.values():
         if type(config) is method.Config:
             return method(config)
-    names = ", ".join(method.Config.__name__ for method in METHODS.values())
+    names = ", ".join(method.Config.__name__ for method in EVERY_METHOD.values())
     raise OptionError(f"found a {type(config).__name__} where a method's config was expected: one of {names}")
 
 
-__all__ = ["METHODS", "DCMerge", "DCMergeConfig", "Method", "MethodConfig", "method_for", "method_named"]
+__all__ = [
+    "DATA_METHODS",
+    "EVERY_METHOD",
+    "METHODS",
+    "DCMerge",
+    "DCMergeConfig",
+    "Method",
+    "MethodConfig",
+    "method_for",
+    "method_named",
+]

@@ -1,4 +1,8 @@
-"""Options as dataclass fields: declared once, and used by Python, PEFT, the command line, YAML files and the docs."""
+"""Options as dataclass fields: declared once, and used by Python, PEFT, the command line, YAML files and the docs.
+
+A field's type is a plain one, a ``Literal``, a union of these, or a class with ``parsed``, which makes a value of it from what
+any of those gives, or None, and ``words``, which says what that may be.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +76,8 @@ def describe_type(expected: Any, bounds: str = "") -> str:
     for kind in _alternatives(expected):
         if typing.get_origin(kind) is Literal:
             words += [repr(choice) for choice in typing.get_args(kind)]
+        elif hasattr(kind, "parsed"):
+            words.append(kind.words)
         elif kind in (int, float):
             number = "a whole number" if kind is int else "a number"
             words.append(f"{number} {'of ' * bounds.startswith('at')}{bounds}".strip())
@@ -94,6 +100,9 @@ def _parse(value: Any, kind: Any) -> Any:
     """``value`` as ``kind``, or ``_NO_MATCH``."""
     if typing.get_origin(kind) is Literal:
         return value if value in typing.get_args(kind) else _NO_MATCH
+    if hasattr(kind, "parsed"):
+        found = kind.parsed(value)
+        return _NO_MATCH if found is None else found
     if kind is type(None):
         return None if value is None or (isinstance(value, str) and value.lower() in ("none", "null")) else _NO_MATCH
     if kind is bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.outputs.beside import FOLDER, Beside
 from dc_merge_peft.outputs.card_facts import HUB, base_model_id, hub_page, metadata, model_class, versions
 from dc_merge_peft.outputs.markdown import code, fenced, text
@@ -120,7 +120,7 @@ def _card(
     beside: Beside | None = None,
 ) -> str:
     """The card's common frame, filled in."""
-    method = METHODS.get(result.method)
+    method = EVERY_METHOD.get(result.method)
     if model_class(result) is None:
         usage += "  # or in the class of your task"
     base = base_model_id(result)

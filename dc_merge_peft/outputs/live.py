@@ -190,7 +190,7 @@ def _config_for(result: MergeResult, seen: LiveModel) -> LoraConfig:
 
     def resolve(targets: Targets) -> Iterator[str]:
         config = LoraConfig(**targets.to_config())
-        return (name for name in seen.plain if name and _matches(config, name))
+        return (name for name in seen.own if _matches(config, name))
 
     fields = lora_fields(result, resolve)
     fields.pop("peft_type")

@@ -32,8 +32,11 @@ def public_copy(result: R) -> R:
     full = result.full
     if full and not is_hub_id(full.base):
         full = dataclasses.replace(full, base=None)
+    options = dict(result.options)
+    if options.get("statistics"):
+        options["statistics"] = [PurePath(place).name for place in options["statistics"]]
     remarks = tuple(_renamed(remark, names) for remark in result.remarks)
-    return dataclasses.replace(result, adapters=adapters, dora=dora, full=full, remarks=remarks)
+    return dataclasses.replace(result, adapters=adapters, options=options, dora=dora, full=full, remarks=remarks)
 
 
 def _renamed(remark: str, names: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.outputs.card_facts import versions
 from dc_merge_peft.report import sections, spectra
 from dc_merge_peft.report.data import MergeReport
@@ -71,7 +71,7 @@ def _head(report: MergeReport, title: str, shown: list[str]) -> Html:
 
 
 def _lead(report: MergeReport) -> list[Child]:
-    method = METHODS.get(report.method or "")
+    method = EVERY_METHOD.get(report.method or "")
     if method is None:
         return [f"{clipped(report.after.merged)}, and the adapters that it is compared with."]
     paper: Child = method.reference

@@ -4,12 +4,13 @@ some of them."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -51,6 +52,22 @@ class LiveModel:
     def plain(self) -> Mapping[str, nn.Module]:
         """The innermost module at each path as the base model spells it, without the levels that adapters put in between."""
         return {plain_path(name): module for name, module in self.modules.items()}
+
+    @cached_property
+    def own(self) -> Sequence[str]:
+        """The paths of the base model's own modules, as it spells them. What adapters' layers hold beside the module that they are
+        around is left out, as PEFT leaves it out when it looks for targets."""
+        found: dict[str, None] = {}
+        around: list[str] = []
+        for name, module in self.modules.items():  # a module comes before those inside it
+            while around and not name.startswith(around[-1]):
+                around.pop()
+            if around and not f"{name}.".startswith(f"{around[-1]}base_layer."):
+                continue
+            found[plain_path(name)] = None
+            if isinstance(module, BaseTunerLayer):
+                around.append(f"{name}.")
+        return [name for name in found if name]
 
     def layers(self, adapter: str) -> dict[str, LoraLayer]:
         """The LoRA layers that hold an adapter, by path (that of :meth:`Layout.layer`). In a mixed model a layer may sit under

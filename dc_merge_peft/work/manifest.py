@@ -24,6 +24,7 @@ from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.dora import DoraSource
 from dc_merge_peft.sources.hub import CARD_FILE, CONFIG_FILE, TRAINABLES_FILE, WEIGHT_FILES
+from dc_merge_peft.statistics.opening import statistics_files
 
 _ADAPTER_FILES = (CONFIG_FILE, *WEIGHT_FILES, TRAINABLES_FILE, CARD_FILE)
 _CHUNK = 1 << 22
@@ -54,7 +55,7 @@ def manifest(
         keep_dense: Whether dense results stay dense.
 
     Raises:
-        OptionError: an adapter is not in files.
+        OptionError: an adapter, or statistics of its data, are not in files.
         SourceError: a file can't be read.
     """
     readings = [source.reading for source in sources if isinstance(source, DoraSource)]
@@ -79,6 +80,7 @@ def manifest(
             for info, source in zip(plan.adapters, sources, strict=True)
         ],
         "base": _base(base) if base is not None and needs_base else None,
+        "statistics": [_whole(file)["sha256"] for file in statistics_files(method)],
     }
     return json.loads(json.dumps(values))  # what a file of it gives back
 

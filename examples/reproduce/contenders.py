@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from accuracy.contenders import Contender
+from accuracy.plan import Settings
+from accuracy.suite import Suite
 
 DENSITY = 0.001  # of TIES in cover space: 0.1 percent, whatever the number of tasks
 # Linear smoothing is the first: it is "dc", with which the others are compared.
@@ -35,6 +38,16 @@ PAPER_NAMES = {
     "dc": "DC-Merge",
 }  # fmt: skip
 """What the paper calls them."""
+
+
+@dataclass(frozen=True)
+class PaperSettings(Settings):
+    """Everything there is of the data, on the rows of one of the paper's tables."""
+
+    rows: tuple[Contender, ...] = ()
+
+    def contenders(self, suite: Suite, count: int) -> list[Contender]:
+        return [row for row in self.rows if row.runs_at(count, suite.kind.name)]
 
 
 def chosen(known: Sequence[Contender], labels: Sequence[str] | None) -> tuple[Contender, ...]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import plan
-from accuracy.contenders import CONTENDERS, TABLES, Contender, groups
+from accuracy.contenders import CONTENDERS, TABLES, WITH_DATA, Contender, groups
 from accuracy.evaluate import Rows, evaluate
 from accuracy.plan import Settings
 from accuracy.workers import shared_out
 from peft import PeftModel
 
 from dc_merge_peft import DCMergeAdapter
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import DATA_METHODS, METHODS
 from tests.support.suites import SmallSuite, small_suite
 
 SETTINGS = Settings(counts=(2,), precision="float32", validation=20, test=30, one_seed=())
@@ -46,9 +46,9 @@ def test_groups() -> None:
 
 def test_every_method_is_a_contender() -> None:
     """All methods at their defaults, labels that differ, options that exist, and tables of contenders only."""
-    labels = [contender.label for contender in CONTENDERS]
-    assert set(METHODS) <= set(labels) and len(set(labels)) == len(labels)
-    for contender in CONTENDERS:
+    labels = [contender.label for contender in (*CONTENDERS, *WITH_DATA)]
+    assert {*METHODS, *DATA_METHODS} <= set(labels) and len(set(labels)) == len(labels)
+    for contender in (*CONTENDERS, *WITH_DATA):
         DCMergeAdapter(method=contender.method, **contender.options)
     assert {label for rows in TABLES.values() for _, label in rows} <= set(labels)
 

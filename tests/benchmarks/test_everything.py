@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from everything import command
-from everything.command import BENCHMARKS, figures_text, main, parse
+from everything.command import BENCHMARKS, figures_text, main, parse, studies
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
 from everything.page import dir_sims, losses, section, with_section
@@ -57,7 +57,7 @@ def test_pages_are_the_saved_ones() -> None:
     found = saved(DOCS, list(BENCHMARKS.values()))
     page, index = ((DOCS / name).read_text(encoding="utf-8") for name in ("benchmarks.md", "methods/index.md"))
     figures = DOCS / "benchmarks"
-    assert with_section(page, section(found, figures, figures_text(figures))) == page, (
+    assert with_section(page, section(found, figures, figures_text(figures), studies(DOCS))) == page, (
         "run python -m examples.benchmarks.everything report"
     )
     assert with_guide(index, found) == index, "run python -m examples.benchmarks.everything report"

@@ -77,6 +77,8 @@ def test_command_has_the_first_eight_tasks(tmp_path: Path, monkeypatch: pytest.M
     assert command.main(["report"]) == 0
     benchmark, arguments = asked
     suite = benchmark.suite(tmp_path, (0, 1))
-    assert arguments == ["report"] and benchmark.counts == (8, 4) and suite.name == "text8_fft"
+    assert (
+        arguments == ["report"] and benchmark.counts == (8, 4) and benchmark.seeds == (0,) and suite.name == "text8_fft"
+    )
     assert list(suite.tasks) == list(command.TASKS)[:8] and suite.seeds == (0, 1) and suite.kind.name == "model"
     assert benchmark.prepare is command.prepare_texts

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accuracy.carrier import Carrier
 from accuracy.merging import by_method, by_rule, factors
-from accuracy.rules import gram_power
+from accuracy.rules import by_default, gram_power, regularised
 from peft import PeftModel
 
 from dc_merge_peft.lowrank import LowRank, concatenate
@@ -97,3 +98,32 @@ def test_gram_power_of_the_same_task_twice(suite: SmallSuite) -> None:
     U, V = task.svd.U, task.svd.Vh.mT
     inside = merged.project(U, V)
     assert torch.linalg.norm(inside) == pytest.approx(merged.norm()) and merged.norm() == pytest.approx(task.norm())
+
+
+def test_regularised_rule_minimises_its_objective(suite: SmallSuite) -> None:
+    """``||Y^T U - I||^2 + lambda ||Y||^2`` has no gradient at the merged bases; much of lambda leaves the sum's directions."""
+    tasks = [factors(adapter)[LAYERS[0]] for adapter in of(suite, "a", "b")]
+    U = torch.cat([task.svd.U for task in tasks], dim=1)
+    Y = (U @ torch.linalg.inv(U.mT @ U + 0.5 * torch.eye(U.shape[1], dtype=U.dtype))).requires_grad_()
+    objective = (Y.mT @ U - torch.eye(U.shape[1], dtype=U.dtype)).square().sum() + 0.5 * Y.square().sum()
+    (slope,) = torch.autograd.grad(objective, Y)
+    assert float(slope.abs().max()) < 1e-10
+    merged = regularised(tasks, ridge=0.5)
+    V = torch.cat([task.svd.Vh.mT for task in tasks], dim=1)
+    right = V @ torch.linalg.inv(V.mT @ V + 0.5 * torch.eye(V.shape[1], dtype=V.dtype))
+    S = torch.linalg.lstsq(Y.detach(), merged.dense() @ torch.linalg.pinv(right.mT)).solution
+    assert torch.allclose(S, torch.diag(S.diagonal()), atol=1e-8)
+    for task, part in zip(tasks, S.diagonal().split([len(task.svd.S) for task in tasks]), strict=True):
+        assert float(part.sum()) == pytest.approx(float(task.svd.S.sum())) and bool((part.diff() <= 1e-9).all())
+    much = regularised(tasks, ridge=1e6).dense() * 1e12
+    smoothed = by_method(of(suite, "a", "b"), "ta", {"smoothing": "linear"}).deltas[LAYERS[0]]
+    assert torch.allclose(much.float(), smoothed, rtol=1e-3, atol=1e-5)
+
+
+def test_method_as_a_rule_is_the_method(suite: SmallSuite) -> None:
+    """DC-Merge in a study is the library's."""
+    tasks = [factors(adapter) for adapter in of(suite, "a", "b", "c")]
+    ruled, merged = by_rule(tasks, partial(by_default, method="dc")), by_method(of(suite, "a", "b", "c"), "dc", {})
+    assert ruled.auto == pytest.approx(merged.auto, rel=1e-5)
+    for layer in LAYERS:
+        assert torch.allclose(ruled.deltas[layer], merged.deltas[layer], atol=1e-5)

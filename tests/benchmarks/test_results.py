@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from accuracy import plan, results
+from accuracy import plan
 from accuracy.command import Benchmark, run
 from accuracy.contenders import Contender
 from accuracy.evaluate import Rows
@@ -35,8 +35,7 @@ BENCHMARK = Benchmark(
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All stages of a small benchmark of ten tasks, run."""
-    for module in (plan, results):
-        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    monkeypatch.setattr(plan, "CONTENDERS", FEW)
     arguments = ["--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "2", "--precision", "float32"]
     assert run(BENCHMARK, [*arguments, "--workers", "1"]) == 0
     return tmp_path / "results"
@@ -111,8 +110,7 @@ def test_reporting_again_changes_nothing(out: Path, tmp_path: Path) -> None:
 
 def test_a_benchmark_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of tasks, examples, and which tasks are not merged, where the command line says nothing."""
-    for module in (plan, results):
-        monkeypatch.setattr(module, "CONTENDERS", FEW)
+    monkeypatch.setattr(plan, "CONTENDERS", FEW)
     own = Settings(precision="float32", fewer=((6, 10, 12),), seen=6, unseen=2)
     benchmark = Benchmark(
         "small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS[:8], seeds), (6,), (0,), own
@@ -181,6 +179,22 @@ def test_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "found the stage 'tidy': expected some of data, train, evaluate, report" in capsys.readouterr().err
 
 
+def test_some_of_the_contenders(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those named alone, from rows that are there already; the reference has to be one of them, and names are checked."""
+    benchmark = Benchmark("small", "Small.", lambda cache: True, lambda cache, seeds: SmallSuite(cache, TASKS, seeds))
+    arguments = ["report", "--cache", str(tmp_path), "--seeds", "0", "1", "--counts", "8", "--precision", "float32"]
+    assert run(benchmark, [*arguments, "--out", str(tmp_path / "few"), "--only", "dc"]) == 0
+    found = json.loads((tmp_path / "few/results.json").read_text(encoding="utf-8"))
+    assert {line["label"] for line in found["merged"]} == {"base model", "own adapters", "dc"}
+    whole = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [line for line in whole["merged"] if line["label"] == "dc" and line["tasks"] == 8] == found["merged"][2:]
+    with pytest.raises(ValueError, match=r"found the contender 'tied': expected some of 'dc', 'ta'"):
+        run(benchmark, [*arguments, "--only", "dc", "tied"])
+    with pytest.raises(SystemExit):
+        run(benchmark, [*arguments, "--only", "ta"])
+    assert "found --only without 'dc': expected it among them" in capsys.readouterr().err
+
+
 def test_study_of_rules(tmp_path: Path) -> None:
     """Every rule at every number of tasks, by both ways to alpha, against the first; test examples are not looked at."""
     suite = small_suite(tmp_path)
@@ -199,10 +213,11 @@ def test_study_of_rules(tmp_path: Path) -> None:
 
 
 def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The family's members that are asked for after TSV-M, as a table and as JSON."""
-    assert list(rules([1.0, 2.0], [1.0, 0.0])) == ["p 1, tau 1 (TSV-M)", "p 1, tau 0", "p 2, tau 1", "p 2, tau 0"]
+    """The families' members that are asked for after DC-Merge, as a table and as JSON."""
+    assert list(rules([1.0, 2.0], [1.0], [0.5])) == ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5"]
     small_suite(tmp_path)
-    arguments = ["--cache", str(tmp_path), "--p", "2", "--seeds", "0", "--examples", "20", "--workers", "1"]
+    arguments = ["--cache", str(tmp_path), "--p", "2", "--tau", "1", "--ridge", "1", "--seeds", "0", "--examples", "20"]
+    arguments += ["--workers", "1"]
     out = tmp_path / "lines.json"
     assert (
         run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--out", str(out)], (2,))
@@ -210,7 +225,7 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     lines = json.loads(out.read_text(encoding="utf-8"))
     assert [(line["label"], line["alpha_by"]) for line in lines] == [
-        (label, by) for by in ("validation", "auto") for label in ("p 1, tau 1 (TSV-M)", "p 2, tau 1")
+        (label, by) for by in ("validation", "auto") for label in ("dc", "p 2, tau 1", "lambda 1")
     ]
     shown = capsys.readouterr().out
     assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1

@@ -92,3 +92,16 @@ def test_content_follows_texts_and_prompts(suite: TextSuite, tmp_path: Path) -> 
     data.prepare({"cats": replace(TASK, template="{}")}, tmp_path)
     other = TextSuite(tmp_path, ("cats",), (0,), TRAINING).content("cats", "test", 9)
     assert len(keys) == 3 and other not in keys and suite.content("cats", "test", 9) in keys
+
+
+def test_training_texts_for_statistics(suite: TextSuite) -> None:
+    """The first training texts, each once with its own label, and logits whose largest is the hit that is measured."""
+    model, hits, labels = suite.model(), [], []
+    for batch in suite.batches("cats", 70):
+        logits = suite.logits(model, "cats", batch)
+        assert logits.requires_grad and len(logits) == len(batch[1]) <= 64
+        hits += (logits.argmax(dim=1) == batch[1]).tolist()
+        labels += batch[1].tolist()
+    rows = data.load(suite.cache, "cats").parts["train"][:70]
+    assert sorted(labels) == sorted(label for _, label in rows) and len(rows) == 70
+    assert sum(hits) == int(suite.hits(model, "cats", "train", 70).sum())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from dc_merge_peft import DCMergeAdapter
-from dc_merge_peft.methods import METHODS
+from dc_merge_peft.methods import EVERY_METHOD
 from tests.support.golden import golden_cases, golden_file, write_golden_adapters
 from tests.support.program import run
 
@@ -261,10 +261,10 @@ def test_methods_in_one_view() -> None:
     """Without a name one line a method, with its name in PEFT."""
     shown = run("methods").stdout
     lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
-    for name, method in METHODS.items():
+    for name, method in EVERY_METHOD.items():
         assert method.title.split()[0] in lines[name]
     assert lines["ties"].rstrip().endswith("ties_dw") and "dc-merge methods NAME" in shown
-    assert "mask_size" not in shown and len(shown.splitlines()) < len(METHODS) + 8
+    assert "mask_size" not in shown and len(shown.splitlines()) < len(EVERY_METHOD) + 8
 
 
 def test_version_and_help() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dc_merge_peft import metrics
 from dc_merge_peft.engine import merge_module
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank, SharedSpace
@@ -18,6 +19,7 @@ from dc_merge_peft.methods import method_named
 from dc_merge_peft.methods.basis import CoverBasis, ascend, optimized_basis, rotation_gradient
 from dc_merge_peft.methods.cover import cover_basis, structural_mask
 
+from ..support import measures
 from ..support.golden import FILES, golden_file
 from ..support.strategies import dense, orthonormal, random_tasks, relative, zero_task
 from .test_no_dense import LARGEST_ALLOWED, LargestTensor
@@ -219,3 +221,20 @@ def test_nothing_dense() -> None:
     with LargestTensor() as guard:
         merge_module(method_named("dc", {"basis": "optimized"}), tasks, [1.0] * 4, None)
     assert guard.operations > 100 and guard.entries <= LARGEST_ALLOWED
+
+
+def test_cover_measures_in_the_optimised_basis() -> None:
+    """Algorithm 2's basis instead of whitening (Figure 14): M_i are dense projections on it, and no energy is lost."""
+    tasks = [task.to(torch.float64) for task in random_tasks(4, (12, 10), (3, 2, 3))]
+    U, V, _ = optimized_basis([task.svd for task in tasks], steps=20)
+    M, ranks = metrics.cover_representation(tasks, basis="optimized", basis_steps=20)
+    assert ranks == [3, 2, 3]
+    for task, found in zip(tasks, M, strict=True):
+        assert found.numpy() == pytest.approx((U.mT @ task.dense() @ V).numpy(), abs=1e-9)
+    energy = metrics.cover_block_energy(tasks, basis="optimized", basis_steps=20)
+    maps = metrics.cover_block_map(tasks, basis="optimized", basis_steps=20)
+    for i, core in enumerate(M):
+        block = measures.blocks(core.numpy(), ranks)[0][2]
+        assert float(maps[i, 0, 2]) == pytest.approx(np.abs(block).mean(), abs=1e-9)
+        assert float(energy[i, 0, 2]) == pytest.approx((block**2).sum() / (core.numpy() ** 2).sum(), abs=1e-9)
+    assert not torch.allclose(energy, metrics.cover_block_energy(tasks), atol=1e-3)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from dc_merge_peft import OptionError, metrics
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.lowrank import LowRank, SharedSpace, concatenate
-from dc_merge_peft.methods.basis import optimized_basis
 
 from ..support import measures, oracle
 from ..support.strategies import QUICK, dense, random_tasks, task_lists, zero_task
@@ -136,23 +135,6 @@ def test_cover_measures_are_the_dense_ones(tasks: list[LowRank]) -> None:
             for b, block in enumerate(row):
                 assert float(maps[i, a, b]) == pytest.approx(np.abs(block).mean(), abs=1e-6)
                 assert float(energy[i, a, b]) == pytest.approx((block**2).sum() / (core**2).sum(), abs=1e-6)
-
-
-def test_cover_measures_in_the_optimised_basis() -> None:
-    """Algorithm 2's basis instead of whitening (Figure 14): M_i are dense projections on it, and no energy is lost."""
-    tasks = [wide(task) for task in random_tasks(4, (12, 10), (3, 2, 3))]
-    U, V, _ = optimized_basis([task.svd for task in tasks], steps=20)
-    M, ranks = metrics.cover_representation(tasks, basis="optimized", basis_steps=20)
-    assert ranks == [3, 2, 3]
-    for task, found in zip(tasks, M, strict=True):
-        assert found.numpy() == pytest.approx((U.mT @ task.dense() @ V).numpy(), abs=1e-9)
-    energy = metrics.cover_block_energy(tasks, basis="optimized", basis_steps=20)
-    maps = metrics.cover_block_map(tasks, basis="optimized", basis_steps=20)
-    for i, core in enumerate(M):
-        block = measures.blocks(core.numpy(), ranks)[0][2]
-        assert float(maps[i, 0, 2]) == pytest.approx(np.abs(block).mean(), abs=1e-9)
-        assert float(energy[i, 0, 2]) == pytest.approx((block**2).sum() / (core.numpy() ** 2).sum(), abs=1e-9)
-    assert not torch.allclose(energy, metrics.cover_block_energy(tasks), atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ laws

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from dc_merge_peft.outputs.targets import choose_targets
@@ -52,6 +53,27 @@ def test_shared_walk_gives_the_same_source() -> None:
         alone, shared = LiveSource(model.base_model, name), LiveSource(model.base_model, name, seen)
         assert shared.modules == alone.modules
         assert all((shared.factors(each).dense() == alone.factors(each).dense()).all() for each in alone.modules)
+
+
+def test_own_modules() -> None:
+    """Those of the base model, also where adapters of two kinds stand around one module; nothing of the adapters."""
+    names = [name for name, _ in models.bert().named_modules() if name]
+    adapted_model = get_peft_model(
+        models.bert(), LoraConfig(r=2, target_modules=["query", "dense"]), adapter_name="red", mixed=True
+    )
+    adapted_model.add_adapter("green", LoHaConfig(r=2, target_modules=["query", "value"]))
+    adapted_model.add_adapter("blue", LoraConfig(r=2, target_modules=["value"]))
+    assert sorted(LiveModel.of(adapted_model.base_model.model).own) == sorted(names)
+    assert LiveModel.of(models.bert()).own == names
+
+
+def test_names_of_adapters_are_no_targets() -> None:
+    """An adapter that is called as its target still has that target in the merge's config."""
+    model = models.with_lora(
+        models.bert(), {name: {"r": 2, "target_modules": ["query"]} for name in ("query", "value")}
+    )
+    model.add_weighted_adapter(["query", "value"], [1.0, 1.0], "new", combination_type="dc")
+    assert model.peft_config["new"].target_modules == {"query"}
 
 
 def test_targets_are_refused_at_the_first_wrong_module() -> None:

@@ -14,7 +14,7 @@ from peft.tuners.mixed import MixedModel
 from torch import nn
 
 import dc_merge_peft
-from dc_merge_peft import METHODS, OptionError, register, unregister
+from dc_merge_peft import DATA_METHODS, METHODS, OptionError, register, unregister
 from dc_merge_peft.combination_types import PEFT_TYPES, combination_types
 from dc_merge_peft.outputs import live
 from tests.support import models
@@ -267,8 +267,8 @@ def test_registration_as_a_context(model: Any) -> None:
 @pytest.mark.filterwarnings("ignore:in 2 of 4 modules .* fewer than min_tasks=2")
 def test_every_method_is_a_type(model: Any) -> None:
     """Every method of the library whose name PEFT does not have is a combination type."""
-    assert set(combination_types().values()) == set(METHODS) and not set(combination_types()) & PEFT_TYPES
-    for kind in combination_types():
+    assert set(combination_types().values()) == {*METHODS, *DATA_METHODS} and not set(combination_types()) & PEFT_TYPES
+    for kind in [kind for kind, name in combination_types().items() if name in METHODS]:  # the others need data
         model.add_weighted_adapter(NAMES, [1.0, 1.0], f"by_{kind}", combination_type=kind, svd_rank=16)
         assert len(models.layers(model, f"by_{kind}")) == 4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +82,9 @@ class SmallSuite:
         return found
 
     def _examples(self, task: str, part: str) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1000 + ord(task[0]) + (500 if part == "test" else 0))
+        generator = torch.Generator().manual_seed(
+            1000 + ord(task[0]) + {"validation": 0, "test": 500, "train": 900}[part]
+        )
         x = torch.randn(EXAMPLES, WIDTH, generator=generator)
         head = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(ord(task[0])))
         tuned = Encoder()
@@ -90,6 +92,22 @@ class SmallSuite:
             for layer, (B, A) in self.factors(task, 0).items():
                 getattr(tuned, layer).weight += B @ A
             return x, (tuned(x) @ head.T).argmax(dim=1), head
+
+
+@dataclass
+class InformedSuite(SmallSuite):
+    """The same with doors to training examples."""
+
+    @property
+    def cache(self) -> Path:
+        return self.folder
+
+    def batches(self, task: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        x, labels, _ = self._examples(task, "train")
+        yield x[:count], labels[:count]
+
+    def logits(self, model: nn.Module, task: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model(batch[0]) @ self._examples(task, "train")[2].T
 
 
 def small_suite(folder: Path, **options: object) -> SmallSuite:

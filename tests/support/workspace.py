@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
+from dc_merge_peft import statistics
 from tests.support.full import tune
-from tests.support.models import bert, save_adapters, with_lora
+from tests.support.models import IDS, bert, save_adapters, with_lora
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "math-lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]},
@@ -28,6 +31,16 @@ def make_full_workspace(folder: Path) -> Path:
     model = bert()
     for seed, name in enumerate(("base-model", "math-model", "code-model")):
         (tune(model, seed) if seed else model).save_pretrained(folder / name)
+    return folder
+
+
+def make_data_workspace(folder: Path) -> Path:
+    """The usual one, and statistics of made-up texts for each adapter."""
+    model = PeftModel.from_pretrained(bert(), make_workspace(folder) / "math-lora", "math-lora")
+    model.load_adapter(folder / "code-lora", "code-lora")
+    for name in ADAPTERS:
+        model.set_adapter(name)
+        statistics.save(statistics.input_grams(model, [{"input_ids": IDS}]), folder / f"{name}-grams.safetensors")
     return folder
 
 

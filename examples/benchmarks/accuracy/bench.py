@@ -13,6 +13,7 @@ from accuracy.carrier import Carrier
 from accuracy.keys import tensors_key
 from accuracy.merging import Merge
 from accuracy.plan import Job, share
+from accuracy.statistics import informed
 from accuracy.suite import Suite
 
 Row = dict[str, Any]
@@ -54,7 +55,10 @@ class Bench:
         """The row of one job; an earlier row where the library's code has changed and its result has not."""
         start = time.perf_counter()
         adapters = [self.suite.adapter(task, job.seed) for task in job.tasks]
-        merge = self.suite.kind.merge(adapters, job.contender.method, job.contender.options)
+        options = dict(job.contender.options)
+        if job.statistics:
+            options["statistics"] = [want.file(informed(self.suite)) for want in job.statistics]
+        merge = self.suite.kind.merge(adapters, job.contender.method, options)
         seconds = time.perf_counter() - start
         deltas = tensors_key(merge.deltas)
         if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (deltas, merge.auto):

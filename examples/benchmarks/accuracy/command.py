@@ -17,7 +17,7 @@ from accuracy.evaluate import Rows, evaluate
 from accuracy.making import make_adapters
 from accuracy.plan import Settings
 from accuracy.report import markdown, with_tables
-from accuracy.results import results_of, write
+from accuracy.results import REFERENCE, results_of, write
 from accuracy.suite import Trainable
 from accuracy.workers import say
 
@@ -59,10 +59,14 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
     parser.add_argument("--precision", choices=list(PRECISIONS), default=benchmark.settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
+                        help=f"of methods and options, {REFERENCE!r} among them (default: all that there are)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.stages) - set(STAGES)):
         parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(STAGES)}")
+    if options.only and REFERENCE not in options.only:
+        parser.error(f"found --only without {REFERENCE!r}: expected it among them, since all are compared with it")
     options.stages = options.stages or list(STAGES)
     return options
 
@@ -71,7 +75,9 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     """Run the stages that are asked for, in their order."""
     options = parse(benchmark, arguments)
     suite = benchmark.suite(options.cache, tuple(options.seeds))
-    settings = dataclasses.replace(benchmark.settings, counts=tuple(options.counts), precision=options.precision)
+    settings = dataclasses.replace(
+        benchmark.settings, counts=tuple(options.counts), precision=options.precision, only=tuple(options.only)
+    )
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
     try:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from dc_merge_peft.methods import METHODS
+from accuracy.suite import Informed, Suite
+from dc_merge_peft.methods import DATA_METHODS, METHODS
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,24 @@ OPTIONS = (
     Contender("ties, smoothing", "ties", {"smoothing": "linear"}, ABLATED, ADAPTERS),
 )
 CONTENDERS: tuple[Contender, ...] = EVERY_METHOD + SMOOTHING + OPTIONS
+WITH_DATA = (
+    *(Contender(name, name, {}, ABLATED) for name in DATA_METHODS),
+    Contender("fisher, normalized", "fisher", {"normalize": True}, ABLATED),
+)
 
-# The paper's tables by the labels of their rows.
+
+def with_data(suite: Suite) -> tuple[Contender, ...]:
+    """The contenders that need statistics of training examples, where a suite has a door to them."""
+    return WITH_DATA if isinstance(suite, Informed) else ()
+
+
+# The paper's tables by the labels of their rows; one is left out where a suite lacks any of them.
 Table: TypeAlias = Sequence[tuple[str, str]]
+TABLE_10 = "Methods that look at training examples, beside others of Table 10"
+DATA_ROWS: Table = (
+    ("average", "average"), ("Fisher merging", "fisher"), ("Fisher merging, normalized", "fisher, normalized"),
+    ("RegMean", "regmean"), ("TA", "ta"), ("PCB-Merging", "pcb"), ("TSV-M", "tsvm"), ("Iso-CTS", "iso_cts"), ("DC-Merge", "dc"),
+)  # fmt: skip
 TABLES: Mapping[str, Table] = {
     "Energy smoothing (the paper's Tables 4 and 8)": (
         ("none", "dc, none"), ("averaging", "dc, average"), ("linear", "dc"),
@@ -61,6 +77,7 @@ TABLES: Mapping[str, Table] = {
         ("TA", "ta"), ("TA + ES", "ta, smoothing"), ("TA + CSM", "ta, cover"), ("TA + CSM + ES", "ta, cover, smoothing"),
         ("TIES", "ties"), ("TIES + ES", "ties, smoothing"), ("TIES + CSM", "dc, none"), ("TIES + CSM + ES", "dc"),
     ),
+    TABLE_10: DATA_ROWS,
 }  # fmt: skip
 MODEL_TABLES: Mapping[str, Table] = {
     "Energy smoothing, beyond the cut to r directions": (
@@ -70,6 +87,7 @@ MODEL_TABLES: Mapping[str, Table] = {
     "Cover space (CSM) by itself (Table 6)": (
         ("TA", "ta"), ("TA + CSM", "ta, cover"), ("TIES", "ties"), ("TIES + CSM", "dc"),
     ),
+    TABLE_10: DATA_ROWS,
 }  # fmt: skip
 TABLES_OF: Mapping[str, Mapping[str, Table]] = {"adapter": TABLES, "model": MODEL_TABLES}
 

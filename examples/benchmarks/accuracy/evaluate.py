@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accuracy.bench import Bench, Row
-from accuracy.contenders import Contender
 from accuracy.keys import content_key
 from accuracy.plan import MEASURING, Job, Settings, adapter_key, jobs, pending, share
+from accuracy.statistics import collect_all
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 
@@ -44,43 +44,26 @@ class Rows:
         self.found[row["name"]] = json.loads(json.dumps(row))
 
 
-def evaluate(
-    suite: Suite,
-    settings: Settings,
-    rows: Rows,
-    workers: int,
-    contenders: Sequence[Contender] | None = None,
-    bench: type[Bench] = Bench,
-) -> int:
-    """Measure everything that no row answers; how many rows are new.
-
-    Args:
-        suite: What is measured.
-        settings: How much of it.
-        rows: What is there already.
-        workers: Processes.
-        contenders: What is compared; everything by default.
-        bench: How it is measured.
-    """
+def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int, bench: type[Bench] = Bench) -> int:
+    """Measure everything that no row answers, by this kind of bench; how many rows are new."""
     make = partial(_bench, precision=settings.precision, bench=bench)
     alone = _alone_pending(suite, settings, rows.found)
     for number, (_, row) in enumerate(shared_out(_measure_alone, alone, make, suite, workers), 1):
         rows.add(row)
         say(f"{number} of {len(alone)}: {row['name']}, test {share(row['test']):.1%}")
-    left = pending(jobs(suite, settings, own_hits(suite, rows.found), contenders), rows.found)
+    left = pending(jobs(suite, settings, own_hits(suite, rows.found)), rows.found)
+    collect_all(suite, (want for job in left for want in job.statistics), workers)
     for number, (job, row) in enumerate(shared_out(_measure, left, make, suite, workers), 1):
         rows.add(row)
         say(f"{number} of {len(left)}: {job.name}, alpha {row['best']:g}, {row['seconds']:.1f} s")
     return len(alone) + len(left)
 
 
-def unanswered(
-    suite: Suite, settings: Settings, rows: Mapping[str, Row], contenders: Sequence[Contender] | None = None
-) -> list[str]:
+def unanswered(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> list[str]:
     """Names of the rows that are missing, or were made from other texts, adapters, settings or code than those of today."""
     if alone := _alone_pending(suite, settings, rows):
         return [job["name"] for job in alone]
-    return [job.name for job in pending(jobs(suite, settings, own_hits(suite, rows), contenders), rows)]
+    return [job.name for job in pending(jobs(suite, settings, own_hits(suite, rows)), rows)]
 
 
 def own_hits(suite: Suite, rows: Mapping[str, Row]) -> dict[tuple[str, int], str]:

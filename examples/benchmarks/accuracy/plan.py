@@ -12,8 +12,9 @@ from typing import Any
 import dc_merge_peft
 from accuracy.alphas import GRID, LADDER, PATIENCE
 from accuracy.carrier import PRECISIONS
-from accuracy.contenders import CONTENDERS, Contender, groups
+from accuracy.contenders import CONTENDERS, WITH_DATA, Contender, groups, with_data
 from accuracy.keys import content_key, files_key
+from accuracy.statistics import Wanted, wanted
 from accuracy.suite import Suite
 
 MEASURING = 1  # counts up with changes of how a merge is measured
@@ -34,10 +35,20 @@ class Settings:
     # So many tasks merged, and so many after them, where there are any, measured beside them: the paper's Table 11.
     seen: int = 8
     unseen: int = 4
+    only: tuple[str, ...] = ()  # labels of contenders; none: all of them
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"found precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        labels = [contender.label for contender in (*CONTENDERS, *WITH_DATA)]
+        if unknown := [label for label in self.only if label not in labels]:
+            raise ValueError(f"found the contender {unknown[0]!r}: expected some of {', '.join(map(repr, labels))}")
+
+    def contenders(self, suite: Suite, count: int) -> list[Contender]:
+        """Those that are measured with so many of a suite's tasks."""
+        every = (*CONTENDERS, *with_data(suite))
+        chosen = [contender for contender in every if not self.only or contender.label in self.only]
+        return [contender for contender in chosen if contender.runs_at(count, suite.kind.name)]
 
     def seeds(self, seeds: Sequence[int], count: int) -> tuple[int, ...]:
         """Those whose merges of ``count`` tasks are measured."""
@@ -67,6 +78,7 @@ class Job:
     own: Mapping[str, float]  # validation accuracy of each task's own adapter
     key: str  # of everything but the library's code
     code: str
+    statistics: tuple[Wanted, ...] = ()  # of each task's training examples, for methods that need them
     earlier: Mapping[str, Any] | None = None  # the row of an earlier run with the same key and other code
 
     @property
@@ -80,20 +92,8 @@ def row_name(label: str, tasks: Sequence[str], seed: int) -> str:
     return f"{label} | {'+'.join(tasks)} | {seed}"
 
 
-def jobs(
-    suite: Suite,
-    settings: Settings,
-    own: Mapping[tuple[str, int], str],
-    contenders: Sequence[Contender] | None = None,
-) -> list[Job]:
-    """All merges, in the order of the settings' numbers of tasks.
-
-    Args:
-        suite: What is measured.
-        settings: How much of it.
-        own: The own adapters' validation hits by task and seed.
-        contenders: What is compared; everything by default.
-    """
+def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -> list[Job]:
+    """All merges, in the order of the settings' numbers of tasks; ``own`` are the own adapters' validation hits by task and seed."""
     found = []
     code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
     if suite.kind.written:
@@ -108,10 +108,11 @@ def jobs(
                 merged = [adapter(task, seed) for task in group]
                 common = [MEASURING, texts, merged, settings.precision, GRID, LADDER, PATIENCE]
                 mine = {task: share(own[task, seed][: examples["validation"]]) for task in group}
-                for contender in CONTENDERS if contenders is None else contenders:
-                    if contender.runs_at(count, suite.kind.name):
-                        key = content_key([common, contender.method, dict(contender.options)])
-                        found.append(Job(contender, group, unseen, seed, examples, mine, key, code))
+                for contender in settings.contenders(suite, count):
+                    needed = wanted(suite, contender.method, group, seed, merged)
+                    of_data = [[want.key for want in needed]] if needed else []
+                    key = content_key([common, contender.method, dict(contender.options), *of_data])
+                    found.append(Job(contender, group, unseen, seed, examples, mine, key, code, tuple(needed)))
     return found
 
 

@@ -43,8 +43,10 @@ def tables(results: Mapping[str, Any]) -> str:
     parts = [settings_text(results), "## Tasks", tasks_table(results)]
     for rule in RULES:
         parts += [f"## Methods, {RULE_NAMES[rule]}", methods_table(results, rule)]
+    measured = {line["label"] for line in results["merged"]}
     for title, rows in TABLES_OF[kind(results)].items():
-        parts += [f"## {title}", options_table(results, rows)]
+        if measured >= {label for _, label in rows}:
+            parts += [f"## {title}", options_table(results, rows)]
     if results["unseen"]:
         parts += ["## Tasks that were not merged (Table 11)", unseen_table(results)]
     return "\n\n".join(parts)
@@ -65,7 +67,7 @@ def settings_text(results: Mapping[str, Any]) -> str:
 def settings_of(results: Mapping[str, Any]) -> Settings:
     """As they were when it was measured."""
     saved = results["settings"]
-    return Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"]))})
+    return Settings(**{**saved, "fewer": tuple(map(tuple, saved["fewer"])), "only": ()})
 
 
 def kind(results: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from accuracy.bootstrap import (
     mean_difference,
     mean_normalized,
 )
-from accuracy.contenders import CONTENDERS, Contender, groups
+from accuracy.contenders import groups
 from accuracy.evaluate import alone_name, unanswered
 from accuracy.plan import Settings, row_name, share
 from accuracy.suite import Suite
@@ -30,31 +29,23 @@ REFERENCE = "dc"  # whom every contender is compared with, at the same rule for 
 RULES = ("validation", "auto")
 
 
-def results_of(
-    suite: Suite,
-    settings: Settings,
-    rows: Mapping[str, Row],
-    contenders: Sequence[Contender] | None = None,
-    draws: int = DRAWS,
-) -> dict[str, Any]:
+def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row], draws: int = DRAWS) -> dict[str, Any]:
     """Everything that was measured, in plain values.
 
     Args:
         suite: What was measured.
         settings: How much of it.
         rows: What came out.
-        contenders: What was compared, everything by default; the reference must be among them.
         draws: Of the bootstrap; they are held in memory, eight bytes for each of them and every test example.
 
     Raises:
         SystemExit: a row is missing or was made from something else.
     """
-    if left := unanswered(suite, settings, rows, contenders):
+    if left := unanswered(suite, settings, rows):
         raise SystemExit(
             f"{len(left)} rows are missing or out of date, as '{left[0]}': run the stage 'evaluate' first."
         )
-    asked = _Asked(suite, settings, rows, CONTENDERS if contenders is None else contenders, draws)
-    merged = [line for count in sorted(settings.counts) for line in merged_lines(asked, count)]
+    merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count, draws)]
     return {
         "suite": suite.name,
         "kind": suite.kind.name,
@@ -62,7 +53,7 @@ def results_of(
         "settings": dataclasses.asdict(settings),
         "tasks": [task_line(suite, rows, task) for task in suite.tasks],
         "merged": merged,
-        "unseen": list(unseen_lines(asked)),
+        "unseen": list(unseen_lines(suite, settings, rows, draws)),
     }
 
 
@@ -74,31 +65,17 @@ def task_line(suite: Suite, rows: Mapping[str, Row], task: str) -> dict[str, Any
     return {"task": task, "examples": len(base), **accuracies}
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What lines are made from."""
-
-    suite: Suite
-    settings: Settings
-    rows: Mapping[str, Row]
-    contenders: Sequence[Contender]
-    draws: int
-
-    def labels(self, count: int) -> list[str]:
-        """Of those that were measured with so many tasks."""
-        return [one.label for one in self.contenders if one.runs_at(count, self.suite.kind.name)]
-
-
-def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
+def merged_lines(
+    suite: Suite, settings: Settings, rows: Mapping[str, Row], count: int, draws: int = DRAWS
+) -> Iterator[dict[str, Any]]:
     """One line a contender and rule at one number of tasks; the pretrained model and the adapters themselves before them."""
-    suite, settings, rows = asked.suite, asked.settings, asked.rows
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
     size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
-    found = {label: _model(seeds, rows, label, together) for label in asked.labels(count)}
+    found = {label: _model(seeds, rows, label, together) for label in _labels(suite, settings, count)}
     owners = f"own {suite.kind.name}s"
     alone = {name: _alone(seeds, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
-    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()}, asked.draws)
+    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()}, draws)
     own = resampling.accuracies(alone[owners])
     for label, hits in alone.items():
         yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
@@ -111,9 +88,10 @@ def merged_lines(asked: _Asked, count: int) -> Iterator[dict[str, Any]]:
             yield line | {"alpha": [round(alpha, 3) for alpha in _alphas(seeds, rows, label, together, rule)]}
 
 
-def unseen_lines(asked: _Asked) -> Iterator[dict[str, Any]]:
+def unseen_lines(
+    suite: Suite, settings: Settings, rows: Mapping[str, Row], draws: int = DRAWS
+) -> Iterator[dict[str, Any]]:
     """Accuracy on tasks that took no part in a merge of others (Tables 11 and 12)."""
-    suite, settings, rows = asked.suite, asked.settings, asked.rows
     count = settings.seen
     unseen = settings.beside(suite.tasks, count)
     if count not in settings.counts or not unseen:
@@ -121,15 +99,15 @@ def unseen_lines(asked: _Asked) -> Iterator[dict[str, Any]]:
     seen = suite.tasks[:count]
     size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
     together = [tuple(seen)]
-    models = {label: _model(seeds, rows, label, together, unseen) for label in asked.labels(count)}
+    models = {label: _model(seeds, rows, label, together, unseen) for label in _labels(suite, settings, count)}
     lines = [("base model", "", _alone(seeds, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
-        part: Resampling({task: len(lines[0][2][0][task]) for task in tasks}, asked.draws)
+        part: Resampling({task: len(lines[0][2][0][task]) for task in tasks}, draws)
         for part, tasks in (("seen", seen), ("unseen", unseen))
     }
     for label, rule, hits in lines:
-        averages = {part: _plain(mean_accuracy(draws.accuracies(hits))) for part, draws in parts.items()}
+        averages = {part: _plain(mean_accuracy(drawn.accuracies(hits))) for part, drawn in parts.items()}
         yield {"label": label, "rule": rule, **averages}
 
 
@@ -157,6 +135,10 @@ def flat(line: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = " ".join(map(str, value)) if isinstance(value, list) else value
     return found
+
+
+def _labels(suite: Suite, settings: Settings, count: int) -> list[str]:
+    return [contender.label for contender in settings.contenders(suite, count)]
 
 
 def _model(

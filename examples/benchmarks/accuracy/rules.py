@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.methods.smoothing import smooth_energy
 
 NULL = 1e-10  # of the largest eigenvalue of a Gram matrix: below it a direction is rounding
 
@@ -22,6 +24,28 @@ def gram_power(tasks: Sequence[LowRank], p: float = 1.0, tau: float = 1.0) -> Lo
     U, V = torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh.mT for svd in svds], dim=1)
     S = torch.cat([tau * svd.S + (1 - tau) * svd.S.mean() for svd in svds])
     return LowRank(U @ inverse_power(U.mT @ U, p / 2) * S, (V @ inverse_power(V.mT @ V, p / 2)).mT)
+
+
+def regularised(tasks: Sequence[LowRank], ridge: float = 0.5, rho: float = 5.0) -> LowRank:
+    """``dW = U (G_u + lambda)^-1 diag(S) (G_v + lambda)^-1 V^T``, with linearly smoothed S (Eq. 39-40): regularised zero-forcing, as
+    the transmitters of radio call it.
+
+    ``Y = U (G_u + lambda)^-1`` minimises ``||Y^T U - I||_F^2 + lambda ||Y||_F^2``: each merged direction is to answer its own direction
+    with 1 and those of all tasks beside it with 0, at a small norm. Large lambda leaves the sum (p = 0 of :func:`gram_power`), none takes
+    all interference away and amplifies what tasks hardly differ in (p = 2); at an eigenvalue 1 of G, which is their mean, it has the slope
+    of p = 2 / (1 + lambda).
+    """
+    svds = [task.svd for task in tasks]
+    U, V = torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh.mT for svd in svds], dim=1)
+    S = torch.cat([smooth_energy(svd.S, "linear", rho=rho) for svd in svds])
+    left, right = (torch.linalg.inv(X.mT @ X + ridge * torch.eye(X.shape[1], dtype=X.dtype)) for X in (U, V))
+    return LowRank(U @ left * S, (V @ right).mT)
+
+
+def by_default(tasks: Sequence[LowRank], method: str) -> LowRank | Tensor:
+    """One of the library's methods at its defaults, before alpha."""
+    found = method_named(method, {"alpha": 1.0}).merge(tasks, [1.0] * len(tasks))
+    return found if isinstance(found, LowRank) else found.dense()
 
 
 def inverse_power(G: Tensor, exponent: float) -> Tensor:

@@ -13,7 +13,7 @@ from common.tables import markdown
 
 from accuracy.carrier import PRECISIONS
 from accuracy.merging import Rule
-from accuracy.rules import gram_power
+from accuracy.rules import by_default, gram_power, regularised
 from accuracy.study import study, table
 from accuracy.suite import Suite
 
@@ -32,7 +32,7 @@ def run(
     options = parse(doc, arguments, counts)
     found = suite(options.cache, tuple(options.seeds))
     lines = study(
-        found, rules(options.p, options.tau), options.counts,
+        found, rules(options.p, options.tau, options.ridge), options.counts,
         examples=options.examples, precision=options.precision, workers=options.workers,
     )  # fmt: skip
     if options.out:
@@ -45,8 +45,11 @@ def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int]) -> a
     """The command line's options."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="with the adapters of the benchmark")
-    parser.add_argument("--p", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--p", type=float, nargs="*", default=[1.0, 1.3], help="of gram_power (default: 1 1.3)")
+    parser.add_argument("--tau", type=float, nargs="*", default=[0.7, 1.0], help="of gram_power (default: 0.7 1)")
+    parser.add_argument(
+        "--ridge", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="of regularised (default: 0.25 0.5 1)"
+    )
     parser.add_argument("--counts", type=int, nargs="+", default=list(counts), metavar="T")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
@@ -58,11 +61,12 @@ def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int]) -> a
     return parser.parse_args(arguments)
 
 
-def rules(powers: Sequence[float], taus: Sequence[float]) -> Mapping[str, Rule]:
-    """The members of the family that are asked for, TSV-M before them: the others are compared with it."""
-    found: dict[str, Rule] = {"p 1, tau 1 (TSV-M)": partial(gram_power, p=1.0, tau=1.0)}
+def rules(powers: Sequence[float], taus: Sequence[float], ridges: Sequence[float]) -> Mapping[str, Rule]:
+    """DC-Merge, with which the others are compared, and the members of both families that are asked for."""
+    found: dict[str, Rule] = {"dc": partial(by_default, method="dc")}
     for p in powers:
         for tau in taus:
-            if (p, tau) != (1.0, 1.0):
-                found[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
+            found[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
+    for ridge in ridges:
+        found[f"lambda {ridge:g}"] = partial(regularised, ridge=ridge)
     return found

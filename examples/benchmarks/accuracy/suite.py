@@ -1,11 +1,11 @@
 """What a benchmark must give so that merges of its adapters or models can be measured: backbone, tasks and checkpoints behind
-four doors."""
+four doors, and two more for methods that look at training examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -37,7 +37,24 @@ class Suite(Protocol):
         ...
 
     def content(self, task: str, part: str, count: int) -> str:
-        """Content key of everything that decides the hits of a model: examples, labels, head, preprocessing."""
+        """Content key of everything that decides the hits of a model on a part: examples, labels, head, preprocessing."""
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """What a suite has beside the doors of :class:`Suite` where methods that need data are to be compared, too."""
+
+    cache: Path
+    """A folder, in which ``statistics`` is theirs."""
+
+    def batches(self, task: str, count: int) -> Iterable[Any]:
+        """The first ``count`` training examples in batches, as ``logits`` takes them; the part's :meth:`Suite.content` is that of
+        ``"train"``."""
+        ...
+
+    def logits(self, model: nn.Module, task: str, batch: Any) -> Tensor:
+        """(examples, classes) of one batch with the task's frozen head, scaled as in training, with gradients where they are on."""
         ...
 
 

@@ -4,7 +4,8 @@ python -m examples.benchmarks.everything                        # all stages of 
 python -m examples.benchmarks.everything evaluate figures report    # from cached adapters
 python -m examples.benchmarks.everything report --only text8    # the pages again, from what was measured
 
-data, train, evaluate, report: as each benchmark by itself has them. figures: the paper's figures. With report come
+data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, on validation
+examples. figures: the paper's figures. With report come
 docs/benchmarks.md and the guide of docs/methods/index.md. It may be stopped at any time and goes on where it was.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -28,7 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = "text8"  # whose adapters the figures are of
-EVERY_STAGE = (*STAGES[:-1], "figures", STAGES[-1])
+EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1])
+STUDIED = {
+    "text8": ("4", "8"),
+    "vision": ("4", "8"),
+}  # numbers of tasks at which rules that are no methods are measured
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             _run(name, stages, options)
             say(f"{name}: {', '.join(stages)}, in {time.perf_counter() - start:.0f} s")
+    for name in options.only:
+        if "study" in options.stages and name in STUDIED:
+            _study(name, options)
     figures = options.docs / "benchmarks"
     if "figures" in options.stages and DRAWN in options.only:
         from figures.command import main as draw
@@ -101,9 +110,23 @@ def write_pages(docs: Path, figures: Path) -> None:
     found = saved(docs, list(BENCHMARKS.values()))
     page, guide = docs / "benchmarks.md", docs / "methods/index.md"
     page.write_text(
-        with_section(page.read_text(encoding="utf-8"), section(found, figures, figures_text(figures))), encoding="utf-8"
+        with_section(page.read_text(encoding="utf-8"), section(found, figures, figures_text(figures), studies(docs))),
+        encoding="utf-8",
     )
     guide.write_text(with_guide(guide.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def studies(docs: Path) -> list[str]:
+    """A table for each benchmark whose study is saved."""
+    from accuracy.study import table
+    from common.tables import markdown
+
+    files = {name: docs / name / "study.json" for name in BENCHMARKS.values()}
+    return [
+        f"### {name}\n\n{markdown(*table(json.loads(file.read_text(encoding='utf-8'))))}"
+        for name, file in files.items()
+        if file.is_file()
+    ]
 
 
 def figures_text(folder: Path) -> str:
@@ -112,6 +135,16 @@ def figures_text(folder: Path) -> str:
     from figures.page import section as of_figures
 
     return of_figures(folder) if (folder / ABOUT).is_file() else ""
+
+
+def _study(name: str, options: argparse.Namespace) -> None:
+    """The default families of one benchmark; made anew where it has not been made."""
+    out = options.docs / BENCHMARKS[name] / "study.json"
+    if out.is_file():
+        say(f"{name}: studied already; delete {out} to do it again")
+        return
+    arguments = ["--cache", str(options.cache / name), "--counts", *STUDIED[name], "--workers", str(options.workers)]
+    importlib.import_module(f"{name}.study").main([*arguments, "--out", str(out)])
 
 
 def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:

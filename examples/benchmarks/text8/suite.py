@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,18 @@ class TextTasks:
         examples = self._prepared(task, part, count)
         embeddings = encoder.embed_tokens(model, examples.tokens)
         return encoder.predictions(embeddings, self.head(task)) == examples.labels
+
+    def batches(self, task: str, count: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Model inputs and labels, texts of like length together."""
+        examples = self._prepared(task, "train", count)
+        start = 0
+        for batch in examples.tokens.batches:
+            positions = examples.tokens.order[start : start + len(batch["input_ids"])]
+            start += len(positions)
+            yield batch, examples.labels[positions]
+
+    def logits(self, model: nn.Module, task: str, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+        return encoder.LOGIT_SCALE * encoder.pooled(model, batch[0]) @ self.head(task).T
 
     def content(self, task: str, part: str, count: int) -> str:
         texts = self._loaded(task)

@@ -1,7 +1,8 @@
-"""Study a family of rules on the validation pictures: ``python -m examples.benchmarks.vision.study --p 0 1 2 --tau 0 0.5 1``.
+"""Study rules that are no methods of the library on the validation pictures: ``python -m examples.benchmarks.vision.study --cache DIR``.
 
-The rules are ``dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T`` of ``accuracy/rules.py``; p = 1, tau = 1 is TSV-M
-and comes first. Other rules: call ``accuracy.study.study`` with functions of your own, as this program does.
+``--p`` and ``--tau`` make ``dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T``, of which p = 1, tau = 1 is TSV-M; ``--ridge`` makes
+``dW = U (G_u + lambda)^-1 diag(S) (G_v + lambda)^-1 V^T`` with smoothed S; both are in ``accuracy/rules.py``. DC-Merge comes first, and
+the others are compared with it. Other rules: call ``accuracy.study.study`` with functions of your own, as this program does.
 """
 
 from __future__ import annotations

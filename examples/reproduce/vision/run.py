@@ -12,12 +12,11 @@ from pathlib import Path
 from accuracy.bench import Bench
 from accuracy.contenders import Contender
 from accuracy.evaluate import Rows, evaluate
-from accuracy.plan import Settings
 from accuracy.results import results_of, write
 from accuracy.workers import say
 
 from reproduce import expected
-from reproduce.contenders import FFT, LORA, chosen
+from reproduce.contenders import FFT, LORA, PaperSettings, chosen
 from reproduce.needs import Plan, device_named
 from reproduce.vision.backbones import BACKBONES, Backbone, fusion_bench_id, knots_id
 from reproduce.vision.benches import GridBench
@@ -95,11 +94,13 @@ class Run:
         suite = self.suite()
         # Tables 11 and 12 are of LoRA.
         others = 4 if self.table.setting == "lora" else 0
-        settings = Settings(self.counts, self.precision, ALL, ALL, fewer=(), one_seed=(), unseen=others)
+        settings = PaperSettings(
+            self.counts, self.precision, ALL, ALL, fewer=(), one_seed=(), unseen=others, rows=self.contenders
+        )
         rows = Rows(self.given.cache / "results" / f"rows-{self.precision}-{self.search}.jsonl")
-        new = evaluate(suite, settings, rows, 1, self.contenders, self.bench())
+        new = evaluate(suite, settings, rows, 1, self.bench())
         say(f"{new} rows measured")
-        results = results_of(suite, settings, rows.found, self.contenders, DRAWS)
+        results = results_of(suite, settings, rows.found, DRAWS)
         folder = out or self.given.cache / "results"
         write(results, folder)
         (folder / "report.md").write_text(self._page(suite, results), encoding="utf-8")

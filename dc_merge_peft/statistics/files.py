@@ -1,0 +1,113 @@
+"""Statistics in safetensors files: one tensor a layer, and in the header what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dc_merge_peft.errors import OutputError, SourceError, first_line
+from dc_merge_peft.methods.data import KINDS, Statistics
+from dc_merge_peft.sources.stored import StoredTensor, Unreadable, read_header
+
+# The entry of the header that says what the tensors are.
+HEADER = "dc_merge_peft.statistics"
+
+
+class FiledTensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, each read when it is looked at."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        """
+        Args:
+            stored: Where they are.
+        """
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.stored[name].read()
+        except Unreadable as error:
+            raise unreadable(self.stored[name].file, error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def shapes(statistics: Statistics) -> dict[str, tuple[int, ...]]:
+    """The shape of every layer's statistics, from the header of a file alone."""
+    tensors = statistics.tensors
+    if isinstance(tensors, FiledTensors):
+        return {name: tensor.shape for name, tensor in tensors.stored.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def save(statistics: Statistics, path: str | Path) -> Path:
+    """Write statistics into one safetensors file; one that exists is replaced, whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    path = Path(path)
+    about = {"kind": statistics.kind, "examples": statistics.examples, "rule": statistics.rule}
+    tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            save_file(tensors, Path(folder) / path.name, {HEADER: json.dumps(about)})
+            os.replace(Path(folder) / path.name, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"the statistics can't be written to '{path}' ({first_line(error)}): expected a file in a folder with room"
+        ) from error
+    return path
+
+
+def load(path: str | Path) -> Statistics:
+    """Statistics of a file, whose tensors are read when they are looked at.
+
+    Raises:
+        SourceError: it can't be read, or holds something else.
+    """
+    file = Path(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(HEADER)
+        with file.open("rb", buffering=0) as raw:
+            stored = read_header(file, raw.fileno())
+    except (OSError, SafetensorError, Unreadable) as error:
+        raise unreadable(file, error) from error
+    if header is None:
+        raise SourceError(f"'{path}' holds no statistics: expected a file that dc_merge_peft.statistics.save wrote")
+    try:
+        about = json.loads(header)
+        kind, examples, rule = about["kind"], int(about["examples"]), str(about["rule"])
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"the header of '{path}' is damaged ({first_line(error)}): expected what dc_merge_peft.statistics.save wrote"
+        ) from error
+    if odd := [
+        name
+        for name, tensor in stored.items()
+        if tensor.torch_dtype is None or not tensor.torch_dtype.is_floating_point
+    ]:
+        raise SourceError(f"'{path}' stores '{odd[0]}' as {stored[odd[0]].dtype}: expected floating-point numbers")
+    return Statistics(kind, FiledTensors(stored), examples, rule, str(path))
+
+
+def unreadable(file: Path, error: Exception) -> SourceError:
+    """A file that can't be read."""
+    return SourceError(
+        f"the statistics '{file}' can't be read ({first_line(error)}): expected a whole safetensors file; collect them again"
+    )
