@@ -39,6 +39,7 @@ def results(name: str, better: float, kind: str = "adapter") -> Found:
         lines.append(line(2, "ta", rule, 0.9 + better, (better, better - 0.01, better + 0.01)))
         lines.append(line(2, "tsvm", rule, 0.8, (-0.1, -0.12, -0.08)))
         lines.append(line(2, "wudi_closed", rule, 0.99, (0.09, 0.08, 0.1)))
+        lines.append(line(2, "regmean", rule, 0.98, (0.08, 0.07, 0.09)))
         lines.append(line(2, "dc, none", rule, 0.895, (-0.005, -0.01, 0.01)))
     data = {
         "suite": name,
@@ -68,7 +69,11 @@ def test_losses_are_shown() -> None:
     """A method that is ahead by more than the interval is named with its DirSim; one within the interval is not, nor one that is ours."""
     shown = losses([results("text8", 0.05)], {("text8", 2, "ta"): 0.5, ("text8", 2, "dc"): 0.625})
     assert shown.count("| text8 | 2 |") == 2
-    assert "`ta` | +5.0 (+4.0 to +6.0) | 0.500 against 0.625" in shown and "wudi_closed" not in shown
+    assert (
+        "`ta` | +5.0 (+4.0 to +6.0) | 0.500 against 0.625" in shown
+        and "wudi_closed" not in shown
+        and "regmean" not in shown
+    )
     assert losses([results("text8", 0.005)], {}) == "There is none."
 
 

@@ -110,7 +110,7 @@ def test_one_seed_has_no_second_correlation(tmp_path: Path, monkeypatch: pytest.
 
 def test_other_suites_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that there are are named, and text8 is one of them; full models have no factors."""
-    with pytest.raises(SystemExit, match="found the suite 'text9': expected one of text8"):
+    with pytest.raises(SystemExit, match="found the suite 'text9': expected one of text8, vision"):
         suites.suite_named("text9", tmp_path, [0])
     assert suites.suite_named("text8", tmp_path, [0]).name == "text8"
     monkeypatch.setitem(suites.SUITES, "full", "text8_fft.command:_suite")  # type: ignore[arg-type]

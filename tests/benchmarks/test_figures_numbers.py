@@ -10,7 +10,7 @@ from accuracy.plan import share
 from figures import basis, directions, perturbations, spectra, sweeps, transfer
 from figures.bank import BEST, Bank
 from figures.changes import CHANGES, Change, changed
-from figures.correlation import fitted, pearson
+from figures.correlation import centred, fitted, pearson
 from figures.kind import chosen
 from figures.measuring import measure, own_trial
 from figures.scope import Scope, scope_of
@@ -208,6 +208,7 @@ def test_correlation_is_numpys() -> None:
     assert pearson([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])[1:] == (-1.0, 1.0)
     lines = [{"dir_sim": x, "nai": y} for x, y in zip(xs, ys, strict=True)]
     assert fitted(lines) == pytest.approx(tuple(np.polyfit(xs, ys, 1)))
+    assert centred([{"task": t, "x": x} for t, x in (("a", 1.0), ("b", 5.0), ("a", 3.0))], "x") == [-1.0, 0.0, 1.0]
 
 
 def test_points_of_the_sweeps(suite: SmallSuite) -> None:

@@ -10,7 +10,7 @@ import torch
 from accuracy import plan
 from accuracy.carrier import Carrier
 from accuracy.command import Benchmark, run
-from accuracy.contenders import CONTENDERS, TABLES_OF
+from accuracy.contenders import CONTENDERS, TABLES_OF, WITH_DATA
 from accuracy.evaluate import Rows, evaluate
 from accuracy.full_merging import by_full_method, differences
 from accuracy.plan import Settings
@@ -123,7 +123,7 @@ def test_contenders_of_full_models() -> None:
     assert {"dc", "tsvm", "iso_cts", "ties", "wudi", "knots_ties"} <= labels["model"]
     for kind, tables in TABLES_OF.items():
         named = {label for rows in tables.values() for _, label in rows}
-        assert named <= {c.label for c in CONTENDERS if kind in c.kinds}
+        assert named <= {c.label for c in (*CONTENDERS, *WITH_DATA) if kind in c.kinds}
 
 
 def test_all_contenders_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from accuracy import plan, results
+from accuracy import plan
 from accuracy.contenders import TABLES, WITH_DATA, Contender, with_data
 from accuracy.evaluate import Rows, evaluate
 from accuracy.plan import Settings
@@ -34,8 +34,7 @@ def informed_suite(folder: Path) -> InformedSuite:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One contender beside those with data."""
-    for module in (plan, results):
-        monkeypatch.setattr(module, "CONTENDERS", (Contender("dc", "dc"),))
+    monkeypatch.setattr(plan, "CONTENDERS", (Contender("dc", "dc"),))
 
 
 def test_only_suites_with_doors() -> None:

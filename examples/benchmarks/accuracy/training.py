@@ -57,6 +57,7 @@ def train_adapter(
     seed: int,
     folder: Path,
     key: str,
+    task_type: str = "FEATURE_EXTRACTION",
 ) -> float:
     """Train a LoRA on the layers ``targets`` of ``model`` and save it as PEFT does; a folder that exists is replaced.
 
@@ -64,15 +65,16 @@ def train_adapter(
         loss: The loss of the next random batch, in the order in which it is called, by the model it is given.
         seed: Of the weights and of dropout; batches are the caller's.
         key: What the adapter is made from, written when it is complete.
+        task_type: Of the model, by PEFT's names.
 
     Returns:
         Mean loss of the last tenth of the steps.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        task_type=TaskType.FEATURE_EXTRACTION,
+        task_type=task_type,
         r=training.rank,
         lora_alpha=training.alpha,
         lora_dropout=training.dropout,

@@ -11,9 +11,12 @@ from typing import Any
 
 from accuracy.results import REFERENCE
 
+from dc_merge_peft.methods import DATA_METHODS
+
 Line = Mapping[str, Any]
-# Rows of the same method with other options, and forms that nobody published: no rivals of the reference in a comparison.
+# No rivals of the reference in a comparison: a form that nobody published, and methods that look at training examples.
 OURS = ("wudi_closed",)
+WITH_DATA = tuple(DATA_METHODS)
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,18 @@ class Found:
         }
 
     def variants(self, count: int, rule: str) -> dict[str, Line]:
-        """Every method and every variant by label."""
-        return {label: line for (tasks, label, by), line in self.lines.items() if (tasks, by) == (count, rule)}
+        """Every method and every variant by label, but for those that look at training examples."""
+        return {
+            label: line
+            for (tasks, label, by), line in self.lines.items()
+            if (tasks, by) == (count, rule) and label.partition(",")[0] not in WITH_DATA
+        }
 
     def rivals(self, count: int, rule: str) -> dict[str, Line]:
-        """Published methods but for the reference."""
-        return {name: line for name, line in self.methods(count, rule).items() if name not in (REFERENCE, *OURS)}
+        """Published methods that look at no data, but for the reference."""
+        return {
+            name: line for name, line in self.methods(count, rule).items() if name not in (REFERENCE, *OURS, *WITH_DATA)
+        }
 
 
 def saved(docs: Path, names: Sequence[str]) -> list[Found]:

