@@ -250,9 +250,11 @@ def _alpha(method: Method, fit: AlphaFit) -> float:
     if method.config.alpha != "auto":
         return float(method.config.alpha)
     if fit.alpha is None:
-        what = "the merged delta" if fit.tasks else "every weighted adapter"
+        if fit.power == 1 and fit.found:
+            what = "the merged delta opposes the models, as opposite weights can make it"
+        else:
+            what = "the merged delta is zero" if fit.asked else "every weighted adapter or model is zero"
         raise MergeError(
-            f"alpha='auto' found that {what} is zero: expected adapters, weights and options that leave something, whose size alpha can "
-            "match; give alpha as a number"
+            f"alpha='auto' found no strength: {what}; expected weights and options that leave something of what is merged; give alpha as a number"
         )
     return fit.alpha

@@ -1,10 +1,13 @@
 """``alpha="auto"``: the data-free coefficient, for every method.
 
-The merged delta is made as large as its tasks' deltas are, in the Schatten 4-norm ``||X||_4 = (sum_j sigma_j^4)^(1/4)`` over all
-modules. Why that norm: ``||X||_4^4 = ||X^T X||_F^2 = tr(X C X^T)`` with ``C = X^T X`` is the energy with which a delta answers inputs
+**Adapters.** The merged delta is made as large as its tasks' deltas are, in the Schatten 4-norm ``||X||_4 = (sum_j sigma_j^4)^(1/4)`` over
+all modules. Why that norm: ``||X||_4^4 = ||X^T X||_F^2 = tr(X C X^T)`` with ``C = X^T X`` is the energy with which a delta answers inputs
 that are distributed as its own rows, and the rows of a fine-tuned delta are sums of its task's inputs. So a module is as strong after
 the merge, on what it is made for, as after fine-tuning. The Frobenius norm counts every weak direction and would let flat
 spectra, as smoothing makes them, be too weak; the spectral norm counts one direction alone and would let them be too strong.
+
+**Full fine-tuning.** Together the tasks' leading directions fill the whole space, and orthogonal bases of it lie far from the tasks' own:
+of a merged delta of their size, little is left where a task looks for it. There the tasks are fitted inside their own directions.
 """
 
 from __future__ import annotations
@@ -17,43 +20,51 @@ from dc_merge_peft.methods.cover import leading_svds
 
 
 class AlphaFit(NamedTuple):
-    """The two sizes that ``alpha="auto"`` compares; those of several modules add up."""
+    """The two sums whose ratio is a power of alpha; those of several modules add up."""
 
-    tasks: float = 0.0  # sum_i |w_i| ||w_i dW_i||_4^4 / sum_i |w_i|
-    merged: float = 0.0  # ||dW~||_4^4
+    asked: float = 0.0  # of the tasks
+    found: float = 0.0  # of the merged delta
+    power: int = 4
 
     def plus(self, other: AlphaFit) -> AlphaFit:
-        """The sizes of both."""
-        return AlphaFit(self.tasks + other.tasks, self.merged + other.merged)
+        """The sums over both."""
+        return AlphaFit(self.asked + other.asked, self.found + other.found, other.power)
 
     @property
     def alpha(self) -> float | None:
-        """The coefficient, positive, or None where the tasks or the merged delta have no size."""
-        return (self.tasks / self.merged) ** 0.25 if self.tasks > 0 and self.merged > 0 else None
+        """The coefficient, positive, or None where there is none."""
+        return (self.asked / self.found) ** (1 / self.power) if self.asked > 0 and self.found > 0 else None
 
 
 def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -> AlphaFit:
-    """``alpha = (sum_i |w_i| ||w_i dW_i||_4^4 / sum_i |w_i|)^(1/4) / ||dW~||_4``, as its two sums, in float64.
+    """The terms of one module, in float64.
 
-    A task counts by its weight, so that one of weight 0 does not count, and weights of twice the size ask for a delta of twice
-    the size.
+    Adapters: ``alpha = (sum_i |w_i| ||w_i dW_i||_4^4 / sum_i |w_i|)^(1/4) / ||dW~||_4``. A task counts by its weight, so that one of weight 0
+    does not count, and weights of twice the size ask for a delta of twice the size.
 
-    A dense task counts with its leading directions, ``floor(min(m, n) / T)`` of them, as in merging: nearly all of the norm
-    is theirs.
+    Dense tasks: the minimiser of ``sum_i || alpha P_i dW~ - w_i dW_i ||^2`` with ``P_i X = U_i U_i^T X V_i V_i^T``, U_i and V_i the task's
+    ``floor(min(m, n) / T)`` leading directions, as in merging.
 
     Args:
         tasks: (m, n) each.
         weights: One a task.
         merged: (m, n), before alpha.
     """
-    dense = any(isinstance(task, Dense) for task in tasks)
-    sizes = (
-        [float(svd.S.double().pow(4).sum()) for svd in leading_svds(tasks, None)]
-        if dense
-        else [t.quartic() for t in tasks]
-    )
+    if any(isinstance(task, Dense) for task in tasks):
+        return _fit_inside(tasks, weights, merged)
     total = sum(map(abs, weights))
     if not total:
         return AlphaFit(0.0, merged.quartic())
+    sizes = (task.quartic() for task in tasks)
     asked = sum(abs(weight) / total * weight**4 * size for size, weight in zip(sizes, weights, strict=True))
     return AlphaFit(asked, merged.quartic())
+
+
+def _fit_inside(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -> AlphaFit:
+    """Least squares within each task's leading directions: ``sum_i <P_i dW~, w_i dW_i>`` and ``sum_i ||P_i dW~||^2``."""
+    asked = found = 0.0
+    for (U, S, Vh), weight in zip(leading_svds(tasks, None), weights, strict=True):
+        projected = merged.project(U, Vh.mT)  # (r, r); U^T dW_i V is diag(S)
+        asked += weight * float((projected.diagonal() * S).sum())
+        found += float(projected.square().sum())
+    return AlphaFit(asked, found, 1)

@@ -175,7 +175,7 @@ def test_smoothing_is_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_alpha_auto(tmp_path: Path) -> None:
-    """The size of the merged deltas against that of each task's r leading directions."""
+    """Least squares of the weighted task vectors on the merged delta inside each task's r leading directions."""
     base, places = write_models(tmp_path, models.llama())
     alpha = DCMergeAdapter().merge_full(base, places, tmp_path / "out", WEIGHTS).merged.alpha
     before, tuned = tensors(base), [tensors(place) for place in places]
@@ -186,7 +186,7 @@ def test_alpha_auto(tmp_path: Path) -> None:
             r = min(value.shape) // 3
             cut = [(U[:, :r] * S[:r]) @ Vh[:r] for U, S, Vh in (np.linalg.svd(d, full_matrices=False) for d in deltas)]
             modules.append((cut, WEIGHTS, oracle.dc_merge(deltas, WEIGHTS, smoothing="none").delta))
-    assert alpha == pytest.approx(oracle.best_alpha(modules), rel=1e-4)
+    assert alpha == pytest.approx(oracle.fitted_alpha(modules), rel=1e-4)
 
 
 def test_loads_in_plain_transformers(tmp_path: Path) -> None:

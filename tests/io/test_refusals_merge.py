@@ -210,7 +210,7 @@ def test_opposite_adapters_leave_nothing(tmp_path: Path) -> None:
 def test_nothing_has_no_size(tmp_path: Path) -> None:
     """``alpha="auto"`` of zeros that were allowed."""
     places = [write_checkpoint(tmp_path / name, tensors(A, 0 * B)) for name in ("one", "two")]
-    with refused(MergeError, "alpha='auto'", "every weighted adapter is zero", "give alpha as a number"):
+    with refused(MergeError, "alpha='auto'", "every weighted adapter or model is zero", "give alpha as a number"):
         DCMergeAdapter(method="ta", alpha="auto").merge(places, allow_zero=True)
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dc_merge_peft import MergeError
 from dc_merge_peft import dense as dense_module
 from dc_merge_peft.dense import Dense, leading_svd, real_rank
+from dc_merge_peft.engine import _alpha as engine_alpha
 from dc_merge_peft.linalg import svd_of_matrix
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.methods.cover import leading_svds
-from dc_merge_peft.methods.rescaling import fit_alpha
+from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
 
 from ..support import oracle
 
@@ -78,13 +80,24 @@ def test_a_task_without_a_delta_leaves_its_share() -> None:
     assert [len(svd.S) for svd in leading_svds(tasks, None)] == [9, 0, 9]
 
 
-def test_alpha_of_leading_directions() -> None:
-    """Each task counts with its share of directions, the merged delta whole."""
+def test_alpha_within_leading_directions() -> None:
+    """The fit by least squares on all entries, with each task cut to its share."""
     tasks, weights = [Dense(matrix(14, 12, seed).double()) for seed in range(3)], [1.0, 0.5, -2.0]
     merged = Dense(matrix(14, 12, 9).double())
-    cuts = [(U * S) @ Vh for U, S, Vh in (svd_of_matrix(task.W).truncate(4) for task in tasks)]
-    expected = oracle.best_alpha([([cut.numpy() for cut in cuts], weights, merged.W.numpy())])
-    assert fit_alpha(tasks, weights, merged).alpha == pytest.approx(expected, rel=1e-10)
+    cuts = [((U * S) @ Vh).numpy() for U, S, Vh in (svd_of_matrix(task.W).truncate(4) for task in tasks)]
+    found = fit_alpha(tasks, weights, merged)
+    assert found.asked / found.found == pytest.approx(
+        oracle.fitted_alpha([(cuts, weights, merged.W.numpy())]), rel=1e-10
+    )
+    assert found.alpha is None if found.asked < 0 else found.alpha == found.asked / found.found
+
+
+def test_merge_against_its_models_has_no_alpha() -> None:
+    """A fit below zero is refused in words."""
+    with pytest.raises(
+        MergeError, match=r"alpha='auto' found no strength: the merged delta opposes the models.*give alpha as a number"
+    ):
+        engine_alpha(method_named("ta", {"alpha": "auto"}), AlphaFit(-1.0, 1.0, 1))
 
 
 @pytest.mark.parametrize("name", ["ta", "average", "ties", "dare_ties", "consensus", "pcb", "magnitude_prune"])

@@ -181,3 +181,20 @@ def best_alpha(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarr
 def schatten4(X: ndarray) -> float:
     """``(sum sigma^4)^(1/4)``."""
     return float((np.linalg.svd(X, compute_uv=False) ** 4).sum() ** 0.25)
+
+
+def fitted_alpha(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarray]]) -> float:
+    """The minimiser of ``sum || alpha P_i dW~ - w_i dW_i ||^2``, ``P_i X = U_i U_i^T X V_i V_i^T``, by least squares on all entries at once."""
+    left, right = [], []
+    for deltas, weights, merged in modules:
+        for delta, weight in zip(deltas, weights, strict=True):
+            left.append(projected(delta, merged).ravel())
+            right.append(weight * delta.ravel())
+    solution, *_ = np.linalg.lstsq(np.concatenate(left)[:, None], np.concatenate(right), rcond=None)
+    return float(solution[0])
+
+
+def projected(delta: ndarray, X: ndarray) -> ndarray:
+    """X inside the column and row space of ``delta``."""
+    U, _, V = svd(delta)
+    return U @ U.T @ X @ V @ V.T
