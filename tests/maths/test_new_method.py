@@ -88,7 +88,7 @@ def test_an_elementwise_method_gets_whole_deltas(monkeypatch: pytest.MonkeyPatch
     tasks = random_tasks(15, SHAPE, (3, 4))
     stack = torch.stack([task.to(torch.float64).dense() for task in tasks])
     expected = stack.gather(0, stack.abs().argmax(dim=0, keepdim=True))[0]
-    delta, S, fit = merge_module(method_named("loudest"), tasks, [1.0, 1.0], 20)
+    delta, S, fit = merge_module(method_named("loudest", {"alpha": "auto"}), tasks, [1.0, 1.0], 20)
     assert relative(dense(delta), expected) <= FLOAT32
     assert delta.B.dtype == torch.float32 and delta.rank == len(S) == 20
     assert fit.alpha is not None and 0.5 < fit.alpha < 2
