@@ -167,6 +167,10 @@ def test_a_caption_follows_its_numbers(drawn: Path, tmp_path: Path) -> None:
         drawn, tmp_path, "figure-02a-transfer", relative=lambda line: 0.95 if line["place"] == "own" else 0.8
     )
     assert own.verdict == PARTLY and "keep 95 %" in own.seen
+    for after, verdict_then in ((0.81, AGREES), (0.88, PARTLY), (0.95, DIFFERS)):
+        others = {"original": 0.8, "balanced": 0.9, "truncated": 0.8, "truncated and balanced": after}
+        cut = doctored(drawn, tmp_path, "figure-09b-truncated", other=lambda line, o=others: o[line["adapter"]])
+        assert cut.verdict == verdict_then and "by +10.0 points" in cut.seen
 
 
 def test_verdicts() -> None:

@@ -31,7 +31,7 @@ class Carrier:
         for name in self._changed - set(names):
             self._parameters[name].copy_(self._weights[name])
         for name, delta in names.items():
-            self._parameters[name].copy_(torch.add(self._weights[name], delta, alpha=alpha))
+            self._parameters[name].copy_(torch.add(own := self._weights[name], delta.to(own.device), alpha=alpha))
         self._changed = set(names)
         return self.model
 

@@ -44,9 +44,9 @@ class Rows:
         self.found[row["name"]] = json.loads(json.dumps(row))
 
 
-def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int) -> int:
-    """Measure everything that no row answers; how many rows are new."""
-    make = partial(_bench, precision=settings.precision)
+def evaluate(suite: Suite, settings: Settings, rows: Rows, workers: int, bench: type[Bench] = Bench) -> int:
+    """Measure everything that no row answers, by this kind of bench; how many rows are new."""
+    make = partial(_bench, precision=settings.precision, bench=bench)
     alone = _alone_pending(suite, settings, rows.found)
     for number, (_, row) in enumerate(shared_out(_measure_alone, alone, make, suite, workers), 1):
         rows.add(row)
@@ -93,8 +93,8 @@ def _alone_jobs(suite: Suite, settings: Settings) -> list[dict[str, Any]]:
     return found
 
 
-def _bench(suite: Suite, precision: str) -> Bench:
-    return Bench(suite, precision)
+def _bench(suite: Suite, precision: str, bench: type[Bench]) -> Bench:
+    return bench(suite, precision)
 
 
 def _measure_alone(bench: Bench, job: dict[str, Any]) -> Row:

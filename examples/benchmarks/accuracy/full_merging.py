@@ -16,7 +16,12 @@ from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning
 
 
 def by_full_method(
-    base: Path, models: Sequence[Path], method: str, options: Mapping[str, Any], load: Callable[[Path], nn.Module]
+    base: Path,
+    models: Sequence[Path],
+    method: str,
+    options: Mapping[str, Any],
+    load: Callable[[Path], nn.Module],
+    how: Mapping[str, Any] | None = None,
 ) -> Merge:
     """Merge matrices with one of the library's methods and average all else, at its defaults for full models.
 
@@ -29,6 +34,7 @@ def by_full_method(
         method: Name of the method.
         options: Of the method.
         load: A model from its directory, in float32.
+        how: More for ``merge_full``: what is averaged, and where it computes.
     """
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
@@ -36,7 +42,7 @@ def by_full_method(
 
         def alpha_of(alpha: Any) -> float:
             merger = DCMergeAdapter(method=method, **{**options, "alpha": alpha})
-            return merger.merge_full(base, models, out, progress=False).merged.alpha
+            return merger.merge_full(base, models, out, progress=False, **(how or {})).merged.alpha
 
         try:
             alpha = auto = alpha_of("auto")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,9 +66,10 @@ class FullModels:
     name: str = "model"
     files: Sequence[str] = ("model.safetensors", "config.json")
     written: bool = True
+    how: Mapping[str, Any] = field(default_factory=dict)  # more for merge_full
 
     def own(self, folder: Path) -> Mapping[str, Tensor]:
         return differences(self.load(self.base), self.load(folder))
 
     def merge(self, folders: Sequence[Path], method: str, options: Mapping[str, Any]) -> Merge:
-        return by_full_method(self.base, folders, method, options, self.load)
+        return by_full_method(self.base, folders, method, options, self.load, self.how)

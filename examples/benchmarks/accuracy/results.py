@@ -11,6 +11,7 @@ from typing import Any
 
 from accuracy.bench import Row
 from accuracy.bootstrap import (
+    DRAWS,
     Drawn,
     Interval,
     Resampling,
@@ -28,8 +29,14 @@ REFERENCE = "dc"  # whom every contender is compared with, at the same rule for 
 RULES = ("validation", "auto")
 
 
-def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dict[str, Any]:
+def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row], draws: int = DRAWS) -> dict[str, Any]:
     """Everything that was measured, in plain values.
+
+    Args:
+        suite: What was measured.
+        settings: How much of it.
+        rows: What came out.
+        draws: Of the bootstrap; they are held in memory, eight bytes for each of them and every test example.
 
     Raises:
         SystemExit: a row is missing or was made from something else.
@@ -38,7 +45,7 @@ def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dic
         raise SystemExit(
             f"{len(left)} rows are missing or out of date, as '{left[0]}': run the stage 'evaluate' first."
         )
-    merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count)]
+    merged = [line for count in sorted(settings.counts) for line in merged_lines(suite, settings, rows, count, draws)]
     return {
         "suite": suite.name,
         "kind": suite.kind.name,
@@ -46,7 +53,7 @@ def results_of(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> dic
         "settings": dataclasses.asdict(settings),
         "tasks": [task_line(suite, rows, task) for task in suite.tasks],
         "merged": merged,
-        "unseen": list(unseen_lines(suite, settings, rows)),
+        "unseen": list(unseen_lines(suite, settings, rows, draws)),
     }
 
 
@@ -58,7 +65,9 @@ def task_line(suite: Suite, rows: Mapping[str, Row], task: str) -> dict[str, Any
     return {"task": task, "examples": len(base), **accuracies}
 
 
-def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], count: int) -> Iterator[dict[str, Any]]:
+def merged_lines(
+    suite: Suite, settings: Settings, rows: Mapping[str, Row], count: int, draws: int = DRAWS
+) -> Iterator[dict[str, Any]]:
     """One line a contender and rule at one number of tasks; the pretrained model and the adapters themselves before them."""
     together = groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
@@ -66,7 +75,7 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
     found = {label: _model(seeds, rows, label, together) for label in _labels(suite, settings, count)}
     owners = f"own {suite.kind.name}s"
     alone = {name: _alone(seeds, rows, tasks, size, base=name != owners) for name in ("base model", owners)}
-    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()})
+    resampling = Resampling({task: len(hits) for task, hits in alone[owners][0].items()}, draws)
     own = resampling.accuracies(alone[owners])
     for label, hits in alone.items():
         yield {"tasks": count, "label": label, "rule": "", **_averages(tasks, resampling.accuracies(hits), own)}
@@ -79,7 +88,9 @@ def merged_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row], coun
             yield line | {"alpha": [round(alpha, 3) for alpha in _alphas(seeds, rows, label, together, rule)]}
 
 
-def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> Iterator[dict[str, Any]]:
+def unseen_lines(
+    suite: Suite, settings: Settings, rows: Mapping[str, Row], draws: int = DRAWS
+) -> Iterator[dict[str, Any]]:
     """Accuracy on tasks that took no part in a merge of others (Tables 11 and 12)."""
     count = settings.seen
     unseen = settings.beside(suite.tasks, count)
@@ -92,11 +103,11 @@ def unseen_lines(suite: Suite, settings: Settings, rows: Mapping[str, Row]) -> I
     lines = [("base model", "", _alone(seeds, rows, [*seen, *unseen], size, base=True))]
     lines += [(label, rule, model[rule]) for rule in RULES for label, model in models.items() if rule in model]
     parts = {
-        part: Resampling({task: len(lines[0][2][0][task]) for task in tasks})
+        part: Resampling({task: len(lines[0][2][0][task]) for task in tasks}, draws)
         for part, tasks in (("seen", seen), ("unseen", unseen))
     }
     for label, rule, hits in lines:
-        averages = {part: _plain(mean_accuracy(draws.accuracies(hits))) for part, draws in parts.items()}
+        averages = {part: _plain(mean_accuracy(drawn.accuracies(hits))) for part, drawn in parts.items()}
         yield {"label": label, "rule": rule, **averages}
 
 

@@ -24,7 +24,7 @@ from accuracy.workers import say
 
 from everything.found import saved
 from everything.guide import with_guide
-from everything.page import section, with_section
+from everything.page import glance, glance_text, section, with_section
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
@@ -106,14 +106,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_pages(docs: Path, figures: Path) -> None:
-    """The page of all benchmarks and the guide, from what is saved in the docs."""
+    """The page of all benchmarks, its first table in the README, and the guide, from what is saved in the docs."""
+    for page, text in pages(docs, figures).items():
+        page.write_text(text, encoding="utf-8")
+
+
+def pages(docs: Path, figures: Path) -> dict[Path, str]:
+    """What is to be written, by its place."""
     found = saved(docs, list(BENCHMARKS.values()))
-    page, guide = docs / "benchmarks.md", docs / "methods/index.md"
-    page.write_text(
-        with_section(page.read_text(encoding="utf-8"), section(found, figures, figures_text(figures), studies(docs))),
-        encoding="utf-8",
-    )
-    guide.write_text(with_guide(guide.read_text(encoding="utf-8"), found), encoding="utf-8")
+    page, guide, readme = docs / "benchmarks.md", docs / "methods/index.md", docs.parent / "README.md"
+    text = {place: place.read_text(encoding="utf-8") for place in (page, guide, readme)}
+    return {
+        page: with_section(text[page], section(found, figures, figures_text(figures), studies(docs))),
+        guide: with_guide(text[guide], found),
+        readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found)}"),
+    }
 
 
 def studies(docs: Path) -> list[str]:

@@ -12,7 +12,7 @@ from dc_merge_peft.metrics import cos_sim
 from dc_merge_peft.plots.style import heat_map, label_height, new_figure
 from figures.bank import Bank, base_trial
 from figures.changes import UNCHANGED, Change, balanced
-from figures.kind import AGREES, DIFFERS, OPEN, Caption, Kind, Line, Lines, chosen, distinct, verdict
+from figures.kind import AGREES, DIFFERS, OPEN, PARTLY, Caption, Kind, Line, Lines, chosen, distinct, verdict
 from figures.look import COLOURS, bars, names_below, tidy
 from figures.measuring import own_trial
 from figures.scope import Scope
@@ -211,7 +211,9 @@ def truncated_caption(lines: Lines) -> Caption:
         "the own task. (The paper truncates full fine-tuning; these are adapters, so that only the trend can be compared.)"
     )
     # What balancing brings must be there before it can be said to be little after truncation.
-    return Caption(seen, OPEN if rise <= 0 else AGREES if abs(further) < rise else DIFFERS)
+    if rise <= 0:
+        return Caption(seen, OPEN)
+    return Caption(seen, AGREES if abs(further) < rise / 2 else PARTLY if abs(further) < rise else DIFFERS)
 
 
 KINDS = (

@@ -1,0 +1,214 @@
+"""MM-MergeBench from options to the report. Answers are kept as they come; what is there already is not generated again."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy.contenders import Contender
+from accuracy.evaluate import Rows
+from accuracy.keys import content_key
+from accuracy.workers import say
+
+from reproduce.contenders import MERGEBENCH, chosen
+from reproduce.mergebench import model as llava
+from reproduce.mergebench.questions import Questions, read
+from reproduce.mergebench.report import page
+from reproduce.mergebench.scoring import score
+from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
+from reproduce.needs import Need, Plan, device_named
+
+BASE = "llava-hf/llava-1.5-7b-hf"
+TITLE = "Tables 3 and 13: MM-MergeBench, LLaVA-1.5-7B"
+SECONDS_PER_ANSWER = 0.15  # of a large GPU in batches, a guess for estimates
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model that is measured: some adapters merged, or none."""
+
+    label: str
+    merged: tuple[str, ...]  # seen tasks whose adapters are in it
+    asked: tuple[str, ...]  # tasks it is measured on
+    method: str = "ta"
+    options: tuple[tuple[str, Any], ...] = ()
+    alpha: float | str = 1.0
+
+
+@dataclass(frozen=True)
+class MergeBench:
+    """Everything decided, nothing loaded."""
+
+    base: str
+    instructions: Path
+    images: Path
+    adapters: Mapping[str, str]
+    contenders: tuple[Contender, ...]
+    cache: Path
+    device: str = "cpu"
+    dtype: str = "float16"
+    batch: int = 8
+    alpha: float | str = 1.0
+    most: int | None = None  # questions of a task
+    choices: str | None = None
+    unseen: bool = True
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those that are measured."""
+        return SEEN + (UNSEEN if self.unseen else ())
+
+    @cached_property
+    def questions(self) -> Mapping[str, Questions]:
+        """All of them, read and checked."""
+        return {t: read(TASKS[t], self.instructions, self.images, self.choices, self.most) for t in self.tasks}
+
+    def variants(self) -> Iterator[Variant]:
+        """The base model, each adapter on its own task, and the merges of all eight."""
+        yield Variant("base model", (), self.tasks)
+        for task in SEEN:
+            yield Variant(f"own adapter of {task}", (task,), (task,))
+        for one in self.contenders:
+            yield Variant(one.label, SEEN, self.tasks, one.method, tuple(sorted(one.options.items())), self.alpha)
+
+    def plan(self) -> Plan:
+        """What it needs."""
+        needs = [Need("LLaVA-1.5-7B", self.base, 14.1)]
+        for task in SEEN:
+            needs.append(Need(f"LoRA adapter of {task}", self.adapters[task], 0.12))
+        for task in self.tasks:
+            file = self.instructions / TASKS[task].questions
+            needs.append(
+                Need(
+                    f"questions of {task}",
+                    str(file),
+                    0.01,
+                    ""
+                    if file.is_file()
+                    else f"put them there, from AuroraZengfh/MM-MergeBench, or give --instructions: {file}",
+                )
+            )
+        gone = (
+            ""
+            if self.images.is_dir()
+            else f"give --images, a folder from which the images' paths in the question files start: {self.images}"
+        )
+        needs.append(Need("images", str(self.images), 80.0, gone))
+        asked = sum(TASKS[task].size for task in self.tasks)
+        answers = asked * (1 + len(self.contenders)) + sum(TASKS[task].size for task in SEEN)
+        remarks = [
+            "Numbers of questions are guesses until the files are there. Captions need METEOR for a comparison with the paper: the "
+            "package pycocoevalcap, and Java."
+        ]
+        hours = answers * SECONDS_PER_ANSWER / 3600
+        return Plan(TITLE, needs, 0.1, 32, 20, hours, self.cache, remarks)
+
+    def measure(self, out: Path | None) -> Path:
+        """Generate what is not there, and write the report."""
+        self.plan().check()
+        rows = Rows(self.cache / "results" / f"answers-{self.dtype}.jsonl")
+        questions = self.questions
+        for variant in self.variants():
+            self._ask(variant, rows)
+        scores = {
+            (variant.label, task): score(questions[task], rows.found[_name(variant, task)]["answers"])
+            for variant in self.variants()
+            for task in variant.asked
+        }
+        folder = out or self.cache / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = page(
+            TITLE, scores, [c.label for c in self.contenders], self.tasks, self._notes(), complete=self.most is None
+        )
+        (folder / "report.md").write_text(text, encoding="utf-8")
+        return folder / "report.md"
+
+    def _ask(self, variant: Variant, rows: Rows) -> None:
+        keys = {task: self._key(variant, task) for task in variant.asked}
+        left = [task for task, key in keys.items() if rows.found.get(_name(variant, task), {}).get("key") != key]
+        if not left:
+            return
+        model, processor = llava.load(self.base, self.dtype, self.device)
+        if variant.merged:
+            places = [self.adapters[task] for task in variant.merged]
+            llava.with_adapters(model, places, variant.method, dict(variant.options), variant.alpha)
+        for task in left:
+            answers = list(llava.answered(model, processor, self.questions[task], self.images, self.batch))
+            rows.add({"name": _name(variant, task), "key": keys[task], "answers": answers})
+            say(f"{variant.label}, {task}: {score(self.questions[task], answers).value:.2f}")
+        del model
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _key(self, variant: Variant, task: str) -> str:
+        adapters = [_place_key(self.adapters[name]) for name in variant.merged]
+        merge = [variant.method, list(variant.options), variant.alpha] if len(variant.merged) > 1 else []
+        return content_key([self.questions[task].key(), _place_key(self.base), adapters, merge, self.dtype])
+
+    def _notes(self) -> list[str]:
+        notes = [
+            f"alpha is {self.alpha} for every merge; the paper's fixed 2.0 for DC-Merge is the adapters' LoRA scaling, which is part of "
+            "every delta here; it does not say which coefficients the other methods had",
+            f"greedy decoding in {self.dtype} on {self.device}",
+            "REC is measured as the benchmark's program does; with the numbers of a box read whole it is given beside it",
+            "captions are split into words by the COCO program's tokenizer where METEOR is given, otherwise by rules close to it",
+        ]
+        if self.choices is None:
+            notes.append(
+                "the prompt of ImageNet lists the answers of its question file in their order; the benchmark's program has an order of "
+                "its own, which --imagenet-choices can give"
+            )
+        return [*notes, *([f"{self.most} questions of a task at most"] if self.most else [])]
+
+
+def mergebench_of(options: argparse.Namespace) -> MergeBench:
+    """From the command line's options.
+
+    Raises:
+        SystemExit: some are wrong.
+    """
+    given = {}
+    for value in options.checkpoint or ():
+        task, equals, place = value.partition("=")
+        if task not in SEEN or not equals or not place:
+            raise SystemExit(f"found --checkpoint {value}: expected TASK=PLACE with a task of {', '.join(SEEN)}")
+        given[task] = place
+    return MergeBench(
+        options.base or BASE, options.instructions, options.images,
+        {task: given.get(task) or _in(options.checkpoints, task) for task in SEEN},
+        chosen(MERGEBENCH, options.methods or ["dc"]), options.cache / "mergebench", device_named(options.device), options.dtype,
+        options.batch, options.alpha, options.examples,
+        options.imagenet_choices.read_text(encoding="utf-8").strip() if options.imagenet_choices else None, not options.seen_only,
+    )  # fmt: skip
+
+
+def _in(folder: Path | None, task: str) -> str:
+    """A task's adapter in a folder, under the end of its name on the Hub or the task's own; or its id there."""
+    wanted = TASKS[task]
+    if folder is None:
+        return str(wanted.adapter_id)
+    names = (f"LLaVA_7B_lora_r16_{wanted.adapter}", str(wanted.adapter), task)
+    found = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if found is None:
+        raise SystemExit(f"{folder}: found no adapter of {task}: expected a folder named {', '.join(names)}")
+    return str(found)
+
+
+def _name(variant: Variant, task: str) -> str:
+    return f"{variant.label} | {task}"
+
+
+def _place_key(place: str) -> Any:
+    """Of a folder's weights, or of a Hub id."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return place
+    kinds: Sequence[str] = (".safetensors", ".bin", ".json")
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.suffix in kinds]

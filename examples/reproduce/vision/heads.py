@@ -1,0 +1,53 @@
+"""Zero-shot heads: what CLIP's text tower makes of the class prompts, which stays frozen while the vision tower is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH = 256  # prompts at once
+
+
+@torch.no_grad()
+def prompted_head(
+    clip: Any, tokenizer: Any, names: Sequence[str], templates: Sequence[str]
+) -> Tensor:  # (classes, projection)
+    """One unit vector a class: its prompts' unit embeddings, averaged and made unit again.
+
+    Args:
+        clip: A ``CLIPModel``.
+        tokenizer: Its tokenizer.
+        names: Of the classes.
+        templates: Prompts with ``{}`` for a class.
+    """
+    device = next(clip.parameters()).device
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    found = []
+    for start in range(0, len(texts), BATCH):
+        tokens = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt").to(device)
+        pooled = clip.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        found.append(nn.functional.normalize(clip.text_projection(pooled).float(), dim=-1))
+    embeddings = torch.cat(found).view(len(names), len(templates), -1).mean(dim=1)
+    return nn.functional.normalize(embeddings, dim=-1).cpu()
+
+
+def stored_head(file: Path, classes: int, width: int) -> Tensor:  # (classes, projection)
+    """A head that was saved as a tensor, ``<task>_head.pt`` of the authors' LoRA heads; its scale decides nothing.
+
+    Raises:
+        SystemExit: it holds something else, or a head of another shape.
+    """
+    try:
+        head = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(
+            f"{file}: found no plain tensor ({type(error).__name__}): expected a head of {classes} x {width}"
+        ) from error
+    if not isinstance(head, Tensor) or head.shape != (classes, width):
+        shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
+        raise SystemExit(f"{file}: found {shape}: expected a head of {classes} x {width}")
+    return nn.functional.normalize(head.float(), dim=-1)

@@ -1,0 +1,125 @@
+"""Options, plans and reports of the vision tables: everything around what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from reproduce import command, expected
+from reproduce.contenders import FFT, LORA, chosen
+from reproduce.vision import run
+from reproduce.vision.report import page
+
+from tests.support.clip import write_adapter
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """A folder with an adapter of one task."""
+    write_adapter(tmp_path / "adapters/eurosat", 2)
+    return tmp_path / "adapters"
+
+
+def test_dry_run(clip_folder: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is missing is named, nothing is made, and a real run refuses with the same list."""
+    places = ["--base", str(clip_folder), "--checkpoints", str(adapters), "--cache", str(tmp_path / "cache")]
+    line = ["table1", *places, "--device", "cpu", "--tasks", "16"]
+    assert command.main([*line, "--dry-run"]) == 1
+    shown = capsys.readouterr().out
+    assert "MISSING: no id of the Hub is known; give --data DIR with a folder FER2013" in shown
+    assert f"| LoRA adapter of EuroSAT | {adapters / 'eurosat'} | 0.0 GB | there |" in shown
+    assert "Estimates, not measurements" in shown and not (tmp_path / "cache").exists()
+    with pytest.raises(
+        SystemExit, match="things missing: expected them before the start\n- LoRA adapter of Cars: give --checkpoints"
+    ):
+        command.main(line)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "1"], "found --tasks 1: expected numbers from 2 to 16"),
+        (["--methods", "magic"], "found the method 'magic': expected some of dc, dc, average"),
+        (["--checkpoint", "Cars"], "found --checkpoint Cars: expected --checkpoint TASK=VALUE"),
+        (["--dataset", "Cars=a:b:c:d:e:f"], "expected TASK=ID"),
+        (["--device", "cuda:77"], "found no device 'cuda:77'"),
+        (["--classes", "nowhere.json"], "nowhere.json: can't be read as JSON"),
+    ],
+)
+def test_wrong_options(more: list[str], message: str, tmp_path: Path) -> None:
+    """Each is refused before anything is loaded."""
+    with pytest.raises(SystemExit, match=message):
+        command.main(["table1", "--cache", str(tmp_path), *more])
+
+
+def test_other_sources_by_option(tmp_path: Path) -> None:
+    """Data sets and checkpoints of one's own, for single tasks."""
+    line = [
+        "table9",
+        "--cache",
+        str(tmp_path),
+        "--dataset",
+        "Cars=me/cars:main::valid",
+        "--checkpoint",
+        "dtd=me/dtd-lora",
+    ]
+    made = run.run_of("table9", command.parser().parse_args(line))
+    cars = made.places["Cars"]
+    assert cars is not None and cars.hub is not None
+    assert (cars.hub.id, cars.hub.config, cars.hub.train, cars.hub.validation) == ("me/cars", "main", "train", "valid")
+    assert (
+        made.checkpoints["DTD"] == "me/dtd-lora"
+        and made.checkpoints["SVHN"] == "hoffman-lab/KnOTS-ViT-B-32_lora_R16_svhn"
+    )
+
+
+def test_methods_are_rows_of_the_tables() -> None:
+    """Every row of the paper's tables has a method, and every method a row."""
+    labels = {contender.label.partition(",")[0] for contender in LORA} | {"own adapters"}
+    assert all(set(rows) == labels for rows in expected.TABLE1.values())
+    assert {*labels} - {"own adapters"} == set(expected.TABLE9)
+    labels = {contender.label for contender in FFT} | {"own adapters"}
+    assert all(set(rows) == labels for rows in expected.TABLE2.values())
+    assert [one.label for one in chosen(LORA, ["ta"])] == ["dc", "ta"]
+
+
+def test_papers_numbers_agree_with_each_other() -> None:
+    """Averages printed in one table are those of the tasks printed in another, but for one of the paper's own slips."""
+    for label, row in expected.TABLE9.items():
+        assert sum(row[:8]) / 8 == pytest.approx(row[8], abs=0.06), label
+    for label, (seen, unseen) in expected.TABLE3.items():
+        row = expected.TABLE13[label]
+        assert sum(row[:8]) / 8 == pytest.approx(seen, abs=0.1 if label == "robust" else 0.011), label
+        assert unseen is None or sum(row[8:]) / 4 == pytest.approx(unseen, abs=0.011), label
+
+
+def line_of(label: str, rule: str, value: float, tasks: float) -> dict[str, object]:
+    """A line of results at eight tasks."""
+    interval = {"value": value, "low": value - 0.01, "high": value + 0.01}
+    by_task = dict.fromkeys(expected.TABLE9_TASKS, tasks)
+    return {
+        "tasks": 8,
+        "label": label,
+        "rule": rule,
+        "accuracy": interval,
+        "normalized": interval,
+        "by_task": by_task,
+        "alpha": [1.2],
+    }
+
+
+def test_report_has_the_differences() -> None:
+    """Measured minus the paper's, in points; none on a part of the examples."""
+    lines = [
+        line_of("own adapters", "", 0.88, 0.8),
+        line_of("dc", "validation", 0.65, 0.4),
+        line_of("dc", "auto", 0.1, 0.1),
+    ]
+    results = {"settings": {"counts": [8]}, "merged": lines, "unseen": []}
+    numbers = expected.TABLE1["ViT-B/32"]
+    text = page("T", results, numbers, (8, 12, 16), ["a note"], complete=True, by_task=True)
+    assert "| DC-Merge | 65.0 (64.0 to 66.0) | 64.17 | +0.83 | 65.0 (64.0 to 66.0) | 73.90 | -8.90 | 1.2 |" in text
+    # Half of the own adapters' accuracy on every task, against 90.9 on Cars.
+    assert "| DC-Merge | 50.0 (-40.9) |" in text and "- a note" in text and text.count("| DC-Merge |") == 2
+    part = page("T", results, numbers, (8, 12, 16), [], complete=False)
+    assert "+0.83" not in part and "nothing here can be compared with the paper" in part
