@@ -12,6 +12,7 @@ from pathlib import Path
 from common.tables import markdown
 
 from accuracy.carrier import PRECISIONS
+from accuracy.command import SEEDS
 from accuracy.merging import Rule
 from accuracy.rules import by_default, gram_power, regularised
 from accuracy.study import study, table
@@ -19,7 +20,11 @@ from accuracy.suite import Suite
 
 
 def run(
-    doc: str, suite: Callable[[Path, tuple[int, ...]], Suite], arguments: Sequence[str] | None, counts: Sequence[int]
+    doc: str,
+    suite: Callable[[Path, tuple[int, ...]], Suite],
+    arguments: Sequence[str] | None,
+    counts: Sequence[int],
+    seeds: Sequence[int] = SEEDS,
 ) -> int:
     """Measure, print the table, and write the lines where they are wanted.
 
@@ -28,8 +33,9 @@ def run(
         suite: From the cache folder and the adapters' seeds.
         arguments: Of the command line; None for this process's own.
         counts: Numbers of tasks where the command line names none.
+        seeds: Of adapters, where it names none.
     """
-    options = parse(doc, arguments, counts)
+    options = parse(doc, arguments, counts, seeds)
     found = suite(options.cache, tuple(options.seeds))
     lines = study(
         found, rules(options.p, options.tau, options.ridge), options.counts,
@@ -41,17 +47,15 @@ def run(
     return 0
 
 
-def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int]) -> argparse.Namespace:
+def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int], seeds: Sequence[int]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="with the adapters of the benchmark")
     parser.add_argument("--p", type=float, nargs="*", default=[1.0, 1.3], help="of gram_power (default: 1 1.3)")
-    parser.add_argument("--tau", type=float, nargs="*", default=[0.7, 1.0], help="of gram_power (default: 0.7 1)")
-    parser.add_argument(
-        "--ridge", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="of regularised (default: 0.25 0.5 1)"
-    )
+    parser.add_argument("--tau", type=float, nargs="*", default=[0.7], help="of gram_power (default: 0.7)")
+    parser.add_argument("--ridge", type=float, nargs="*", default=[0.5, 1.0], help="of regularised (default: 0.5 1)")
     parser.add_argument("--counts", type=int, nargs="+", default=list(counts), metavar="T")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument(
         "--examples", type=int, default=100, help="validation examples of a task (%(default)s, 200 at most)"
     )
