@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,26 @@ def split(task: Task, examples: Iterable[Example], seed: int) -> Splits:
             pools[part][example.key].append(example.text)
     sizes = {"validation": task.validation, "test": task.test, "train": TRAIN_PER_CLASS * len(task.classes)}
     return Splits(**{part: draw(list(task.classes), pools[part], sizes[part], rng) for part in PARTS})
+
+
+def apart(splits: Mapping[str, Splits], same: Callable[[str], str] = normalised) -> dict[str, Splits]:
+    """The same without texts that stand in a later part of any other task: a merged model has seen the training texts of all.
+
+    Within a task the parts share nothing already.
+
+    Args:
+        splits: By task.
+        same: What texts that count as one have in common.
+    """
+    held = {part: {same(text) for s in splits.values() for text, _ in getattr(s, part)} for part in PARTS}
+
+    def without(rows: list[tuple[str, int]], *parts: str) -> list[tuple[str, int]]:
+        return [row for row in rows if not any(same(row[0]) in held[part] for part in parts)]
+
+    return {
+        name: Splits(without(s.train, "validation", "test"), without(s.validation, "test"), s.test)
+        for name, s in splits.items()
+    }
 
 
 def part_of(share: float) -> str:

@@ -209,7 +209,7 @@ def test_parts_of_tasks_are_apart() -> None:
         "one": Splits([("x", 0), ("y", 1)], [("z", 0)], [("w", 1)]),
         "two": Splits([("w", 0)], [("x", 1)], [("z", 0)]),
     }
-    found = data.apart(splits)
+    found = data.apart(splits, same=str)
     assert found["one"] == Splits([("y", 1)], [], [("w", 1)]) and found["two"] == Splits([], [("x", 1)], [("z", 0)])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accuracy.keys import content_key
 from demo_data import Splits, Task, fetch, split
-from demo_data.common import normalised
+from demo_data.common import apart
 
 READING = 1  # counts up with changes of readers and splitting that the tasks' own words don't show
 SEED = 0  # of the split: the same texts for adapters of all seeds
@@ -64,22 +64,6 @@ def description(task: Task) -> list[object]:
 def sizes(parts: Splits) -> str:
     """For people."""
     return ", ".join(f"{len(getattr(parts, part))} {part}" for part in PARTS)
-
-
-def apart(splits: Mapping[str, Splits]) -> dict[str, Splits]:
-    """The same without texts that stand in a later part of any other task: a merged model has seen the training texts of all.
-
-    Within a task the parts share nothing already.
-    """
-    held = {part: {normalised(text) for s in splits.values() for text, _ in getattr(s, part)} for part in PARTS}
-
-    def without(rows: list[tuple[str, int]], *parts: str) -> list[tuple[str, int]]:
-        return [row for row in rows if not any(normalised(row[0]) in held[part] for part in parts)]
-
-    return {
-        name: Splits(without(s.train, "validation", "test"), without(s.validation, "test"), s.test)
-        for name, s in splits.items()
-    }
 
 
 def save(cache: Path, task: Task, parts: Splits) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accuracy.keys import content_key, tensors_key
 from demo_data import Splits, fetch
-from demo_data.common import PARTS, Example, draw, grouped, part_of
+from demo_data.common import PARTS, Example, apart, draw, grouped, part_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -69,7 +69,7 @@ def prepare(tasks: Mapping[str, ImageTask], cache: Path) -> bool:
         print(f"{task.name}: {sizes(splits[task.name])}", file=sys.stderr, flush=True)
     (cache / "tasks").mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)  # until all of them are written they are neither the old nor the new ones
-    for name, parts in apart(splits).items():
+    for name, parts in apart(splits, same=str).items():
         missing = set(range(len(tasks[name].classes))) - {label for _, label in parts.train}
         if missing or not parts.validation or not parts.test:
             raise SystemExit(f"Task '{name}' has no training pictures of {len(missing)} classes: {sizes(parts)}.")
@@ -116,19 +116,6 @@ def split(task: ImageTask, pictures: Iterable[Picture], seed: int) -> tuple[Spli
             pools[part_of(position / len(names))][example.key].append(example.text)
     most = {"validation": task.validation, "test": task.test, "train": task.train_per_class * len(task.classes)}
     return Splits(**{part: draw(task.classes, pools[part], most[part], rng) for part in PARTS}), images
-
-
-def apart(splits: Mapping[str, Splits]) -> dict[str, Splits]:
-    """The same without pictures that stand in a later part of any other task: a merged model has seen the training parts of all."""
-    held = {part: {key for s in splits.values() for key, _ in getattr(s, part)} for part in PARTS}
-
-    def without(rows: list[tuple[str, int]], *parts: str) -> list[tuple[str, int]]:
-        return [row for row in rows if not any(row[0] in held[part] for part in parts)]
-
-    return {
-        name: Splits(without(s.train, "validation", "test"), without(s.validation, "test"), s.test)
-        for name, s in splits.items()
-    }
 
 
 def save(cache: Path, task: ImageTask, parts: Splits, images: Mapping[str, Tensor]) -> None:
