@@ -56,7 +56,7 @@ def results(name: str, better: float, kind: str = "adapter") -> Found:
 def test_pages_are_the_saved_ones() -> None:
     """The page, the guide and the README's table are what the program writes from the results in the docs."""
     for place, text in pages(DOCS, DOCS / "benchmarks").items():
-        assert place.read_text(encoding="utf-8") == text, "run python -m examples.benchmarks.everything report"
+        assert place.read_text(encoding="utf-8") == text, "run python -m examples.benchmarks.everything pages"
     found = saved(DOCS, list(BENCHMARKS.values()))
     assert found[0].name == "text8" and "| `dc` |" in (DOCS / "benchmarks.md").read_text(encoding="utf-8")
 
@@ -127,7 +127,7 @@ def test_command_runs_the_stages_of_each(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(command.importlib, "import_module", Door)
     monkeypatch.setattr(command, "write_pages", lambda docs, figures: pages.append(figures))
     options = ["--cache", str(tmp_path / "cache"), "--docs", str(tmp_path / "docs"), "--workers", "1"]
-    assert main(["evaluate", "report", *options, "--only", "text8_fft"]) == 0
+    assert main(["evaluate", "report", "pages", *options, "--only", "text8_fft"]) == 0
     page, out = str(tmp_path / "docs/text8-fft.md"), str(tmp_path / "docs/text8-fft")
     expected = [
         "evaluate",

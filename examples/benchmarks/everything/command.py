@@ -1,12 +1,12 @@
 """All accuracy benchmarks, one after the other: from packages to adapters to measurements to the pages of the docs, offline, on a CPU.
 
 python -m examples.benchmarks.everything                        # all stages of all; what is done already is kept
-python -m examples.benchmarks.everything evaluate figures report    # from cached adapters
-python -m examples.benchmarks.everything report --only text8    # the pages again, from what was measured
+python -m examples.benchmarks.everything evaluate study figures report pages    # from cached adapters
+python -m examples.benchmarks.everything pages      # from what is saved in the docs
 
 data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, on validation
-examples. figures: the paper's figures. With report come
-docs/benchmarks.md and the guide of docs/methods/index.md. It may be stopped at any time and goes on where it was.
+examples. figures: the paper's figures. pages: docs/benchmarks.md, its first table in the README, and the guide of
+docs/methods/index.md. It may be stopped at any time and goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = "text8"  # whose adapters the figures are of
-EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1])
+EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
 STUDIED = {
     "text8": ("4", "8"),
     "vision": ("4", "8"),
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 str(figures),
             ]
         )
-    if "report" in options.stages:
+    if "pages" in options.stages:
         write_pages(options.docs, figures)
     return 0
 
