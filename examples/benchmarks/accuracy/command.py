@@ -50,9 +50,12 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
         "--cache", type=Path, default=cache, metavar="DIR", help="packages, data, what is trained, and results"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="of results.json, .csv and .md (default: CACHE/results)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="of results.json, .csv and, without --page, .md (default: CACHE/results)",
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into as well")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(benchmark.seeds),
                         help=f"of what is trained (default: {seeds})")  # fmt: skip
     parser.add_argument("--counts", type=int, nargs="+", default=list(benchmark.counts), metavar="T",
@@ -104,7 +107,8 @@ def _run_stage(
     results = results_of(suite, settings, rows.found)
     out = options.out or options.cache / "results"
     write(results, out)
-    (out / "results.md").write_text(markdown(results), encoding="utf-8")
     if options.page:
         options.page.write_text(with_tables(options.page.read_text(encoding="utf-8"), results), encoding="utf-8")
+        return f"results.json and results.csv in {out}, the tables in {options.page}"
+    (out / "results.md").write_text(markdown(results), encoding="utf-8")
     return f"results.json, results.csv and results.md in {out}"
