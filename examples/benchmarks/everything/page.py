@@ -36,7 +36,8 @@ no mask were compared with DC-Merge, on **validation** examples alone:
   radio calls regularised zero-forcing; lambda = 1 has the slope of p = 1 at an eigenvalue 1 of G, lambda = 1/2 that of p = 4/3.
 
 In brackets the difference from `dc` with its interval. Alpha is picked on the examples that are measured, which favours all rules alike, or is the data-free
-one. The goal was two points over the best published method on two benchmarks; a rule that does not reach it is no method here."""
+one. The goal is two points over the best published method on two benchmarks: what reaches it on validation examples of both becomes a method,
+is measured on test examples once, and is none until then."""
 LAYERS = "figure-15-layers.csv"  # DirSim by method, module and task
 MARKED = re.compile(r"(<!-- everything: written by [^\n]*-->\n).*?(<!-- /everything -->)", re.DOTALL)
 
