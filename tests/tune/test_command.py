@@ -120,7 +120,11 @@ def test_time(merged: MergedAdapter) -> None:
     with refused(EvaluationError, "was ended after 1 s: expected a number by then; allow more (timeout, --timeout)"):
         evaluation(code, timeout=1)(merged)
     assert time.monotonic() - start < 8 and Path("child").exists()
-    assert not [line for line in _commands() if "open('child'" in line]
+    # A killed process whose parent is gone stays in the list until the system has looked after it.
+    until = time.monotonic() + 5
+    while left := [line for line in _commands() if "open('child'" in line]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
 
 
 def _commands() -> list[str]:
