@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.methods.smoothing import smooth_energy
@@ -21,7 +22,7 @@ def gram_power(tasks: Sequence[LowRank], p: float = 1.0, tau: float = 1.0) -> Lo
     direction what the others share with it (the pseudo-inverse). The mean is that of each task's own singular values.
     """
     svds = [task.svd for task in tasks]
-    U, V = torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh.mT for svd in svds], dim=1)
+    U, V = stacked_bases(svds)
     S = torch.cat([tau * svd.S + (1 - tau) * svd.S.mean() for svd in svds])
     return LowRank(U @ inverse_power(U.mT @ U, p / 2) * S, (V @ inverse_power(V.mT @ V, p / 2)).mT)
 
@@ -36,7 +37,7 @@ def regularised(tasks: Sequence[LowRank], ridge: float = 0.5, rho: float = 5.0) 
     of p = 2 / (1 + lambda).
     """
     svds = [task.svd for task in tasks]
-    U, V = torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh.mT for svd in svds], dim=1)
+    U, V = stacked_bases(svds)
     S = torch.cat([smooth_energy(svd.S, "linear", rho=rho) for svd in svds])
     left, right = (torch.linalg.inv(X.mT @ X + ridge * torch.eye(X.shape[1], dtype=X.dtype)) for X in (U, V))
     return LowRank(U @ left * S, (V @ right).mT)
@@ -46,6 +47,11 @@ def by_default(tasks: Sequence[LowRank], method: str) -> LowRank | Tensor:
     """One of the library's methods at its defaults, before alpha."""
     found = method_named(method, {"alpha": 1.0}).merge(tasks, [1.0] * len(tasks))
     return found if isinstance(found, LowRank) else found.dense()
+
+
+def stacked_bases(svds: Sequence[SVD]) -> tuple[Tensor, Tensor]:
+    """``[U_1 .. U_T]`` (m, k) and ``[V_1 .. V_T]`` (n, k)."""
+    return torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh.mT for svd in svds], dim=1)
 
 
 def inverse_power(G: Tensor, exponent: float) -> Tensor:
