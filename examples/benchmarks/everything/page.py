@@ -191,7 +191,7 @@ def alpha_text(found: Sequence[Found]) -> str:
     return (
         'What the data-free `alpha="auto"` ([how](concepts.md#alpha)) loses against the alpha that is best on validation examples, in points of '
         f"normalized accuracy on test examples: of {len(gaps)} merges, averaged over seeds and groups, {near} lose less than {100 * GOAL:g} points or gain. The norm for adapters was chosen on validation texts of text8, "
-        "by how little the ratio to the picked alpha differs from method to method, and the fit for full models on those of text8-fft; vision had no part in it."
+        "by how little the ratio to the picked alpha differs from method to method, and the fit for full models on those of text8-fft; vision and language had no part in it."
     )
 
 
