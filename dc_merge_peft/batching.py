@@ -129,9 +129,9 @@ class Stacker:
         # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
         S = S.where((norms > FLOAT32_EPS * largest)[:, None], 0)
         merged = StackedSVD(U, S, Vh)
-        own, whole = _fits(tasks, merged)
+        fits = _fits(tasks, merged)
         counts = (null_thresholds(S, S.shape[-1]) < S).sum(1)
-        numbers = torch.stack([fine.double(), norms, own, whole, counts.double()], dim=1).tolist()
+        numbers = torch.stack([fine.double(), norms, *fits, counts.double()], dim=1).tolist()
         cut = merged.truncate(self.svd_rank or sum(task.rank for task in modules[0].tasks))
         # Balanced factors; a column beyond a module's own rank is left out below.
         root = cut.S.sqrt()[:, None, :]
@@ -192,9 +192,11 @@ def _selected(tasks: StackedTasks, which: Tensor) -> StackedTasks:
     )
 
 
-def _fits(tasks: StackedTasks, merged: StackedSVD) -> tuple[Tensor, Tensor]:
-    """The terms of ``alpha="auto"`` of each module, (b,) both: :func:`dc_merge_peft.methods.rescaling.fit_alpha`."""
+def _fits(tasks: StackedTasks, merged: StackedSVD) -> Iterator[Tensor]:
+    """The four terms of ``alpha="auto"`` of each module, (b,) each: :func:`dc_merge_peft.methods.rescaling.fit_alpha`."""
     weights = tasks.weights.abs()
     shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    sizes = torch.stack([svd.S.pow(4).sum(1) for svd in tasks.svds], dim=1)  # (b, T)
-    return (shares * tasks.weights.pow(4) * sizes).sum(1), merged.S.pow(4).sum(1)
+    for power in (2, 4):
+        sizes = torch.stack([svd.S.pow(power).sum(1) for svd in tasks.svds], dim=1)  # (b, T)
+        yield (shares * tasks.weights.pow(power) * sizes).sum(1)
+        yield merged.S.pow(power).sum(1)

@@ -105,22 +105,24 @@ class Dense:
         """Frobenius norm, in float64."""
         return float(torch.linalg.norm(self.W.to(torch.float64)))
 
-    def quartic(self) -> float:
-        """``||dW||_4^4 = ||dW^T dW||_F^2``, the sum of the fourth powers of the singular values.
+    def moments(self) -> tuple[float, float]:
+        """``||dW||_F^2`` and ``||dW||_4^4 = ||dW^T dW||_F^2``, the sums of the squares and of the fourth powers of the singular values.
 
         From the smaller Gram matrix, multiplied in the dtype of W: no decomposition.
         """
         if "svd" in self.__dict__:
-            return float(self.svd.S.to(torch.float64).pow(4).sum())
+            squares = self.svd.S.to(torch.float64).square()
+            return float(squares.sum()), float(squares.square().sum())
         W = self.W if self.W.shape[0] <= self.W.shape[1] else self.W.mT
         largest = float(W.abs().max()) if W.numel() else 0.0
         if not largest:
-            return 0.0
+            return 0.0, 0.0
         gram = torch.zeros(len(W), len(W), dtype=W.dtype, device=W.device)
         for block in W.split(max(BLOCK // len(W), 1), dim=1):
             scaled = block / largest  # squares of float32 may be beyond it
             gram.addmm_(scaled, scaled.mT)
-        return float(gram.to(torch.float64).square().sum()) * largest**4
+        gram = gram.to(torch.float64)
+        return float(gram.trace()) * largest**2, float(gram.square().sum()) * largest**4
 
 
 class FiledDense(Dense):

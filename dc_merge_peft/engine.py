@@ -250,7 +250,7 @@ def _alpha(method: Method, fit: AlphaFit) -> float:
     if method.config.alpha != "auto":
         return float(method.config.alpha)
     if fit.alpha is None:
-        if fit.power == 1 and fit.found:
+        if fit.dense and fit.found:
             what = "the merged delta opposes the models, as opposite weights can make it"
         else:
             what = "the merged delta is zero" if fit.asked else "every weighted adapter or model is zero"

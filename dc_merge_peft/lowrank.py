@@ -102,11 +102,12 @@ class LowRank:
         """Frobenius norm, in float64."""
         return max(self.inner(self), 0.0) ** 0.5
 
-    def quartic(self) -> float:
-        """``||dW||_4^4``, the sum of the fourth powers of the singular values, in float64 from r x r products."""
+    def moments(self) -> tuple[float, float]:
+        """``||dW||_F^2`` and ``||dW||_4^4``, the sums of the squares and of the fourth powers of the singular values, in float64 from
+        r x r products."""
         B, A = self.B.to(torch.float64), self.A.to(torch.float64)
-        G = (B.mT @ B) @ (A @ A.mT)  # similar to the square of the singular values
-        return max(float((G * G.mT).sum()), 0.0)
+        G = (B.mT @ B) @ (A @ A.mT)  # its eigenvalues are the squares of the singular values
+        return max(float(G.trace()), 0.0), max(float((G * G.mT).sum()), 0.0)
 
 
 def concatenate(deltas: Sequence[LowRank]) -> LowRank:

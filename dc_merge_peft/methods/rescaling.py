@@ -1,10 +1,11 @@
 """``alpha="auto"``: the data-free coefficient, for every method.
 
-**Adapters.** The merged delta is made as large as its tasks' deltas are, in the Schatten 4-norm ``||X||_4 = (sum_j sigma_j^4)^(1/4)`` over
-all modules. Why that norm: ``||X||_4^4 = ||X^T X||_F^2 = tr(X C X^T)`` with ``C = X^T X`` is the energy with which a delta answers inputs
-that are distributed as its own rows, and the rows of a fine-tuned delta are sums of its task's inputs. So a module is as strong after
-the merge, on what it is made for, as after fine-tuning. The Frobenius norm counts every weak direction and would let flat
-spectra, as smoothing makes them, be too weak; the spectral norm counts one direction alone and would let them be too strong.
+**Adapters.** The merged delta is made as large as its tasks' deltas are, over all modules, by the size ``(||X||_F ||X||_4^2)^(1/3)``, where
+``||X||_p = (sum_j sigma_j^p)^(1/p)`` is the Schatten norm. It is the least upper bound that these two norms give of the Schatten 3-norm:
+``(sum sigma^3)^2 <= sum sigma^2 sum sigma^4``. Why 3: ``||X||_3^3 = tr(X |X| X^T)`` with ``|X| = (X^T X)^(1/2)`` is the energy with which a
+delta answers inputs that are distributed along its own directions, as strongly in each as the delta itself is, so that a module is as
+strong after the merge, on what it is made for, as after fine-tuning. A norm of lower order counts many weak directions and would let
+flat spectra, as smoothing makes them, be too weak; one of higher order counts the strongest alone and would let them be too strong.
 
 **Full fine-tuning.** Together the tasks' leading directions fill the whole space, and orthogonal bases of it lie far from the tasks' own:
 of a merged delta of their size, little is left where a task looks for it. There the tasks are fitted inside their own directions.
@@ -20,27 +21,39 @@ from dc_merge_peft.methods.cover import leading_svds
 
 
 class AlphaFit(NamedTuple):
-    """The two sums whose ratio is a power of alpha; those of several modules add up."""
+    """The sums that alpha is made of, of the tasks (asked) and of the merged delta (found); those of several modules add up."""
 
-    asked: float = 0.0  # of the tasks
-    found: float = 0.0  # of the merged delta
-    power: int = 4
+    asked: float = 0.0  # squares; of dense tasks their products with the merged delta
+    found: float = 0.0
+    asked_fourth: float = 0.0  # fourth powers; 0 of dense tasks
+    found_fourth: float = 0.0
+    dense: bool = False
 
     def plus(self, other: AlphaFit) -> AlphaFit:
         """The sums over both."""
-        return AlphaFit(self.asked + other.asked, self.found + other.found, other.power)
+        return AlphaFit(
+            self.asked + other.asked,
+            self.found + other.found,
+            self.asked_fourth + other.asked_fourth,
+            self.found_fourth + other.found_fourth,
+            self.dense or other.dense,
+        )
 
     @property
     def alpha(self) -> float | None:
         """The coefficient, positive, or None where there is none."""
-        return (self.asked / self.found) ** (1 / self.power) if self.asked > 0 and self.found > 0 else None
+        if self.dense:
+            return self.asked / self.found if self.asked > 0 and self.found > 0 else None
+        if not all(self[:4]):
+            return None
+        return ((self.asked / self.found) * (self.asked_fourth / self.found_fourth)) ** (1 / 6)
 
 
 def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -> AlphaFit:
     """The terms of one module, in float64.
 
-    Adapters: ``alpha = (sum_i |w_i| ||w_i dW_i||_4^4 / sum_i |w_i|)^(1/4) / ||dW~||_4``. A task counts by its weight, so that one of weight 0
-    does not count, and weights of twice the size ask for a delta of twice the size.
+    Adapters: ``alpha = (a_2 / f_2)^(1/6) (a_4 / f_4)^(1/6)`` with ``a_p = sum_i |w_i| ||w_i dW_i||_p^p / sum_i |w_i|`` and ``f_p = ||dW~||_p^p``. A
+    task counts by its weight, so that one of weight 0 does not count, and weights of twice the size ask for a delta of twice the size.
 
     Dense tasks: the minimiser of ``sum_i || alpha P_i dW~ - w_i dW_i ||^2`` with ``P_i X = U_i U_i^T X V_i V_i^T``, U_i and V_i the task's
     ``floor(min(m, n) / T)`` leading directions, as in merging.
@@ -52,12 +65,14 @@ def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -
     """
     if any(isinstance(task, Dense) for task in tasks):
         return _fit_inside(tasks, weights, merged)
-    total = sum(map(abs, weights))
-    if not total:
-        return AlphaFit(0.0, merged.quartic())
-    sizes = (task.quartic() for task in tasks)
-    asked = sum(abs(weight) / total * weight**4 * size for size, weight in zip(sizes, weights, strict=True))
-    return AlphaFit(asked, merged.quartic())
+    total = sum(map(abs, weights)) or 1.0
+    asked = asked_fourth = 0.0
+    for task, weight in zip(tasks, weights, strict=True):
+        square, fourth = task.moments()
+        asked += abs(weight) / total * weight**2 * square
+        asked_fourth += abs(weight) / total * weight**4 * fourth
+    found, found_fourth = merged.moments()
+    return AlphaFit(asked, found, asked_fourth, found_fourth)
 
 
 def _fit_inside(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -> AlphaFit:
@@ -67,4 +82,4 @@ def _fit_inside(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta)
         projected = merged.project(U, Vh.mT)  # (r, r); U^T dW_i V is diag(S)
         asked += weight * float((projected.diagonal() * S).sum())
         found += float(projected.square().sum())
-    return AlphaFit(asked, found, 1)
+    return AlphaFit(asked, found, dense=True)

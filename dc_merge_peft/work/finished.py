@@ -92,7 +92,7 @@ class WorkFolder:
             if not _names(file, zlib.crc32(content)):
                 return None
             tensors = dict(map(_restored, load(content).items()))
-            S, (asked, found, power) = tensors.get("S"), tensors["sizes"].tolist()
+            S, (asked, found, asked_fourth, found_fourth, dense) = tensors.get("S"), tensors["sizes"].tolist()
             delta = self._delta(module, tensors, numbers)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):  # not one that this version has written
             return None
@@ -100,7 +100,11 @@ class WorkFolder:
             return None
         self._recall(module, tensors["losses"])
         where = delta.device
-        return delta, None if S is None else S.to(where), AlphaFit(asked, found, int(power))
+        return (
+            delta,
+            None if S is None else S.to(where),
+            AlphaFit(asked, found, asked_fourth, found_fourth, bool(dense)),
+        )
 
     def _delta(self, module: PlannedModule, tensors: Mapping[str, Tensor], numbers: Sequence[Path]) -> Delta | None:
         where = self.reader.device_of(module)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from accuracy import plan
+from accuracy import kinds, plan
 from accuracy.contenders import CONTENDERS, TABLES, WITH_DATA, Contender, groups
 from accuracy.evaluate import Rows, evaluate
+from accuracy.merging import Merge, by_method
 from accuracy.plan import Settings
 from accuracy.workers import shared_out
 from peft import PeftModel
@@ -113,6 +115,30 @@ def test_other_code_with_the_same_result(tmp_path: Path, monkeypatch: pytest.Mon
     measurements = len(suite.asked)
     assert measurements > 0
     assert measured(suite, tmp_path)[1] == 0 and len(suite.asked) == measurements
+
+
+@pytest.mark.usefixtures("few")
+def test_another_alpha_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are those of a run from nothing, and of deltas that are the same nothing is measured twice."""
+    suite = small_suite(tmp_path / "suite")
+    first, _ = measured(suite, tmp_path)
+    suite.asked.clear()
+    monkeypatch.setattr(plan, "code_key", lambda: "another")
+
+    def weaker(*arguments: Any) -> Merge:
+        found = by_method(*arguments)
+        return dataclasses.replace(found, auto=0.7 * (found.auto or 1.0))
+
+    monkeypatch.setattr(kinds, "by_method", weaker)
+    second, new = measured(suite, tmp_path)
+    fewer = len(suite.asked)
+    suite.asked.clear()
+    fresh, _ = measured(suite, tmp_path / "fresh")
+    assert new == 8 and 0 < fewer < len(suite.asked) / 2
+    for name, row in fresh.found.items():
+        for key in row.keys() - {"seconds", "merge_seconds"}:
+            assert second.found[name][key] == row[key]
+    assert second.found["dc | a+b | 0"]["auto"] == pytest.approx(0.7 * first.found["dc | a+b | 0"]["auto"])
 
 
 def test_all_contenders_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

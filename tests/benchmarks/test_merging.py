@@ -13,6 +13,7 @@ from accuracy.rules import by_default, gram_power, regularised
 from peft import PeftModel
 
 from dc_merge_peft.lowrank import LowRank, concatenate
+from dc_merge_peft.methods.smoothing import smooth_energy
 from tests.support.suites import LAYERS, SmallSuite, small_suite
 
 
@@ -118,6 +119,18 @@ def test_regularised_rule_minimises_its_objective(suite: SmallSuite) -> None:
     much = regularised(tasks, ridge=1e6).dense() * 1e12
     smoothed = by_method(of(suite, "a", "b"), "ta", {"smoothing": "linear"}).deltas[LAYERS[0]]
     assert torch.allclose(much.float(), smoothed, rtol=1e-3, atol=1e-5)
+
+
+def test_each_side_of_a_regularised_rule_has_its_own_lambda(suite: SmallSuite) -> None:
+    """The first is that of the outputs: much of it leaves the columns of dW where the sum has them."""
+    tasks = [factors(adapter)[LAYERS[0]] for adapter in of(suite, "a", "b")]
+    U, S, V = (
+        torch.cat(parts, dim=-1) for parts in zip(*((t.svd.U, t.svd.S, t.svd.Vh.mT) for t in tasks), strict=True)
+    )
+    inverse = torch.linalg.inv(V.mT @ V + 0.5 * torch.eye(len(S), dtype=V.dtype))
+    found = regularised(tasks, 1e6, 0.5).dense() * 1e6
+    smoothed = torch.cat([smooth_energy(task.svd.S, "linear", rho=5.0) for task in tasks])
+    assert torch.allclose(found, U * smoothed @ inverse @ V.mT, rtol=1e-4, atol=1e-6)
 
 
 def test_method_as_a_rule_is_the_method(suite: SmallSuite) -> None:

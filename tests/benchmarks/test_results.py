@@ -214,9 +214,24 @@ def test_study_of_rules(tmp_path: Path) -> None:
 
 def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The families' members that are asked for after DC-Merge, as a table and as JSON."""
-    assert list(rules([1.0, 2.0], [1.0], [0.5])) == ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5"]
+    labels = ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5", "lambda 0.25, 1"]
+    assert list(rules([1.0, 2.0], [1.0], [(0.5, 0.5), (0.25, 1.0)])) == labels
     small_suite(tmp_path)
-    arguments = ["--cache", str(tmp_path), "--p", "2", "--tau", "1", "--ridge", "1", "--seeds", "0", "--examples", "20"]
+    arguments = [
+        "--cache",
+        str(tmp_path),
+        "--p",
+        "2",
+        "--tau",
+        "1",
+        "--ridge",
+        "1",
+        "0.5,2",
+        "--seeds",
+        "0",
+        "--examples",
+        "20",
+    ]
     arguments += ["--workers", "1"]
     out = tmp_path / "lines.json"
     assert (
@@ -225,7 +240,10 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     lines = json.loads(out.read_text(encoding="utf-8"))
     assert [(line["label"], line["alpha_by"]) for line in lines] == [
-        (label, by) for by in ("validation", "auto") for label in ("dc", "p 2, tau 1", "lambda 1")
+        (label, by) for by in ("validation", "auto") for label in ("dc", "p 2, tau 1", "lambda 1", "lambda 0.5, 2")
     ]
     shown = capsys.readouterr().out
     assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1
+    with pytest.raises(SystemExit):
+        run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--ridge", "1,2,3"], (2,))
+    assert "argument --ridge: invalid _ridge value: '1,2,3'" in capsys.readouterr().err

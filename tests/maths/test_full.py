@@ -97,7 +97,7 @@ def test_merge_against_its_models_has_no_alpha() -> None:
     with pytest.raises(
         MergeError, match=r"alpha='auto' found no strength: the merged delta opposes the models.*give alpha as a number"
     ):
-        engine_alpha(method_named("ta", {"alpha": "auto"}), AlphaFit(-1.0, 1.0, 1))
+        engine_alpha(method_named("ta", {"alpha": "auto"}), AlphaFit(-1.0, 1.0, dense=True))
 
 
 @pytest.mark.parametrize("name", ["ta", "average", "ties", "dare_ties", "consensus", "pcb", "magnitude_prune"])

@@ -169,18 +169,21 @@ def weighted_sum(deltas: Sequence[ndarray], weights: Sequence[float]) -> ndarray
 
 def best_alpha(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarray]]) -> float:
     """Over the modules (deltas, weights, merged): the coefficient that makes the merged deltas as large as the mean task's, each task
-    counted by its weight, in the Schatten 4-norm of all modules together."""
-    asked = sum(
-        sum(abs(w) * schatten4(w * delta) ** 4 for delta, w in zip(deltas, weights, strict=True))
-        / sum(map(abs, weights))
-        for deltas, weights, _ in modules
-    )
-    return float((asked / sum(schatten4(merged) ** 4 for *_, merged in modules)) ** 0.25)
+    counted by its weight: ``(||X||_F ||X||_4^2)^(1/3)``, the norms of all modules together."""
+    factors = []
+    for order in (2, 4):
+        asked = sum(
+            sum(abs(w) * schatten(w * delta, order) ** order for delta, w in zip(deltas, weights, strict=True))
+            / sum(map(abs, weights))
+            for deltas, weights, _ in modules
+        )
+        factors.append((asked / sum(schatten(merged, order) ** order for *_, merged in modules)) ** (1 / order))
+    return float(factors[0] ** (1 / 3) * factors[1] ** (2 / 3))
 
 
-def schatten4(X: ndarray) -> float:
-    """``(sum sigma^4)^(1/4)``."""
-    return float((np.linalg.svd(X, compute_uv=False) ** 4).sum() ** 0.25)
+def schatten(X: ndarray, order: int) -> float:
+    """``(sum sigma^p)^(1/p)``."""
+    return float((np.linalg.svd(X, compute_uv=False) ** order).sum() ** (1 / order))
 
 
 def fitted_alpha(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarray]]) -> float:

@@ -41,18 +41,20 @@ class Bench:
         return {part: self.hits(task, part, size) for part, size in sizes.items()}
 
     def search(
-        self, merge: Merge, own: Mapping[str, float], count: int
+        self, merge: Merge, own: Mapping[str, float], count: int, known: Mapping[float, float] | None = None
     ) -> tuple[float, dict[float, float]]:  # the best alpha, and the scores that were looked at
-        """Average normalized accuracy on validation examples along alpha."""
+        """Average normalized accuracy on validation examples along alpha; what is ``known`` of it is not measured again."""
 
         def score(alpha: float) -> float:
+            if known and alpha in known:
+                return known[alpha]
             self.carrier.carry(merge.deltas, alpha)
             return sum(share(self.hits(task, "validation", count)) / max(own[task], 1e-9) for task in own) / len(own)
 
         return best_alpha(score, merge.auto)
 
     def merged(self, job: Job) -> Row:
-        """The row of one job; an earlier row where the library's code has changed and its result has not."""
+        """The row of one job. Where the library's code has changed and its deltas have not, an earlier row's measurements hold."""
         start = time.perf_counter()
         adapters = [self.suite.adapter(task, job.seed) for task in job.tasks]
         options = dict(job.contender.options)
@@ -61,11 +63,14 @@ class Bench:
         merge = self.suite.kind.merge(adapters, job.contender.method, options)
         seconds = time.perf_counter() - start
         deltas = tensors_key(merge.deltas)
-        if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (deltas, merge.auto):
-            return {**job.earlier, "code": job.code}
-        best, scores = self.search(merge, job.own, job.examples["validation"])
+        earlier = job.earlier if job.earlier and job.earlier["deltas"] == deltas else None
+        if earlier and earlier["auto"] == merge.auto:
+            return {**earlier, "code": job.code}
+        known = {float(alpha): score for alpha, score in earlier["scores"].items()} if earlier else {}
+        best, scores = self.search(merge, job.own, job.examples["validation"], known)
         alphas = {"validation": best} | ({"auto": merge.auto} if merge.auto is not None else {})
-        hits = {rule: self._test(merge, alpha, job) for rule, alpha in alphas.items()}
+        tested = {earlier["best"]: earlier["hits"]["validation"]} if earlier else {}
+        hits = {rule: tested.get(alpha) or self._test(merge, alpha, job) for rule, alpha in alphas.items()}
         return {
             "name": job.name, "key": job.key, "code": job.code, "deltas": deltas,
             "label": job.contender.label, "tasks": list(job.tasks), "unseen": list(job.unseen), "seed": job.seed,

@@ -27,9 +27,11 @@ def gram_power(tasks: Sequence[LowRank], p: float = 1.0, tau: float = 1.0) -> Lo
     return LowRank(U @ inverse_power(U.mT @ U, p / 2) * S, (V @ inverse_power(V.mT @ V, p / 2)).mT)
 
 
-def regularised(tasks: Sequence[LowRank], ridge: float = 0.5, rho: float = 5.0) -> LowRank:
-    """``dW = U (G_u + lambda)^-1 diag(S) (G_v + lambda)^-1 V^T``, with linearly smoothed S (Eq. 39-40): regularised zero-forcing, as
-    the transmitters of radio call it.
+def regularised(
+    tasks: Sequence[LowRank], ridge: float = 0.5, ridge_in: float | None = None, rho: float = 5.0
+) -> LowRank:
+    """``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T``, with linearly smoothed S (Eq. 39-40): regularised zero-forcing,
+    as the transmitters of radio call it. ``ridge_in`` is lambda_v, of the side of the inputs; lambda_u too where it is None.
 
     ``Y = U (G_u + lambda)^-1`` minimises ``||Y^T U - I||_F^2 + lambda ||Y||_F^2``: each merged direction is to answer its own direction
     with 1 and those of all tasks beside it with 0, at a small norm. Large lambda leaves the sum (p = 0 of :func:`gram_power`), none takes
@@ -39,7 +41,11 @@ def regularised(tasks: Sequence[LowRank], ridge: float = 0.5, rho: float = 5.0) 
     svds = [task.svd for task in tasks]
     U, V = stacked_bases(svds)
     S = torch.cat([smooth_energy(svd.S, "linear", rho=rho) for svd in svds])
-    left, right = (torch.linalg.inv(X.mT @ X + ridge * torch.eye(X.shape[1], dtype=X.dtype)) for X in (U, V))
+    ridges = ridge, ridge if ridge_in is None else ridge_in
+    left, right = (
+        torch.linalg.inv(X.mT @ X + each * torch.eye(X.shape[1], dtype=X.dtype))
+        for X, each in zip((U, V), ridges, strict=True)
+    )
     return LowRank(U @ left * S, (V @ right).mT)
 
 

@@ -53,7 +53,10 @@ def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int], seed
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="with the adapters of the benchmark")
     parser.add_argument("--p", type=float, nargs="*", default=[1.0, 1.3], help="of gram_power (default: 1 1.3)")
     parser.add_argument("--tau", type=float, nargs="*", default=[0.7], help="of gram_power (default: 0.7)")
-    parser.add_argument("--ridge", type=float, nargs="*", default=[0.5, 1.0], help="of regularised (default: 0.5 1)")
+    parser.add_argument(
+        "--ridge", type=_ridge, nargs="*", default=[(0.5, 0.5), (0.25, 1.0)], metavar="LAMBDA",
+        help="of regularised: one number for both sides, or two as in 0.25,1: of the outputs and of the inputs (default: 0.5 0.25,1)",
+    )  # fmt: skip
     parser.add_argument("--counts", type=int, nargs="+", default=list(counts), metavar="T")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument(
@@ -65,12 +68,21 @@ def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int], seed
     return parser.parse_args(arguments)
 
 
-def rules(powers: Sequence[float], taus: Sequence[float], ridges: Sequence[float]) -> Mapping[str, Rule]:
+def _ridge(text: str) -> tuple[float, float]:
+    """lambda_u and lambda_v."""
+    first, *others = map(float, text.split(","))
+    if len(others) > 1:
+        raise ValueError(text)
+    return first, *(others or [first])
+
+
+def rules(powers: Sequence[float], taus: Sequence[float], ridges: Sequence[tuple[float, float]]) -> Mapping[str, Rule]:
     """DC-Merge, with which the others are compared, and the members of both families that are asked for."""
     found: dict[str, Rule] = {"dc": partial(by_default, method="dc")}
     for p in powers:
         for tau in taus:
             found[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
-    for ridge in ridges:
-        found[f"lambda {ridge:g}"] = partial(regularised, ridge=ridge)
+    for outputs, inputs in ridges:
+        label = f"lambda {outputs:g}" if outputs == inputs else f"lambda {outputs:g}, {inputs:g}"
+        found[label] = partial(regularised, ridge=outputs, ridge_in=inputs)
     return found

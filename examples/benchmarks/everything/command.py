@@ -34,6 +34,7 @@ EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
 STUDIED = {
     "text8": ("4", "8"),
     "vision": ("4", "8"),
+    "language": ("4", "8"),
 }  # numbers of tasks at which rules that are no methods are measured
 
 

@@ -27,7 +27,7 @@ SETTINGS = Settings(counts=(4, 2, 8), validation=32, test=100, fewer=())
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("language", __doc__, prepare, _suite, SETTINGS.counts, settings=SETTINGS), arguments)
+    return run(Benchmark("language", __doc__, prepare, suite, SETTINGS.counts, settings=SETTINGS), arguments)
 
 
 def prepare(cache: Path) -> bool:
@@ -36,5 +36,6 @@ def prepare(cache: Path) -> bool:
     return backbone.prepare(cache) or texts
 
 
-def _suite(cache: Path, seeds: tuple[int, ...]) -> LanguageSuite:
+def suite(cache: Path, seeds: tuple[int, ...]) -> LanguageSuite:
+    """All tasks, and adapters of these seeds."""
     return LanguageSuite(cache, tuple(TASKS), seeds)

@@ -1,7 +1,7 @@
 """Study rules that are no methods of the library on the validation texts: ``python -m examples.benchmarks.text8.study --cache DIR``.
 
 ``--p`` and ``--tau`` make ``dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T``, of which p = 1, tau = 1 is TSV-M; ``--ridge`` makes
-``dW = U (G_u + lambda)^-1 diag(S) (G_v + lambda)^-1 V^T`` with smoothed S; both are in ``accuracy/rules.py``. DC-Merge comes first, and
+``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T`` with smoothed S; both are in ``accuracy/rules.py``. DC-Merge comes first, and
 the others are compared with it. Other rules: call ``accuracy.study.study`` with functions of your own, as this program does.
 """
 

@@ -1,0 +1,29 @@
+"""Study rules that are no methods of the library on the validation questions of the language model: ``python -m examples.benchmarks.language.study --cache DIR``.
+
+``--p`` and ``--tau`` make ``dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T``, of which p = 1, tau = 1 is TSV-M; ``--ridge`` makes
+``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T`` with smoothed S; both are in ``accuracy/rules.py``. DC-Merge comes first, and
+the others are compared with it. Other rules: call ``accuracy.study.study`` with functions of your own, as this program does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent
+# Before anything of them is imported; worker processes get the path from this one.
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent), str(BENCHMARKS.parent.parent)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and write the lines where they are wanted."""
+    from accuracy.study_command import run
+
+    from language.command import suite
+
+    return run(__doc__, suite, arguments, (4, 8), (0,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
