@@ -21,6 +21,7 @@ from dc_merge_peft.methods.pcb import PCBMerging
 from dc_merge_peft.methods.pruning import MagnitudePrune
 from dc_merge_peft.methods.regmean import RegMean
 from dc_merge_peft.methods.robust import RobustMerge
+from dc_merge_peft.methods.rzf import RegularisedZeroForcing
 from dc_merge_peft.methods.ties import TIES
 from dc_merge_peft.methods.tsvm import TSVM
 from dc_merge_peft.methods.wudi import WUDI, WUDIClosed
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "iso_cts": IsoCTS,
     "wudi": WUDI,
     "wudi_closed": WUDIClosed,
+    "rzf": RegularisedZeroForcing,
     "robust": RobustMerge,
 }
 """Every method's class that needs adapters alone by its name, which ``method=``, ``--method`` and YAML files take."""

@@ -25,8 +25,8 @@ from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CoverConfig(MethodConfig):
-    """Options of energy smoothing and of the cover space."""
+class SmoothingConfig(MethodConfig):
+    """Options of energy smoothing, and how much of each task takes part."""
 
     smoothing: Smoothing = option(
         "none", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
@@ -41,6 +41,12 @@ class CoverConfig(MethodConfig):
     rank: int | None = option(
         None, "singular components used of each task (the paper's r); none: all of them", minimum=1
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoverConfig(SmoothingConfig):
+    """Options of energy smoothing and of the cover space."""
+
     basis: Literal["whitening", "optimized"] = option(
         "whitening",
         "how the cover basis is found: 'whitening' of the stacked bases (Eq. 25), or 'optimized', ascent on Eq. 8 "
@@ -124,12 +130,12 @@ class SwitchedMethod(ElementwiseMethod):
         return crowding(shape, ranks, self.space.rank) if self.space.cover else ()
 
 
-def smoothed(svd: SVD, config: CoverConfig) -> SVD:
+def smoothed(svd: SVD, config: SmoothingConfig) -> SVD:
     """Algorithm 1, line 6: energy smoothing of one task vector."""
     return svd._replace(S=smooth_energy(svd.S, config.smoothing, rho=config.rho, tau=config.tau))
 
 
-def smoothed_tasks(tasks: Sequence[Delta], config: CoverConfig) -> Sequence[Delta]:
+def smoothed_tasks(tasks: Sequence[Delta], config: SmoothingConfig) -> Sequence[Delta]:
     """The task vectors cut to ``rank`` and energy smoothed; as they are where nothing is to be done."""
     if config.smoothing == "none" and config.rank is None:
         return tasks

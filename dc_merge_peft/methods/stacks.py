@@ -13,7 +13,7 @@ from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.methods.cover import structural_mask
 from dc_merge_peft.methods.elementwise import FEW, SAME
 from dc_merge_peft.methods.smoothing import Smoothing
-from dc_merge_peft.methods.spaces import CoverConfig
+from dc_merge_peft.methods.spaces import CoverConfig, SmoothingConfig
 from dc_merge_peft.stacked import (
     StackedDelta,
     StackedSVD,
@@ -46,7 +46,7 @@ def smooth_energies(
     return tau * S + (1.0 - tau) * smoothed  # Eq. 41
 
 
-def smoothed_stacks(tasks: StackedTasks, config: CoverConfig) -> list[StackedSVD]:
+def smoothed_stacks(tasks: StackedTasks, config: SmoothingConfig) -> list[StackedSVD]:
     """The SVDs of all tasks cut to ``rank`` and energy smoothed (Algorithm 1, lines 5-6)."""
     cut = [svd.truncate(config.rank) for svd in tasks.svds]
     return [svd._replace(S=smooth_energies(svd.S, config.smoothing, rho=config.rho, tau=config.tau)) for svd in cut]

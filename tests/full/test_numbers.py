@@ -120,6 +120,7 @@ RULES: dict[str, tuple[dict[str, Any], Rule]] = {
     "tsvm": ({}, oracle_factors.tsvm),
     "iso_c": ({}, oracle_factors.iso_c),
     "iso_cts": ({}, lambda deltas, weights: oracle_factors.iso_cts(deltas, weights, None, 0.8)),
+    "rzf": ({}, lambda deltas, weights: oracle_factors.rzf(deltas, weights, smoothing="none")),
     "wudi": ({"steps": 20}, lambda deltas, weights: oracle_factors.wudi(deltas, weights, steps=20)),
     "dc": ({"smoothing": "average", "rank": 3}, lambda d, w: dc(d, w, smoothing="average", rank=3)),
 }

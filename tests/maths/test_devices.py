@@ -28,7 +28,7 @@ def test_cuda_equals_cpu(name: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", None])
-@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c"])
+@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c", "rzf"])
 def test_cuda_stacks_equal_cpu(name: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules of two shapes and one that falls out of its stack, from the CPU and from the GPU: the CPU's results."""
     modules = {f"q{seed}": random_tasks(seed, (64, 48), (6, 4, 5)) for seed in range(6)}

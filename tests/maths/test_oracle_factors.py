@@ -38,6 +38,9 @@ EXACT, FLOAT32 = 1e-7, 2e-5
 FACTOR_METHODS: list[tuple[str, dict[str, Any]]] = [
     ("tsvm", {}),
     ("tsvm", {"rank": 2}),
+    ("rzf", {}),
+    ("rzf", {"rank": 2, "ridge": 1.5, "smoothing": "average", "tau": 0.3}),
+    ("rzf", {"ridge": 1e-3, "smoothing": "none"}),
     ("iso_c", {}),
     ("iso_c", {"rank": 2}),
     ("iso_cts", {}),
@@ -149,7 +152,7 @@ def test_which_methods_see_cores() -> None:
     """The flags of this file's methods: factor methods go through k x k cores; Adam and the factors themselves do not."""
     flags = {
         name: (METHODS[name]().equivariant, METHODS[name].homogeneous)
-        for name in ("tsvm", "iso_c", "iso_cts", "wudi_closed")
+        for name in ("tsvm", "iso_c", "iso_cts", "wudi_closed", "rzf")
     }
     assert set(flags.values()) == {(True, True)}
     assert not METHODS["wudi"]().equivariant and not METHODS["wudi"].homogeneous
@@ -160,7 +163,7 @@ def test_near_duplicates_stay_finite() -> None:
     """Two adapters that differ by rounding are one: nothing is divided by what separates them."""
     first, other = random_tasks(15, (24, 20), (3, 3))
     close = LowRank(first.B * (1 + FLOAT32_EPS), first.A)
-    for name in ("tsvm", "iso_c", "iso_cts", "wudi_closed"):
+    for name in ("tsvm", "iso_c", "iso_cts", "wudi_closed", "rzf"):
         found, twice = (
             dense(merge_module(method_named(name), given, [1.0] * 3, None)[0])
             for given in ([first, close, other], [first, first, other])

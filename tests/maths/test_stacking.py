@@ -64,7 +64,7 @@ def test_what_is_odd_falls_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone == ["0.tight", "1.tight", "2.tight", "deficient", "zero", "twice", "crowded"]
 
 
-@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c"])
+@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c", "rzf"])
 def test_company_does_not_matter(name: str) -> None:
     """A module's result is the same in a stack of two, of many, and of other places in it."""
     many = ordinary(8)

@@ -85,7 +85,14 @@ def test_stacks_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_methods() -> None:
     """Five methods have a stacked form; a subclass that merges in another way has not."""
-    assert {name for name in METHODS if stacked_merge(method_named(name))} == {"dc", "ta", "average", "tsvm", "iso_c"}
+    assert {name for name in METHODS if stacked_merge(method_named(name))} == {
+        "dc",
+        "ta",
+        "average",
+        "tsvm",
+        "iso_c",
+        "rzf",
+    }
     assert stacked_merge(method_named("dc", {"basis": "optimized"})) is None
     assert stacked_merge(method_named("ta", {"basis": "optimized", "cover": True})) is None
     assert stacked_merge(type("Same", (DCMerge,), {})()) is not None
@@ -137,7 +144,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c"])
+@pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c", "rzf"])
 def test_fewer_calls(name: str) -> None:
     """Twenty modules as a stack ask for a fraction of the operators that they ask for one by one."""
     counts = []

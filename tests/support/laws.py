@@ -45,6 +45,7 @@ LAWS: dict[str, Laws] = {
     # Without a step it is the sum.
     "wudi": Laws({"steps": 0}, in_span=False),
     "wudi_closed": Laws({}),
+    "rzf": Laws({"smoothing": "none"}),
     "robust": Laws({"keep": 1.0, "fuse_weight": 1.0}, any_factors=False, any_ranks=False),
 }
 

@@ -7,6 +7,7 @@ rank a result has is that of its tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,26 @@ def tsvm(deltas: Sequence[ndarray], weights: Sequence[float], rank: int | None =
     V = np.concatenate([V[:, :r] for (_, _, V), r in zip(full, ranks, strict=True)], axis=1)
     S = np.concatenate([w * S[:r] for (_, S, _), r, w in zip(full, ranks, weights, strict=True)])
     return oracle.whiten(U) @ np.diag(S) @ oracle.whiten(V).T
+
+
+def rzf(
+    deltas: Sequence[ndarray], weights: Sequence[float], rank: int | None = None, ridge: float = 0.25, **smoothing: Any
+) -> ndarray:
+    """Each side's bases by ridge regression of the identity on them, row by row."""
+    full = [oracle.svd(delta) for delta in deltas]
+    ranks = oracle.fitting_ranks([min(len(S), rank or len(S)) for _, S, _ in full], min(deltas[0].shape))
+    sides = []
+    for side in (0, 2):
+        X = np.concatenate([svd[side][:, :r] for svd, r in zip(full, ranks, strict=True)], axis=1)
+        k = X.shape[1]
+        wide = np.concatenate([X.T, np.sqrt(ridge) * np.eye(len(X))])
+        target = np.concatenate([np.eye(k), np.zeros((len(X), k))])
+        sides.append((1 + ridge) * np.linalg.lstsq(wide, target, rcond=None)[0])
+    S = np.concatenate([
+        w * oracle.smooth(S[:r], **{"smoothing": "linear", "rho": 5.0, "tau": 0.0, **smoothing})
+        for (_, S, _), r, w in zip(full, ranks, weights, strict=True)
+    ])  # fmt: skip
+    return sides[0] @ np.diag(S) @ sides[1].T
 
 
 def leading(X: ndarray, count: int, scale: float) -> tuple[ndarray, ndarray, ndarray]:

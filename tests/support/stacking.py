@@ -31,6 +31,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("average", {"cover": True, "mask": False}),
     ("tsvm", {}),
     ("tsvm", {"rank": 2, "alpha": "auto"}),
+    ("rzf", {}),
+    ("rzf", {"rank": 2, "ridge": 3.0, "smoothing": "average", "alpha": 1.0}),
     ("iso_c", {}),
     ("iso_c", {"rank": 2}),
 ]

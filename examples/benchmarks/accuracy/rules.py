@@ -10,6 +10,7 @@ from torch import Tensor
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
+from dc_merge_peft.methods.rzf import zero_forcing
 from dc_merge_peft.methods.smoothing import smooth_energy
 
 NULL = 1e-10  # of the largest eigenvalue of a Gram matrix: below it a direction is rounding
@@ -30,23 +31,16 @@ def gram_power(tasks: Sequence[LowRank], p: float = 1.0, tau: float = 1.0) -> Lo
 def regularised(
     tasks: Sequence[LowRank], ridge: float = 0.5, ridge_in: float | None = None, rho: float = 5.0
 ) -> LowRank:
-    """``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T``, with linearly smoothed S (Eq. 39-40): regularised zero-forcing,
-    as the transmitters of radio call it. ``ridge_in`` is lambda_v, of the side of the inputs; lambda_u too where it is None.
+    """``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T``, with linearly smoothed S (Eq. 39-40): the library's method ``rzf``
+    with a lambda of its own for the side of the inputs, ``ridge_in``; None: the same.
 
-    ``Y = U (G_u + lambda)^-1`` minimises ``||Y^T U - I||_F^2 + lambda ||Y||_F^2``: each merged direction is to answer its own direction
-    with 1 and those of all tasks beside it with 0, at a small norm. Large lambda leaves the sum (p = 0 of :func:`gram_power`), none takes
-    all interference away and amplifies what tasks hardly differ in (p = 2); at an eigenvalue 1 of G, which is their mean, it has the slope
-    of p = 2 / (1 + lambda).
+    Large lambda leaves the sum (p = 0 of :func:`gram_power`), none takes all interference away and amplifies what tasks hardly differ in (p = 2);
+    at an eigenvalue 1 of G, which is their mean, it has the slope of p = 2 / (1 + lambda).
     """
     svds = [task.svd for task in tasks]
     U, V = stacked_bases(svds)
     S = torch.cat([smooth_energy(svd.S, "linear", rho=rho) for svd in svds])
-    ridges = ridge, ridge if ridge_in is None else ridge_in
-    left, right = (
-        torch.linalg.inv(X.mT @ X + each * torch.eye(X.shape[1], dtype=X.dtype))
-        for X, each in zip((U, V), ridges, strict=True)
-    )
-    return LowRank(U @ left * S, (V @ right).mT)
+    return LowRank(zero_forcing(U, ridge) * S, zero_forcing(V, ridge if ridge_in is None else ridge_in).mT)
 
 
 def by_default(tasks: Sequence[LowRank], method: str) -> LowRank | Tensor:

@@ -14,8 +14,8 @@ from accuracy.results import REFERENCE
 from dc_merge_peft.methods import DATA_METHODS
 
 Line = Mapping[str, Any]
-# No rivals of the reference in a comparison: a form that nobody published, and methods that look at training examples.
-OURS = ("wudi_closed",)
+# No rivals of the reference in a comparison: what nobody published, and methods that look at training examples.
+OURS = ("wudi_closed", "rzf")
 WITH_DATA = tuple(DATA_METHODS)
 
 

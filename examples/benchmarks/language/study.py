@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the lines where they are wanted."""
     from accuracy.study_command import run
 
-    from language.command import suite
+    from language.command import SEEDS, suite
 
-    return run(__doc__, suite, arguments, (4, 8), (0,))
+    return run(__doc__, suite, arguments, (4, 8), SEEDS)
 
 
 if __name__ == "__main__":
