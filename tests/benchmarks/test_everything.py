@@ -11,7 +11,7 @@ from everything import command
 from everything.command import BENCHMARKS, main, pages, parse
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
-from everything.page import dir_sims, losses, section, with_section
+from everything.page import beyond, dir_sims, losses, section, with_section
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -84,6 +84,19 @@ def test_page_counts_contests(tmp_path: Path) -> None:
     assert (
         text.index("LoRA adapters (Table 1)") < text.index("fine-tuned in full (Table 2)") < text.index("Figures here.")
     )
+
+
+def test_our_method_stands_beside_the_published_ones() -> None:
+    """Against the reference with its interval and against the best published one, itself included; where it was measured."""
+    one = results("text8", 0.05)
+    assert beyond([one]) == "It is not measured there yet."
+    for rule in ("validation", "auto"):
+        one.data["merged"].append(line(2, "rzf", rule, 0.97, (0.07, 0.06, 0.08)))
+    rows = beyond([Found(one.name, dict(one.data)), results("other", 0.0)]).splitlines()
+    assert len(rows) == 3 and rows[2].startswith("| text8 | 2 | 97.0 | +7.0 (+6.0 to +8.0) | +2.0 (`ta`) | 97.0 |")
+    worse = results("text8", -0.05)
+    worse.data["merged"] += [line(2, "rzf", rule, 0.97, (0.07, 0.06, 0.08)) for rule in ("validation", "auto")]
+    assert "| +7.0 (`dc`) |" in beyond([worse])
 
 
 def test_guide_takes_the_best_where_the_default_is_not() -> None:

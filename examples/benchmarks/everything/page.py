@@ -14,6 +14,7 @@ from common.tables import markdown as table
 from everything.found import Found, ahead, value
 
 GOAL = 0.005  # what alpha without data may lose
+NEW = "rzf"  # what came out of the study of rules
 OPTIONS = (
     ('`smoothing="linear"`, `density="auto"`, the mask: the default', "dc"),
     ('`smoothing="average"`', "dc, average"),
@@ -25,19 +26,30 @@ DEFAULTS_TEXT = (
     "What other options give, and in brackets how far they are from the default, with the interval of the paired difference. With eight adapters of rank 16 and "
     'more `density="auto"` is the paper\'s 0.001.'
 )
-STUDY_TEXT = """LoRA merging keeps less than it could: with eight tasks a tenth of what they learned is lost. Two families of rules that need no TIES and
-no mask were compared with DC-Merge, on **validation** examples alone:
+STUDY_TEXT = """LoRA merging keeps less than it could: with eight tasks a tenth of what they learned is lost, and more on harder tasks. Two families of rules
+that need no TIES and no mask were compared with DC-Merge, on **validation** examples alone:
 
 - `dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T` with G the Gram matrices of the stacked bases: p is how far directions that tasks
   share are taken apart. p = 0 is the sum, p = 1 orthogonal bases, which at tau = 1 is TSV-M, p = 2 the dual bases, in which no task answers
   for another; tau below 1 smooths.
-- `dW = U (G_u + lambda)^-1 diag(S) (G_v + lambda)^-1 V^T` with linearly smoothed S: `Y = U (G_u + lambda)^-1` minimises
-  `||Y^T U - I||^2 + lambda ||Y||^2`, so that each merged direction answers its own direction with 1 and all others with 0, at a small norm. It is what
-  radio calls regularised zero-forcing; lambda = 1 has the slope of p = 1 at an eigenvalue 1 of G, lambda = 1/2 that of p = 4/3.
+- `dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T` with linearly smoothed S: `Y = U (G_u + lambda_u)^-1` minimises
+  `||Y^T U - I||^2 + lambda_u ||Y||^2`, so that each merged direction answers its own direction with 1 and all others with 0, at a small norm. It is what
+  radio calls regularised zero-forcing; lambda = 1 has the slope of p = 1 at an eigenvalue 1 of G, lambda = 1/2 that of p = 4/3. One number stands for both
+  sides, two for the outputs and the inputs.
+
+The second family won on all three, and became the method [`rzf`](methods/rzf.md) with one lambda, 0.25, for everything: smaller ones are better still on vision
+and language and worse on text without validation data. A lambda for each side does not win everywhere. The goal for a new default was
+two points over the best published method on all of them. On text the rule wins by less, so that `dc` stays the default.
+
+"""
+STUDY_TABLES_TEXT = """### On validation examples
 
 In brackets the difference from `dc` with its interval. Alpha is picked on the examples that are measured, which favours all rules alike, or is the data-free
-one. The goal is two points over the best published method on two benchmarks: what reaches it on validation examples of both becomes a method,
-is measured on test examples once, and is none until then."""
+one."""
+BEYOND_TEXT = """### On test examples
+
+`rzf` as it was chosen on validation examples, measured on test examples as all methods are: how far it is ahead of `dc`, with the 95 % interval of the paired
+difference, and of the best published method, which is picked on these very examples."""
 LAYERS = "figure-15-layers.csv"  # DirSim by method, module and task
 MARKED = re.compile(r"(<!-- everything: written by [^\n]*-->\n).*?(<!-- /everything -->)", re.DOTALL)
 
@@ -73,7 +85,7 @@ def section(found: Sequence[Found], figures: Path, figures_text: str, studied: S
     parts += ["## Alpha without data", alpha_text(found), alphas(found)]
     parts += ["## The defaults of DC-Merge", DEFAULTS_TEXT, defaults(found)]
     if studied:
-        parts += ["## Beyond the paper", STUDY_TEXT, *studied]
+        parts += ["## Beyond the paper", STUDY_TEXT.strip(), BEYOND_TEXT, beyond(found), STUDY_TABLES_TEXT, *studied]
     parts += ["## The tables of each benchmark", pages(found)]
     if figures_text:
         parts += ["## The paper's figures", figures_text]
@@ -190,8 +202,8 @@ def alpha_text(found: Sequence[Found]) -> str:
     near = sum(gap >= -GOAL for gap in gaps)
     return (
         'What the data-free `alpha="auto"` ([how](concepts.md#alpha)) loses against the alpha that is best on validation examples, in points of '
-        f"normalized accuracy on test examples: of {len(gaps)} merges, averaged over seeds and groups, {near} lose less than {100 * GOAL:g} points or gain. The norm for adapters was chosen on validation texts of text8, "
-        "by how little the ratio to the picked alpha differs from method to method, and the fit for full models on those of text8-fft; vision and language had no part in it."
+        f"normalized accuracy on test examples: of {len(gaps)} merges, averaged over seeds and groups, {near} lose less than {100 * GOAL:g} points or gain. The norm for adapters was chosen on validation "
+        "examples of text8, vision and language (first seed), by what eight methods lose there, and the fit for full models on those of text8-fft."
     )
 
 
@@ -230,6 +242,27 @@ def defaults(found: Sequence[Found]) -> str:
         lines = [one.lines.get((count, label, rule)) for one, count, rule in columns]
         rows.append([name, *("" if line is None else against(line) for line in lines)])
     return table(["", *(f"{one.name}, {count}, {rule}" for one, count, rule in columns)], rows)
+
+
+def beyond(found: Sequence[Found]) -> str:
+    """Our method against the reference and the best published one, where it was measured."""
+    head = ["benchmark", "tasks"]
+    for rule in RULES:
+        head += [f"`{NEW}`, {rule}", f"ahead of `{REFERENCE}`", "of the best published"]
+    rows = []
+    for one in found:
+        for count in one.counts:
+            if all((count, NEW, rule) in one.lines for rule in RULES):
+                row = [one.name, str(count)]
+                for rule in RULES:
+                    line = one.lines[count, NEW, rule]
+                    published = {**one.rivals(count, rule), REFERENCE: one.lines[count, REFERENCE, rule]}
+                    best = max(published, key=lambda name: value(published[name]))
+                    mean, low, high = ahead(line)
+                    row += [percent(value(line)), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"]
+                    row.append(f"{100 * (value(line) - value(published[best])):+.1f} (`{best}`)")
+                rows.append(row)
+    return table(head, rows) if rows else "It is not measured there yet."
 
 
 def pages(found: Sequence[Found]) -> str:
