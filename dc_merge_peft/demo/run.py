@@ -29,6 +29,7 @@ CONTENDERS: Contenders = {
     "DC-Merge, averaging": ("dc", {"smoothing": "average"}),
     "DC-Merge, linear": ("dc", {"smoothing": "linear"}),
     "DC-Merge, no smoothing": ("dc", {"smoothing": "none"}),
+    "regularised zero-forcing": ("rzf", {}),
 }
 
 
