@@ -126,7 +126,7 @@ def test_report_of_saved_results(tmp_path: Path) -> None:
     assert cells[2] == ["average", "1 (auto)", "50.0", "50.0", "50.0", "50.0"]
     first, second = verdict(outcome).splitlines()
     assert first.endswith("average 50.0.") and "DC-Merge, no smoothing 90.0, DC-Merge, linear 80.0" in first
-    assert second.endswith("DC-Merge, no smoothing 50.0.") and "%: average 90.0, task arithmetic 80.0" in second
+    assert second.endswith("regularised zero-forcing 40.0.") and "%: average 90.0, task arithmetic 80.0" in second
     bar_chart(outcome, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 

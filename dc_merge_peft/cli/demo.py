@@ -34,8 +34,8 @@ def demo(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods to compare with their default options, as in dc,ties,tsvm, or all. Default: average, ta and the "
-            "kinds of smoothing of dc."
+            help="Methods to compare with their default options, as in dc,ties,tsvm, or all. Default: average, ta, the "
+            "kinds of smoothing of dc, and rzf."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
