@@ -19,7 +19,7 @@ from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleTasks
-from dc_merge_peft.methods.rescaling import AlphaFit
+from dc_merge_peft.methods.rescaling import AlphaFit, Rule
 from dc_merge_peft.one_module import refuse_overflow
 from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.spanned import Spanned
@@ -129,7 +129,8 @@ class Stacker:
         # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
         S = S.where((norms > FLOAT32_EPS * largest)[:, None], 0)
         merged = StackedSVD(U, S, Vh)
-        fits = _fits(tasks, merged)
+        rule = Rule.INSIDE if self.method.takes_apart else Rule.SIZE
+        fits = _fits(tasks, merged, takes_apart=self.method.takes_apart)
         counts = (null_thresholds(S, S.shape[-1]) < S).sum(1)
         numbers = torch.stack([fine.double(), norms, *fits, counts.double()], dim=1).tolist()
         cut = merged.truncate(self.svd_rank or sum(task.rank for task in modules[0].tasks))
@@ -151,7 +152,7 @@ class Stacker:
                     full = (_times(rows, left), _times(columns, right))
                 B, A = full[0][place, :, :rank], full[1][place, :, :rank].mT
                 delta = LowRank(_own(B), _own(A))
-            found[places[index]] = delta, S[place, : int(count)].clone(), AlphaFit(*terms)
+            found[places[index]] = delta, S[place, : int(count)].clone(), AlphaFit(*terms, rule=rule)
 
 
 def _times(frame: StackedFrame, coefficients: Tensor) -> Tensor:  # (b, m, r) float32
@@ -192,11 +193,16 @@ def _selected(tasks: StackedTasks, which: Tensor) -> StackedTasks:
     )
 
 
-def _fits(tasks: StackedTasks, merged: StackedSVD) -> Iterator[Tensor]:
-    """The four terms of ``alpha="auto"`` of each module, (b,) each: :func:`dc_merge_peft.methods.rescaling.fit_alpha`."""
+def _fits(tasks: StackedTasks, merged: StackedSVD, *, takes_apart: bool) -> Iterator[Tensor]:
+    """The terms of ``alpha="auto"`` of each module, (b,) each, two of one that takes directions apart, else four: :func:`dc_merge_peft.methods.rescaling.fit_alpha`."""
     weights = tasks.weights.abs()
     shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    for power in (2, 4):
+    for power in (2,) if takes_apart else (2, 4):
         sizes = torch.stack([svd.S.pow(power).sum(1) for svd in tasks.svds], dim=1)  # (b, T)
         yield (shares * tasks.weights.pow(power) * sizes).sum(1)
-        yield merged.S.pow(power).sum(1)
+        if not takes_apart:
+            yield merged.S.pow(power).sum(1)
+    if takes_apart:
+        left, right = merged.U * merged.S[:, None, :], merged.Vh
+        inside = [(svd.U.mT @ left) @ (right @ svd.Vh.mT) for svd in tasks.svds]  # (b, r_i, r_i) each
+        yield (shares * torch.stack([block.square().sum((1, 2)) for block in inside], dim=1)).sum(1)

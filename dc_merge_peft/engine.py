@@ -20,7 +20,7 @@ from dc_merge_peft.errors import MergeError, MergeWarning
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks, stacked_merge
-from dc_merge_peft.methods.rescaling import AlphaFit
+from dc_merge_peft.methods.rescaling import AlphaFit, Rule
 from dc_merge_peft.one_module import merge_module, merge_one, seen_by
 from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread
 from dc_merge_peft.plan import MergePlan, PlannedModule
@@ -250,7 +250,7 @@ def _alpha(method: Method, fit: AlphaFit) -> float:
     if method.config.alpha != "auto":
         return float(method.config.alpha)
     if fit.alpha is None:
-        if fit.dense and fit.found:
+        if fit.rule == Rule.LEAST_SQUARES and fit.found:
             what = "the merged delta opposes the models, as opposite weights can make it"
         else:
             what = "the merged delta is zero" if fit.asked else "every weighted adapter or model is zero"

@@ -78,7 +78,7 @@ def merge_one(
         merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
     # Of dense deltas it takes products or decompositions that not every method needs.
     fitted = method.config.alpha == "auto" or space is not None
-    fit = fit_alpha(seen.tasks, seen.weights, merged) if fitted else AlphaFit()
+    fit = fit_alpha(seen.tasks, seen.weights, merged, takes_apart=method.takes_apart) if fitted else AlphaFit()
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
     kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))

@@ -65,6 +65,8 @@ class Method(ABC):
     homogeneous: ClassVar[bool] = True
     # Whether it works on the factors A and B themselves, which full models don't have.
     needs_factors: ClassVar[bool] = False
+    # Whether it bends the tasks' directions so that none answers to another, which decides what alpha="auto" compares.
+    takes_apart: ClassVar[bool] = False
     # Defaults that are others for full fine-tuned models.
     full_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 

@@ -7,6 +7,10 @@ delta answers inputs that are distributed along its own directions, as strongly 
 strong after the merge, on what it is made for, as after fine-tuning. A norm of lower order counts many weak directions and would let
 flat spectra, as smoothing makes them, be too weak; one of higher order counts the strongest alone and would let them be too strong.
 
+**Directions taken apart.** Where a method bends the tasks' directions so that they don't hear each other (:attr:`Method.takes_apart`), much of
+the merged delta is there to cancel and answers no task, so that its size says little. There it is made as large as the tasks are
+inside their own directions, in the Frobenius norm: a task's inputs are answered with the energy of after fine-tuning.
+
 **Full fine-tuning.** Together the tasks' leading directions fill the whole space, and orthogonal bases of it lie far from the tasks' own:
 of a merged delta of their size, little is left where a task looks for it. There the tasks are fitted inside their own directions.
 """
@@ -14,20 +18,29 @@ of a merged delta of their size, little is left where a task looks for it. There
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.methods.cover import leading_svds
 
 
+class Rule(IntEnum):
+    """What alpha is made of."""
+
+    SIZE = 0  # squares and fourth powers of the whole merged delta
+    INSIDE = 1  # squares of its part inside each task's directions
+    LEAST_SQUARES = 2  # its products with the tasks there, and squares
+
+
 class AlphaFit(NamedTuple):
     """The sums that alpha is made of, of the tasks (asked) and of the merged delta (found); those of several modules add up."""
 
-    asked: float = 0.0  # squares; of dense tasks their products with the merged delta
+    asked: float = 0.0
     found: float = 0.0
-    asked_fourth: float = 0.0  # fourth powers; 0 of dense tasks
+    asked_fourth: float = 0.0  # by size alone
     found_fourth: float = 0.0
-    dense: bool = False
+    rule: Rule = Rule.SIZE
 
     def plus(self, other: AlphaFit) -> AlphaFit:
         """The sums over both."""
@@ -36,41 +49,55 @@ class AlphaFit(NamedTuple):
             self.found + other.found,
             self.asked_fourth + other.asked_fourth,
             self.found_fourth + other.found_fourth,
-            self.dense or other.dense,
+            max(self.rule, other.rule),
         )
 
     @property
     def alpha(self) -> float | None:
         """The coefficient, positive, or None where there is none."""
-        if self.dense:
-            return self.asked / self.found if self.asked > 0 and self.found > 0 else None
-        if not all(self[:4]):
+        if self.asked <= 0 or self.found <= 0:
             return None
-        return ((self.asked / self.found) * (self.asked_fourth / self.found_fourth)) ** (1 / 6)
+        ratio = self.asked / self.found
+        if self.rule != Rule.SIZE:
+            return ratio if self.rule == Rule.LEAST_SQUARES else ratio**0.5
+        if not self.asked_fourth or not self.found_fourth:
+            return None
+        return (ratio * (self.asked_fourth / self.found_fourth)) ** (1 / 6)
 
 
-def fit_alpha(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta) -> AlphaFit:
+def fit_alpha(
+    tasks: Sequence[Delta], weights: Sequence[float], merged: Delta, *, takes_apart: bool = False
+) -> AlphaFit:
     """The terms of one module, in float64.
 
     Adapters: ``alpha = (a_2 / f_2)^(1/6) (a_4 / f_4)^(1/6)`` with ``a_p = sum_i |w_i| ||w_i dW_i||_p^p / sum_i |w_i|`` and ``f_p = ||dW~||_p^p``. A
     task counts by its weight, so that one of weight 0 does not count, and weights of twice the size ask for a delta of twice the size.
 
-    Dense tasks: the minimiser of ``sum_i || alpha P_i dW~ - w_i dW_i ||^2`` with ``P_i X = U_i U_i^T X V_i V_i^T``, U_i and V_i the task's
-    ``floor(min(m, n) / T)`` leading directions, as in merging.
+    Of a method that takes directions apart ``alpha = (a_2 / g_2)^(1/2)`` with ``g_2 = sum_i |w_i| ||P_i dW~||_F^2 / sum_i |w_i|`` and
+    ``P_i X = U_i U_i^T X V_i V_i^T``, U_i and V_i all directions of the task.
+
+    Dense tasks: the minimiser of ``sum_i || alpha P_i dW~ - w_i dW_i ||^2``, U_i and V_i the task's ``floor(min(m, n) / T)`` leading
+    directions, as in merging.
 
     Args:
         tasks: (m, n) each.
         weights: One a task.
         merged: (m, n), before alpha.
+        takes_apart: Whether the method is one that does.
     """
     if any(isinstance(task, Dense) for task in tasks):
         return _fit_inside(tasks, weights, merged)
     total = sum(map(abs, weights)) or 1.0
-    asked = asked_fourth = 0.0
+    asked = found = asked_fourth = 0.0
     for task, weight in zip(tasks, weights, strict=True):
+        share = abs(weight) / total
         square, fourth = task.moments()
-        asked += abs(weight) / total * weight**2 * square
-        asked_fourth += abs(weight) / total * weight**4 * fourth
+        asked += share * weight**2 * square
+        asked_fourth += share * weight**4 * fourth
+        if takes_apart:
+            found += share * float(merged.project(task.svd.U, task.svd.Vh.mT).square().sum())
+    if takes_apart:
+        return AlphaFit(asked, found, rule=Rule.INSIDE)
     found, found_fourth = merged.moments()
     return AlphaFit(asked, found, asked_fourth, found_fourth)
 
@@ -82,4 +109,4 @@ def _fit_inside(tasks: Sequence[Delta], weights: Sequence[float], merged: Delta)
         projected = merged.project(U, Vh.mT)  # (r, r); U^T dW_i V is diag(S)
         asked += weight * float((projected.diagonal() * S).sum())
         found += float(projected.square().sum())
-    return AlphaFit(asked, found, dense=True)
+    return AlphaFit(asked, found, rule=Rule.LEAST_SQUARES)

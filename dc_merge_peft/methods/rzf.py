@@ -55,6 +55,7 @@ class RegularisedZeroForcing(Method):
         "regularised channel inversion as in Peel, Hochwald and Swindlehurst, A Vector-Perturbation Technique for Near-Capacity "
         "Multiantenna Multiuser Communication, Part I, IEEE Trans. Commun. 2005, with the energy smoothing of DC-Merge"
     )
+    takes_apart = True
     full_defaults = MappingProxyType({"smoothing": "none"})  # the cut to floor(min(m, n) / T) directions smooths enough
     Config = RZFConfig
     config: RZFConfig

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense, FiledDense
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.methods.rescaling import AlphaFit
+from dc_merge_peft.methods.rescaling import AlphaFit, Rule
 from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.reading import Reader
 from dc_merge_peft.sources.dora import DoraSource
@@ -92,7 +92,7 @@ class WorkFolder:
             if not _names(file, zlib.crc32(content)):
                 return None
             tensors = dict(map(_restored, load(content).items()))
-            S, (asked, found, asked_fourth, found_fourth, dense) = tensors.get("S"), tensors["sizes"].tolist()
+            S, (asked, found, asked_fourth, found_fourth, rule) = tensors.get("S"), tensors["sizes"].tolist()
             delta = self._delta(module, tensors, numbers)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):  # not one that this version has written
             return None
@@ -103,7 +103,7 @@ class WorkFolder:
         return (
             delta,
             None if S is None else S.to(where),
-            AlphaFit(asked, found, asked_fourth, found_fourth, bool(dense)),
+            AlphaFit(asked, found, asked_fourth, found_fourth, Rule(int(rule))),
         )
 
     def _delta(self, module: PlannedModule, tensors: Mapping[str, Tensor], numbers: Sequence[Path]) -> Delta | None:

@@ -14,7 +14,7 @@ from dc_merge_peft.linalg import svd_of_matrix
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.methods.cover import leading_svds
-from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
+from dc_merge_peft.methods.rescaling import AlphaFit, Rule, fit_alpha
 
 from ..support import oracle
 
@@ -97,7 +97,7 @@ def test_merge_against_its_models_has_no_alpha() -> None:
     with pytest.raises(
         MergeError, match=r"alpha='auto' found no strength: the merged delta opposes the models.*give alpha as a number"
     ):
-        engine_alpha(method_named("ta", {"alpha": "auto"}), AlphaFit(-1.0, 1.0, dense=True))
+        engine_alpha(method_named("ta", {"alpha": "auto"}), AlphaFit(-1.0, 1.0, rule=Rule.LEAST_SQUARES))
 
 
 @pytest.mark.parametrize("name", ["ta", "average", "ties", "dare_ties", "consensus", "pcb", "magnitude_prune"])

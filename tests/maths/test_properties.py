@@ -16,7 +16,7 @@ from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
+from dc_merge_peft.methods.rescaling import AlphaFit, Rule, fit_alpha
 from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.result import MergeResult, relative_tail
 
@@ -207,6 +207,20 @@ def test_alpha_auto_matches_sizes(data: st.DataObject, tasks: list[LowRank]) -> 
     assert Dense(merged.dense()).moments() == pytest.approx(merged.moments(), rel=1e-9)
 
 
+@QUICK
+@given(data=st.data(), tasks=task_lists(kinds=["generic"]))
+def test_alpha_auto_of_directions_taken_apart(data: st.DataObject, tasks: list[LowRank]) -> None:
+    """What each task's own directions see of the merged delta has the energy of the tasks, by dense projections."""
+    weights = data.draw(weight_lists(len(tasks)))
+    exact = [task.to(torch.float64) for task in tasks]
+    method = method_named("rzf")
+    merged = method.merge(exact, weights)
+    terms = [([dense(task) for task in tasks], weights, dense(merged))]
+    fit = fit_alpha(exact, weights, merged, takes_apart=method.takes_apart)
+    assert fit.alpha == pytest.approx(oracle.alpha_inside(terms), rel=1e-6)
+    assert merge_module(method, tasks, weights, None)[2].alpha == pytest.approx(fit.alpha, rel=1e-6)
+
+
 def test_alpha_auto_of_tasks_apart_is_their_sum() -> None:
     """Tasks in modules of their own don't meet, and a task without weight does not count."""
     one, two = (task.to(torch.float64) for task in random_tasks(8, (15, 12), (3, 3)))
@@ -249,7 +263,10 @@ def test_alpha_fit_without_size() -> None:
     assert AlphaFit().alpha is None
     for missing in range(4):
         assert AlphaFit(*(float(place != missing) for place in range(4))).alpha is None
-    assert AlphaFit(1.0, 0.0, dense=True).alpha is None and AlphaFit(-1.0, 1.0, dense=True).alpha is None
-    assert AlphaFit(1.0, 2.0, dense=True).plus(AlphaFit(2.0, 6.0, dense=True)).alpha == 0.375
+    for rule in (Rule.INSIDE, Rule.LEAST_SQUARES):
+        assert AlphaFit(1.0, 0.0, rule=rule).alpha is None and AlphaFit(-1.0, 1.0, rule=rule).alpha is None
+    squares = AlphaFit(1.0, 2.0, rule=Rule.LEAST_SQUARES)
+    assert AlphaFit().plus(squares).plus(AlphaFit(2.0, 6.0, rule=Rule.LEAST_SQUARES)).alpha == 0.375
+    assert AlphaFit(1.0, 2.0, rule=Rule.INSIDE).plus(AlphaFit(1.0, 6.0, rule=Rule.INSIDE)).alpha == 0.5
     assert AlphaFit(1.0, 2.0, 3.0, 4.0).plus(AlphaFit(3.0, 6.0, 1.0, 4.0)) == AlphaFit(4.0, 8.0, 4.0, 8.0)
     assert AlphaFit(1.0, 8.0, 1.0, 8.0).alpha == pytest.approx(0.5)

@@ -112,7 +112,15 @@ def test_everything_stays_on_its_device(name: str, options: dict[str, Any], monk
     merge = stacked_merge(method_named(name, options))
     assert merge is not None
     (U, S, Vh), merged_fine = merge(stack)
-    parts = [U, S, Vh, merged_fine, fine, *batching._fits(stack, StackedSVD(U, S, Vh)), batching._times(rows, U)]
+    parts = [
+        U,
+        S,
+        Vh,
+        merged_fine,
+        fine,
+        *batching._fits(stack, StackedSVD(U, S, Vh), takes_apart=name == "rzf"),
+        batching._times(rows, U),
+    ]
     assert {part.device.type for part in parts} == {"meta"}
     assert U.shape == (2, 11, S.shape[1]) and Vh.shape == (2, S.shape[1], 11) and parts[-1].shape == (2, 30, S.shape[1])
 

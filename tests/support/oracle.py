@@ -181,6 +181,17 @@ def best_alpha(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarr
     return float(factors[0] ** (1 / 3) * factors[1] ** (2 / 3))
 
 
+def alpha_inside(modules: Sequence[tuple[Sequence[ndarray], Sequence[float], ndarray]]) -> float:
+    """The coefficient with which the merged deltas, projected on each task's own directions, have the energy of the tasks."""
+    asked = found = 0.0
+    for deltas, weights, merged in modules:
+        for delta, weight in zip(deltas, weights, strict=True):
+            share = abs(weight) / sum(map(abs, weights))
+            asked += share * float(np.linalg.norm(weight * delta)) ** 2
+            found += share * float(np.linalg.norm(projected(delta, merged))) ** 2
+    return (asked / found) ** 0.5
+
+
 def schatten(X: ndarray, order: int) -> float:
     """``(sum sigma^p)^(1/p)``."""
     return float((np.linalg.svd(X, compute_uv=False) ** order).sum() ** (1 / order))

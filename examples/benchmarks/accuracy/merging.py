@@ -46,14 +46,14 @@ def by_method(adapters: Sequence[Path], method: str, options: Mapping[str, Any])
     return Merge({name: plain.delta(name) for name in plain.modules}, auto)
 
 
-def by_rule(tasks: Sequence[Mapping[str, LowRank]], rule: Rule) -> Merge:
-    """Merge module by module with a function, the adapters given by :func:`factors`."""
+def by_rule(tasks: Sequence[Mapping[str, LowRank]], rule: Rule, *, takes_apart: bool = False) -> Merge:
+    """Merge module by module with a function, the adapters given by :func:`factors`; ``takes_apart`` is as of a method."""
     deltas, fit = {}, AlphaFit()
     for name in tasks[0]:
         module = [task[name] for task in tasks]
         found = rule(module)
         delta = found if isinstance(found, LowRank) else Dense(found)
-        fit = fit.plus(fit_alpha(module, [1.0] * len(module), delta))
+        fit = fit.plus(fit_alpha(module, [1.0] * len(module), delta, takes_apart=takes_apart))
         deltas[name] = delta.dense().to(torch.float32)
     return Merge(deltas, fit.alpha if fit.alpha and fit.alpha > 0 else None)
 

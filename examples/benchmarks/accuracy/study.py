@@ -4,7 +4,7 @@ examples at several numbers of tasks, with all seeds. Test examples are never lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,9 +33,9 @@ class Trial:
 class StudyBench(Bench):
     """A bench that keeps adapters' factors and knows the rules."""
 
-    def __init__(self, suite: Suite, precision: str, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, suite: Suite, precision: str, rules: Mapping[str, Rule], apart: Collection[str] = ()) -> None:
         super().__init__(suite, precision)
-        self.rules = rules
+        self.rules, self.apart = rules, apart
         self._factors: dict[tuple[str, int], dict[str, LowRank]] = {}
 
     def factors(self, task: str, seed: int) -> dict[str, LowRank]:
@@ -54,7 +54,7 @@ class StudyBench(Bench):
         common = {"tasks": list(trial.tasks), "seed": trial.seed}
         rows: list[Row] = [{"label": "", **common, "hits": dict.fromkeys(RULES_FOR_ALPHA, own)}]
         for label, rule in self.rules.items():
-            merge = by_rule(list(tasks.values()), rule)
+            merge = by_rule(list(tasks.values()), rule, takes_apart=label in self.apart)
             best, _ = self.search(merge, {task: share(hits) for task, hits in own.items()}, trial.examples)
             hits = {}
             for name, alpha in zip(RULES_FOR_ALPHA, (best, merge.auto if merge.auto is not None else 1.0), strict=True):
@@ -72,6 +72,7 @@ def study(
     examples: int = 100,
     precision: str = "bfloat16",
     workers: int = 1,
+    apart: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Average normalized accuracy of every rule on validation examples; the first rule is what the others are compared with.
 
@@ -79,13 +80,14 @@ def study(
         rules: By name. With more than one worker they must be functions of a module, or ``functools.partial`` of such.
         examples: Validation examples of a task at most. Alpha is picked on these too, so that its column is a bound from
             above, the same for all rules; the column of ``"auto"`` is not.
+        apart: Labels of the rules that take directions apart, as :attr:`Method.takes_apart` has it for methods.
 
     Returns:
         A line for each number of tasks, rule and way to alpha: mean with interval, difference from the first rule with
         interval, and the alphas by group and seed.
     """
     lines = []
-    make = partial(_bench, precision=precision, rules=dict(rules))
+    make = partial(_bench, precision=precision, rules=dict(rules), apart=tuple(apart))
     for count in counts:
         trials = [Trial(group, seed, examples) for group in groups(suite.tasks, count) for seed in suite.seeds]
         rows = []
@@ -108,8 +110,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
     return head, [[label, *(found[column] for column in columns)] for label, found in cells.items()]
 
 
-def _bench(suite: Suite, precision: str, rules: Mapping[str, Rule]) -> StudyBench:
-    return StudyBench(suite, precision, rules)
+def _bench(suite: Suite, precision: str, rules: Mapping[str, Rule], apart: Collection[str]) -> StudyBench:
+    return StudyBench(suite, precision, rules, apart)
 
 
 def _try(bench: StudyBench, trial: Trial) -> list[Row]:

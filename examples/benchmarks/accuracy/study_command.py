@@ -18,6 +18,8 @@ from accuracy.rules import by_default, gram_power, regularised
 from accuracy.study import study, table
 from accuracy.suite import Suite
 
+REGULARISED = "lambda"  # with which the labels of that family begin
+
 
 def run(
     doc: str,
@@ -37,9 +39,10 @@ def run(
     """
     options = parse(doc, arguments, counts, seeds)
     found = suite(options.cache, tuple(options.seeds))
+    chosen = rules(options.p, options.tau, options.ridge)
     lines = study(
-        found, rules(options.p, options.tau, options.ridge), options.counts,
-        examples=options.examples, precision=options.precision, workers=options.workers,
+        found, chosen, options.counts, examples=options.examples, precision=options.precision, workers=options.workers,
+        apart=[label for label in chosen if label.startswith(REGULARISED)],
     )  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
@@ -83,6 +86,6 @@ def rules(powers: Sequence[float], taus: Sequence[float], ridges: Sequence[tuple
         for tau in taus:
             found[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
     for outputs, inputs in ridges:
-        label = f"lambda {outputs:g}" if outputs == inputs else f"lambda {outputs:g}, {inputs:g}"
-        found[label] = partial(regularised, ridge=outputs, ridge_in=inputs)
+        label = f"{outputs:g}" if outputs == inputs else f"{outputs:g}, {inputs:g}"
+        found[f"{REGULARISED} {label}"] = partial(regularised, ridge=outputs, ridge_in=inputs)
     return found
