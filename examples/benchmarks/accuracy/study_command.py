@@ -57,8 +57,8 @@ def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int], seed
     parser.add_argument("--p", type=float, nargs="*", default=[1.0, 1.3], help="of gram_power (default: 1 1.3)")
     parser.add_argument("--tau", type=float, nargs="*", default=[0.7], help="of gram_power (default: 0.7)")
     parser.add_argument(
-        "--ridge", type=_ridge, nargs="*", default=[(0.5, 0.5), (0.25, 0.25), (0.25, 1.0)], metavar="LAMBDA",
-        help="of regularised: one number for both sides, or two as in 0.25,1: of the outputs and of the inputs (default: 0.5 0.25 0.25,1)",
+        "--ridge", type=_ridge, nargs="*", default=[(0.5, 0.5), (0.25, 0.25), (0.1, 0.1), (0.25, 1.0)], metavar="LAMBDA",
+        help="of regularised: one number for both sides, or two as in 0.25,1: of the outputs and of the inputs (default: 0.5 0.25 0.1 0.25,1)",
     )  # fmt: skip
     parser.add_argument("--counts", type=int, nargs="+", default=list(counts), metavar="T")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
