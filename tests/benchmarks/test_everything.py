@@ -80,7 +80,7 @@ def test_page_counts_contests(tmp_path: Path) -> None:
         "Of 8 comparisons" in text
         and "ahead by more than the interval in 4 and behind by more than the interval in 2" in text
     )
-    assert "| text8 | 2 | 50.0 | 90.0 | `ta` 95.0 | -5.0 (-6.0 to -4.0) |" in text
+    assert "| text8 | 2 | 50.0 | 90.0 | `ta` 95.0 | -5.0 (-6.0 to -4.0) |  |" in text
     assert (
         text.index("LoRA adapters (Table 1)") < text.index("fine-tuned in full (Table 2)") < text.index("Figures here.")
     )

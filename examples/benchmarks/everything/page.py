@@ -97,7 +97,7 @@ def glance_text(found: Sequence[Found]) -> str:
     return (
         f"Average normalized accuracy in % (Eq. 29) of `{REFERENCE}` at its defaults, of the best of all other published methods, and how far `{REFERENCE}` is "
         "ahead of it, with the 95 % interval of the paired difference; positive is better. The best of many others is picked on the "
-        f"same test examples, which favours it. Seeds of adapters or models: {seeds}."
+        f"same test examples, which favours it. `{NEW}` is our own method. Seeds of adapters or models: {seeds}."
     )
 
 
@@ -107,7 +107,7 @@ def glance(found: Sequence[Found]) -> str:
         "benchmark",
         "tasks",
         "base model",
-        *(f"{cell}, {rule}" for rule in RULES for cell in (f"`{REFERENCE}`", "best other", "ahead")),
+        *(f"{cell}, {rule}" for rule in RULES for cell in (f"`{REFERENCE}`", "best other", "ahead", f"`{NEW}`")),
     ]
     rows = []
     for one in found:
@@ -118,6 +118,8 @@ def glance(found: Sequence[Found]) -> str:
                 mean, low, high = ahead(line)
                 row += [percent(value(one.lines[count, REFERENCE, rule])), f"`{best}` {percent(value(line))}"]
                 row.append(f"{-mean:+.1f} ({-high:+.1f} to {-low:+.1f})")
+                ours = one.lines.get((count, NEW, rule))
+                row.append("" if ours is None else percent(value(ours)))
             rows.append(row)
     return table(head, rows)
 
