@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,13 @@ class Bench:
             self.carrier.carry(merge.deltas, alpha)
             return sum(share(self.hits(task, "validation", count)) / max(own[task], 1e-9) for task in own) / len(own)
 
-        return best_alpha(score, merge.auto)
+        return self.pick(score, merge.auto)
+
+    def pick(
+        self, score: Callable[[float], float], start: float | None
+    ) -> tuple[float, dict[float, float]]:  # the best alpha, and the scores that were looked at
+        """Which alphas are scored, ``start`` being where the best is supposed, and the best of them."""
+        return best_alpha(score, start)
 
     def merged(self, job: Job) -> Row:
         """The row of one job. Where the library's code has changed and its deltas have not, an earlier row's measurements hold."""

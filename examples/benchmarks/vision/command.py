@@ -21,7 +21,6 @@ from vision.suite import VisionSuite
 from vision.tasks import TASKS
 
 COUNTS = (8, 4, 6, 2)
-SEEDS = (0,)  # two more would take an hour of one processor
 # A picture costs several times what a text does, so that merges are measured on half as many. Six of the eight tasks are merged
 # for the table of tasks that were not merged.
 SETTINGS = Settings(COUNTS, fewer=tuple((count, 32, 100) for count in COUNTS), seen=6, unseen=2)
@@ -29,7 +28,7 @@ SETTINGS = Settings(COUNTS, fewer=tuple((count, 32, 100) for count in COUNTS), s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("vision", __doc__, prepare, suite, COUNTS, SEEDS, SETTINGS), arguments)
+    return run(Benchmark("vision", __doc__, prepare, suite, COUNTS, settings=SETTINGS), arguments)
 
 
 def suite(cache: Path, seeds: tuple[int, ...]) -> VisionSuite:

@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the lines where they are wanted."""
     from accuracy.study_command import run
 
-    from vision.command import SEEDS, suite
+    from vision.command import suite
 
-    return run(__doc__, suite, arguments, (2, 4, 8), SEEDS)
+    return run(__doc__, suite, arguments, (2, 4, 8))
 
 
 if __name__ == "__main__":
