@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+import study as study_program
 from accuracy import plan
 from accuracy.command import Benchmark, run
 from accuracy.contenders import Contender
@@ -21,6 +23,7 @@ from accuracy.study_command import run as run_study
 from dc_merge_peft.lowrank import concatenate
 from tests.support.suites import SmallSuite, small_suite
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
 FEW = (Contender("dc", "dc"), Contender("ta", "ta"))
 TASKS = tuple("abcdefghij")
 BENCHMARK = Benchmark(
@@ -217,9 +220,19 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     labels = ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5", "lambda 0.25, 1"]
     assert list(rules([1.0, 2.0], [1.0], [(0.5, 0.5), (0.25, 1.0)])) == labels
     small_suite(tmp_path)
+    suites = {"small": (0, 1)}
+
+    def run_it(*more: str) -> int:
+        return run_study(
+            "Study.", suites, lambda name: lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, *more]
+        )
+
     arguments = [
+        "small",
         "--cache",
         str(tmp_path),
+        "--counts",
+        "2",
         "--p",
         "2",
         "--tau",
@@ -234,10 +247,7 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     arguments += ["--workers", "1"]
     out = tmp_path / "lines.json"
-    assert (
-        run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--out", str(out)], (2,))
-        == 0
-    )
+    assert run_it("--out", str(out)) == 0
     lines = json.loads(out.read_text(encoding="utf-8"))
     assert [(line["label"], line["alpha_by"]) for line in lines] == [
         (label, by) for by in ("validation", "auto") for label in ("dc", "p 2, tau 1", "lambda 1", "lambda 0.5, 2")
@@ -245,5 +255,13 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1
     with pytest.raises(SystemExit):
-        run_study("Study.", lambda cache, seeds: SmallSuite(cache, seeds=seeds), [*arguments, "--ridge", "1,2,3"], (2,))
+        run_it("--ridge", "1,2,3")
     assert "argument --ridge: invalid _ridge value: '1,2,3'" in capsys.readouterr().err
+
+
+def test_what_can_be_studied() -> None:
+    """Every benchmark of adapters, each by the door of its own command, with the seeds of its page."""
+    for name, seeds in study_program.SUITES.items():
+        made = importlib.import_module(f"{name}.command").suite(Path("nowhere"), seeds)
+        found = json.loads((DOCS / name / "results.json").read_text(encoding="utf-8"))
+        assert made.kind.name == "adapter" and list(seeds) == found["seeds"]

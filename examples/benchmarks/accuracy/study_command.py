@@ -1,4 +1,4 @@
-"""The command line of a study: a family of rules on the validation examples of a benchmark whose adapters are trained."""
+"""The command line of a study: families of rules on the validation examples of a benchmark whose adapters are trained."""
 
 from __future__ import annotations
 
@@ -12,36 +12,34 @@ from pathlib import Path
 from common.tables import markdown
 
 from accuracy.carrier import PRECISIONS
-from accuracy.command import SEEDS
 from accuracy.merging import Rule
 from accuracy.rules import by_default, gram_power, regularised
 from accuracy.study import study, table
 from accuracy.suite import Suite
 
+COUNTS = (4, 8)
 REGULARISED = "lambda"  # with which the labels of that family begin
 
 
 def run(
     doc: str,
-    suite: Callable[[Path, tuple[int, ...]], Suite],
+    suites: Mapping[str, Sequence[int]],
+    maker: Callable[[str], Callable[[Path, tuple[int, ...]], Suite]],
     arguments: Sequence[str] | None,
-    counts: Sequence[int],
-    seeds: Sequence[int] = SEEDS,
 ) -> int:
     """Measure, print the table, and write the lines where they are wanted.
 
     Args:
         doc: What the program says of itself.
-        suite: From the cache folder and the adapters' seeds.
+        suites: Seeds of adapters, where the command line names none, by the suites' names.
+        maker: From a name to the function that makes a suite from its cache folder and the adapters' seeds.
         arguments: Of the command line; None for this process's own.
-        counts: Numbers of tasks where the command line names none.
-        seeds: Of adapters, where it names none.
     """
-    options = parse(doc, arguments, counts, seeds)
-    found = suite(options.cache, tuple(options.seeds))
+    options = parse(doc, suites, arguments)
+    suite = maker(options.suite)(options.cache, tuple(options.seeds or suites[options.suite]))
     chosen = rules(options.p, options.tau, options.ridge)
     lines = study(
-        found, chosen, options.counts, examples=options.examples, precision=options.precision, workers=options.workers,
+        suite, chosen, options.counts, examples=options.examples, precision=options.precision, workers=options.workers,
         apart=[label for label in chosen if label.startswith(REGULARISED)],
     )  # fmt: skip
     if options.out:
@@ -50,9 +48,10 @@ def run(
     return 0
 
 
-def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int], seeds: Sequence[int]) -> argparse.Namespace:
+def parse(doc: str, suites: Mapping[str, Sequence[int]], arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=list(suites), help=f"one of {', '.join(suites)}")
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="with the adapters of the benchmark")
     parser.add_argument("--p", type=float, nargs="*", default=[1.0, 1.3], help="of gram_power (default: 1 1.3)")
     parser.add_argument("--tau", type=float, nargs="*", default=[0.7], help="of gram_power (default: 0.7)")
@@ -60,8 +59,10 @@ def parse(doc: str, arguments: Sequence[str] | None, counts: Sequence[int], seed
         "--ridge", type=_ridge, nargs="*", default=[(0.5, 0.5), (0.25, 0.25), (0.1, 0.1), (0.25, 1.0)], metavar="LAMBDA",
         help="of regularised: one number for both sides, or two as in 0.25,1: of the outputs and of the inputs (default: 0.5 0.25 0.1 0.25,1)",
     )  # fmt: skip
-    parser.add_argument("--counts", type=int, nargs="+", default=list(counts), metavar="T")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=list(COUNTS), metavar="T", help="numbers of tasks (default: 4 8)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="of adapters (default: those that the pages have)")
     parser.add_argument(
         "--examples", type=int, default=100, help="validation examples of a task (%(default)s, 200 at most)"
     )

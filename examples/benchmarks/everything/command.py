@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import study
 from accuracy.command import STAGES
 from accuracy.workers import say
 
@@ -31,11 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = "text8"  # whose adapters the figures are of
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
-STUDIED = {
-    "text8": ("4", "8"),
-    "vision": ("4", "8"),
-    "language": ("4", "8"),
-}  # numbers of tasks at which rules that are no methods are measured
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -83,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run(name, stages, options)
             say(f"{name}: {', '.join(stages)}, in {time.perf_counter() - start:.0f} s")
     for name in options.only:
-        if "study" in options.stages and name in STUDIED:
+        if "study" in options.stages and name in study.SUITES:
             _study(name, options)
     figures = options.docs / "benchmarks"
     if "figures" in options.stages and DRAWN in options.only:
@@ -151,8 +147,8 @@ def _study(name: str, options: argparse.Namespace) -> None:
     if out.is_file():
         say(f"{name}: studied already; delete {out} to do it again")
         return
-    arguments = ["--cache", str(options.cache / name), "--counts", *STUDIED[name], "--workers", str(options.workers)]
-    importlib.import_module(f"{name}.study").main([*arguments, "--out", str(out)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    study.main([name, "--cache", str(options.cache / name), "--workers", str(options.workers), "--out", str(out)])
 
 
 def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:
