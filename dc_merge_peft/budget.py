@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import torch
 
@@ -21,24 +20,6 @@ _CORES, _CORES_OF_TASK, _FACTORS = 20, 3, 6
 
 # Of modules that are merged as one stack: bytes on a GPU, and how many.
 BATCH_ROOM, MOST_IN_A_BATCH = 2 << 30, 256
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def checked_memory(size: int | str | None) -> int | None:
-    """Bytes, from a number or a text as in ``"8GB"``.
-
-    Raises:
-        OptionError: no size.
-    """
-    if size is None:
-        return None
-    text = str(size).strip().upper().replace("IB", "B") if isinstance(size, str) else ""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text)
-    found = int(float(match[1]) * _UNITS[match[2]]) if match else size
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
-        raise OptionError(f"max_memory is {size!r}: expected a size as in 8GB or 500MB, or a number of bytes")
-    return found
 
 
 def workers(method: Method, plan: MergePlan, threads: int, max_memory: int | None = None, kept: int = 0) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dc_merge_peft.batching import Stacker, batches
-from dc_merge_peft.budget import checked_memory, kept_bytes, workers
+from dc_merge_peft.budget import kept_bytes, workers
 from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Dense, FiledDense
 from dc_merge_peft.errors import MergeError, MergeWarning
@@ -27,6 +27,7 @@ from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, Reader, checked_devices
 from dc_merge_peft.result import MergedModule, MergeResult
+from dc_merge_peft.sizes import checked_size
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.statistics.opening import with_statistics
 from dc_merge_peft.work.finished import Finished, WorkFolder
@@ -82,7 +83,7 @@ def run_merge(
     method = with_statistics(method, plan.modules, [info.name for info in plan.adapters])
     lanes = _lanes(plan, method, len(devices))
     places = {name: devices[lane] for name, lane in lanes.items()}
-    memory = checked_memory(max_memory)
+    memory = None if max_memory is None else checked_size(max_memory, "max_memory")
     reader = Reader(plan, sources, devices[0] if devices else None, allow_zero, places)
     with one_thread() as threads:
         put_away = isinstance(keep_dense, Path) or (lazily and all(source.cheap for source in sources))

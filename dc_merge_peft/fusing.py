@@ -43,9 +43,9 @@ class Destination:
             OutputError: the directory exists, or the repository's name is none.
         """
         from dc_merge_peft.outputs.publish import check_repository
-        from dc_merge_peft.outputs.shards import checked_size
+        from dc_merge_peft.outputs.shards import shard_size
 
-        checked_size(self.max_shard_size)
+        shard_size(self.max_shard_size)
         if self.push_to is not None:
             check_repository(self.push_to)
         if self.out is not None:

@@ -92,7 +92,7 @@ def fuse(
     )  # fmt: skip
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
-        "max_shard_size": shared.shard_size(max_shard_size),
+        "max_shard_size": max_shard_size,
         "trust_remote_code": trust_remote_code,
         "svd_rank": run.svd_rank,
         "allow_different_bases": allow_different_bases,

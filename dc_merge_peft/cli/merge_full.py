@@ -111,7 +111,7 @@ def merge_full(
         "average": run.average,
         "lora_rank": run.lora_rank,
         "allow_identical": allow_identical,
-        "max_shard_size": shared.shard_size(max_shard_size),
+        "max_shard_size": max_shard_size,
         "trust_remote_code": trust_remote_code,
     }
     with warnings.catch_warnings():

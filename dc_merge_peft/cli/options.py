@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.budget import checked_memory
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.outputs.directory import check_target, tidied
 from dc_merge_peft.outputs.publish import check_repository
 from dc_merge_peft.reading import checked_devices
 from dc_merge_peft.runconfig import RunConfig
+from dc_merge_peft.sizes import checked_size
 from dc_merge_peft.sources.renames import RENAMES
 
 METHOD, RUN, OUT = "Method", "Run", "Output"
@@ -179,7 +179,8 @@ def checked_destination(
         OptionError: nowhere to go, an upload as :func:`checked_push` refuses it, no such device, or no size of memory.
         OutputError: something stands in the output's way.
     """
-    checked_memory(max_memory)
+    if max_memory is not None:
+        checked_size(max_memory, "max_memory")
     push = checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
@@ -187,8 +188,3 @@ def checked_destination(
         checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
     checked_devices(run.device)
     return push
-
-
-def shard_size(text: str | None) -> int | str | None:
-    """``--max-shard-size`` as Python takes it: a plain number is bytes."""
-    return int(text) if text and text.isdecimal() else text

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dc_merge_peft.errors import OptionError
 from dc_merge_peft.outputs.files import FileLayout, lay_out
+from dc_merge_peft.sizes import checked_size
 from dc_merge_peft.sources.base_files import INDEX
 from dc_merge_peft.sources.stored import StoredTensor
 
@@ -43,23 +42,18 @@ def plan_shards(tensors: Mapping[str, StoredTensor], max_shard_size: int | str |
         dict(tensors),
         get_storage_size=lambda tensor: tensor.size,
         filename_pattern=_PATTERN,
-        max_shard_size=checked_size(max_shard_size),
+        max_shard_size=shard_size(max_shard_size),
     )
     return [_shard(name, names, tensors) for name, names in split.filename_to_tensors.items()]
 
 
-def checked_size(size: int | str | None) -> int | str:
-    """A largest size of weight files as the Hub's client takes it.
+def shard_size(size: int | str | None) -> int:
+    """Bytes of a weight file at most, :data:`DEFAULT_SIZE` where nothing is said.
 
     Raises:
         OptionError: no size.
     """
-    found = DEFAULT_SIZE if size is None else size
-    number = re.fullmatch(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", found, re.IGNORECASE) if isinstance(found, str) else None
-    fits = float(number[1]) > 0 if number else isinstance(found, int) and not isinstance(found, bool) and found > 0
-    if not fits:
-        raise OptionError(f"max_shard_size is {found!r}: expected a size as in 500MB or 5GB, or a number of bytes")
-    return found
+    return checked_size(DEFAULT_SIZE if size is None else size, "max_shard_size")
 
 
 def write_headers(shards: Sequence[Shard], folder: Path) -> None:

@@ -101,7 +101,7 @@ def test_json(workspace: Path) -> None:
         ([*ALL], ["no output", "-o DIRECTORY"]),
         ([*ALL, "-o", "base-model"], ["'base-model' already exists", "--overwrite"]),
         ([*ALL, "-o", "out", "--max-shard-size", "big"], ["max_shard_size is 'big'", "500MB"]),
-        ([*ALL, "-o", "out", "--max-shard-size", "0"], ["max_shard_size is 0", "500MB"]),
+        ([*ALL, "-o", "out", "--max-shard-size", "0"], ["max_shard_size is '0'", "500MB"]),
         ([*ALL, "-o", "out", "--private"], ["--private is given without --push-to"]),
         ([*ALL, "--push-to", ""], ["--push-to is empty"]),
         ([*ALL, "-o", "out", "--method", "avrage"], ["did you mean 'average'?"]),

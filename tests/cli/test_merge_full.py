@@ -112,7 +112,7 @@ def test_an_adapter(workspace: Path) -> None:
         ([], ["no base model", "directory or Hub id first"]),
         (["base"], ["no models to merge beside 'base'", "after the base model"]),
         ([*ALL], ["no output", "-o DIRECTORY"]),
-        ([*ALL, "-o", "out", "--max-shard-size", "0"], ["max_shard_size is 0", "500MB"]),
+        ([*ALL, "-o", "out", "--max-shard-size", "0"], ["max_shard_size is '0'", "500MB"]),
         ([*ALL, "-o", "out", "--create-pr"], ["--create-pr is given without --push-to"]),
         ([*ALL, "-o", "out", "--method", "robust"], ["method 'robust' works on the LoRA factors", "'dc'"]),
         ([*ALL, "-o", "out", "--lora-rank", "0"], ["lora_rank is 0"]),

@@ -165,10 +165,10 @@ def test_weights_of_one_byte_in_memory(tmp_path: Path) -> None:
         TA.fuse(model, folders)
 
 
-@pytest.mark.parametrize("size", ["5 parsecs", "0GB", "-1GB", "GB", "", 0, -5, 1.5, True, "12"])
+@pytest.mark.parametrize("size", ["5 parsecs", "0GB", "-1GB", "GB", "", 0, -5, 1.5, True])
 def test_sizes_of_files(tmp_path: Path, size: Any) -> None:
     """What is no size is refused before anything is opened."""
-    with refused(OptionError, f"max_shard_size is {size!r}", "as in 500MB or 5GB"):
+    with refused(OptionError, f"max_shard_size is {size!r}", "as in 8GB, 500MB or 4GiB"):
         TA.fuse_to_disk("nowhere", ["nowhere"], tmp_path / "out", max_shard_size=size)
 
 

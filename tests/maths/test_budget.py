@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from dc_merge_peft import DCMergeAdapter, OptionError, budget
-from dc_merge_peft.budget import checked_memory, kept_bytes, workers, working_bytes
+from dc_merge_peft.budget import kept_bytes, workers, working_bytes
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.plan import plan_merge
 from tests.support.many import finished, many_modules, program, started
 from tests.support.program import run
 from tests.support.refused import listing, refused
 from tests.support.strategies import memory_sources, random_tasks
-
-
-@pytest.mark.parametrize(
-    ("size", "found"),
-    [(None, None), (5, 5), ("5", 5), ("8GB", 8 * 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2 * 10**9), ("1KB", 1000)],
-)
-def test_sizes(size: int | str | None, found: int | None) -> None:
-    """Numbers of bytes, or text with a unit."""
-    assert checked_memory(size) == found
-
-
-@pytest.mark.parametrize("size", ["", "much", "8GBs", "-1GB", 0, -5, True, 1.5, "0"])
-def test_no_sizes(size: Any) -> None:
-    """Everything else is refused by its value."""
-    with refused(OptionError, f"max_memory is {size!r}", "expected a size as in 8GB"):
-        checked_memory(size)
 
 
 @pytest.mark.parametrize("name", ["dc", "ties", "tsvm"])
