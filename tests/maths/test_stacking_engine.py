@@ -84,7 +84,7 @@ def test_stacks_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_which_methods() -> None:
-    """Five methods have a stacked form; a subclass that merges in another way has not."""
+    """Six methods have a stacked form; a subclass that merges in another way has not."""
     assert {name for name in METHODS if stacked_merge(method_named(name))} == {
         "dc",
         "ta",
