@@ -108,14 +108,13 @@ def test_one_seed_has_no_second_correlation(tmp_path: Path, monkeypatch: pytest.
     assert not (out / "figure-07a-correlation.csv").exists() and "7a" not in section(out)
 
 
-def test_other_suites_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that there are are named, and text8 is one of them; full models have no factors."""
+def test_suites_by_name(tmp_path: Path) -> None:
+    """Those that there are are named, adapters and full models among them."""
     with pytest.raises(SystemExit, match="found the suite 'text9': expected one of text8, vision"):
         suites.suite_named("text9", tmp_path, [0])
-    assert suites.suite_named("text8", tmp_path, [0]).name == "text8"
-    monkeypatch.setitem(suites.SUITES, "full", "text8_fft.command:_suite")  # type: ignore[arg-type]
-    with pytest.raises(SystemExit, match="found the suite 'full' of full models: expected one of LoRA adapters"):
-        suites.suite_named("full", tmp_path, [0])
+    for name, kind in (("text8", "adapter"), ("text8_fft", "model")):
+        suite = suites.suite_named(name, tmp_path, [0])
+        assert (suite.name, suite.kind.name) == (name, kind)
 
 
 # ------------------------------------------------------------------------------------------ captions
@@ -212,7 +211,7 @@ def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = [name for name in found if "c+d" in name and name.startswith("dc")]
     assert all(found[name] == first[name] for name in same)
     suite.asked.clear()
-    monkeypatch.setattr(measuring, "code_key", lambda: "another")
+    monkeypatch.setattr(measuring, "library_key", lambda suite: "another")
     recoded, newest = again()
     assert newest == 7 and all(row["code"] == "another" for row in recoded.values())
     assert not suite.asked

@@ -95,9 +95,7 @@ def row_name(label: str, tasks: Sequence[str], seed: int) -> str:
 def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -> list[Job]:
     """All merges, in the order of the settings' numbers of tasks; ``own`` are the own adapters' validation hits by task and seed."""
     found = []
-    code, adapter, content = code_key(), cache(partial(adapter_key, suite)), cache(suite.content)
-    if suite.kind.written:
-        code = content_key([code, sources_key("outputs")])
+    code, adapter, content = library_key(suite), cache(partial(adapter_key, suite)), cache(suite.content)
     for count in settings.counts:
         examples = settings.examples(count)
         for group in groups(suite.tasks, count):
@@ -146,6 +144,11 @@ def adapter_key(suite: Suite, task: str, seed: int) -> str:
             f"No {suite.kind.name} of task '{task}', seed {seed}, in {folder}: run the stage 'train' first."
         )
     return files_key(*files)
+
+
+def library_key(suite: Suite) -> str:
+    """Of the library's own sources that can change a merge of what the suite has."""
+    return content_key([code_key(), sources_key("outputs")]) if suite.kind.written else code_key()
 
 
 def code_key() -> str:

@@ -30,7 +30,8 @@ from everything.page import glance, glance_text, section, with_section
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
-DRAWN = "text8"  # whose adapters the figures are of
+DRAWN = {"text8": "", "text8_fft": "models"}  # whose figures are drawn, and their folder among the figures
+MORE_FIGURES = "\n\n## The paper's figures of full fine-tuning\n\n"
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
 
 
@@ -82,21 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "study" in options.stages and name in study.SUITES:
             _study(name, options)
     figures = options.docs / "benchmarks"
-    if "figures" in options.stages and DRAWN in options.only:
-        from figures.command import main as draw
-
-        draw(
-            [
-                "--suite",
-                DRAWN,
-                "--cache",
-                str(options.cache / DRAWN),
-                "--work",
-                str(options.cache / "figures"),
-                "--out",
-                str(figures),
-            ]
-        )
+    if "figures" in options.stages:
+        for name, folder in DRAWN.items():
+            if name in options.only:
+                _draw(name, figures / folder, options)
     if "pages" in options.stages:
         write_pages(options.docs, figures)
     return 0
@@ -134,11 +124,21 @@ def studies(docs: Path) -> list[str]:
 
 
 def figures_text(folder: Path) -> str:
-    """What the figures' program says of them; nothing where none were drawn."""
+    """What the figures' program says of them, those of adapters first; nothing where none were drawn."""
     from figures.page import ABOUT
     from figures.page import section as of_figures
 
-    return of_figures(folder) if (folder / ABOUT).is_file() else ""
+    there = [folder / place for place in DRAWN.values() if (folder / place / ABOUT).is_file()]
+    return MORE_FIGURES.join(of_figures(place, place.relative_to(folder.parent).as_posix()) for place in there)
+
+
+def _draw(name: str, out: Path, options: argparse.Namespace) -> None:
+    """The figures of one benchmark."""
+    from figures.command import main
+
+    cache, work = options.cache / name, options.cache / "figures" / name
+    arguments = ["--suite", name, "--cache", str(cache), "--work", str(work), "--out", str(out)]
+    main([*arguments, "--workers", str(options.workers)])
 
 
 def _study(name: str, options: argparse.Namespace) -> None:

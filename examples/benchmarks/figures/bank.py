@@ -8,11 +8,11 @@ from functools import cached_property
 
 from accuracy.bench import Row
 from accuracy.bootstrap import Drawn, Interval, Resampling, mean_difference, mean_normalized
-from accuracy.merging import factors
 from accuracy.plan import share
 from accuracy.suite import Suite
 
 from dc_merge_peft.lowrank import LowRank
+from figures.deltas import deltas_of
 from figures.measuring import own_trial
 from figures.scope import Scope
 from figures.trials import Alone, Merged, Trial
@@ -25,13 +25,13 @@ class Bank:
 
     def __init__(self, suite: Suite, scope: Scope, rows: Mapping[str, Row]) -> None:
         self.suite, self.scope, self._rows = suite, scope, rows
-        self._factors: dict[tuple[str, int], dict[str, LowRank]] = {}
+        self._factors: dict[tuple[str, int], Mapping[str, LowRank]] = {}
 
-    def factors(self, task: str, seed: int | None = None) -> dict[str, LowRank]:
-        """One adapter's deltas by module, in float64, read once; of the figures' own seed where none is given."""
+    def factors(self, task: str, seed: int | None = None) -> Mapping[str, LowRank]:
+        """The matrices that one adapter or model changes, in float64, read once; of the figures' own seed where none is given."""
         key = task, self.scope.seed if seed is None else seed
         if key not in self._factors:
-            self._factors[key] = factors(self.suite.adapter(*key))
+            self._factors[key] = deltas_of(self.suite, *key).matrices
         return self._factors[key]
 
     def row(self, trial: Trial) -> Row:

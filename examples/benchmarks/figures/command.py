@@ -1,8 +1,8 @@
-"""The paper's figures from a suite's adapters: measured on validation examples, kept, and drawn.
+"""The paper's figures from a suite's adapters, or from its full models: measured on validation examples, kept, and drawn.
 
 python -m examples.benchmarks.figures --suite text8 --cache DIR --out docs/benchmarks/text8
 
-DIR has the adapters, as the suite's own program makes them. Measurements are kept in DIR/figures (or --work) and are not made
+DIR has the adapters or models, as the suite's own program makes them. Measurements are kept in DIR/figures (or --work) and are not made
 twice; figures and their numbers as CSV go to --out, and what they say to --section.
 """
 
@@ -18,12 +18,12 @@ from pathlib import Path
 
 from accuracy.carrier import PRECISIONS
 from accuracy.evaluate import Rows
-from accuracy.merging import factors
 from accuracy.suite import Suite
 from accuracy.workers import say
 
 from figures.bank import Bank
-from figures.catalogue import FIGURES
+from figures.catalogue import FIGURES, figures_of
+from figures.deltas import directions_merged
 from figures.kind import Kind, read_lines, write_lines
 from figures.look import drawn, save
 from figures.measuring import measure
@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite = suite_named(options.suite, options.cache, options.seeds)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
     try:
-        scope = scope_of(suite, largest_rank(suite), options.examples, options.precision)
+        scope = scope_of(suite, directions_merged(suite), options.examples, options.precision)
         make(
             suite,
             scope,
             options.work or options.cache / "figures",
             options.out,
-            kinds_named(options.only),
+            kinds_named(options.only, figures_of(models=scope.models)),
             options.workers,
         )
         if options.section:
@@ -89,22 +89,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def kinds_named(names: Sequence[str]) -> list[Kind]:
-    """The figures whose names begin so; all of them where there are no names.
+def kinds_named(names: Sequence[str], figures: Sequence[Kind] = FIGURES) -> list[Kind]:
+    """Those of the figures whose names begin so; all of them where there are no names.
 
     Raises:
         SystemExit: no figure's name does.
     """
     for name in names:
-        if not any(kind.name.startswith(name) for kind in FIGURES):
-            raise SystemExit(f"found the figure {name!r}: expected some of {', '.join(kind.name for kind in FIGURES)}")
-    return [kind for kind in FIGURES if not names or any(kind.name.startswith(name) for name in names)]
-
-
-def largest_rank(suite: Suite) -> int:
-    """r: of the deltas of the first task's adapter."""
-    deltas = factors(suite.adapter(suite.tasks[0], suite.seeds[0]))
-    return max(len(delta.svd.S) for delta in deltas.values())
+        if not any(kind.name.startswith(name) for kind in figures):
+            raise SystemExit(f"found the figure {name!r}: expected some of {', '.join(kind.name for kind in figures)}")
+    return [kind for kind in figures if not names or any(kind.name.startswith(name) for name in names)]
 
 
 def make(suite: Suite, scope: Scope, work: Path, out: Path, kinds: Sequence[Kind], workers: int) -> None:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from accuracy.alphas import GRID, LADDER, PATIENCE, best_alpha
 from accuracy.bench import Bench, Row
 from accuracy.evaluate import Rows
 from accuracy.keys import content_key, tensors_key
-from accuracy.merging import Merge, factors
-from accuracy.plan import adapter_key, code_key, share
+from accuracy.merging import Merge
+from accuracy.plan import adapter_key, library_key, share
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 
 from dc_merge_peft import inspect_merge
-from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.metrics import average_normalized_accuracy
+from dc_merge_peft.result import MergeResult
 from figures.changes import changed
+from figures.deltas import Deltas, deltas_of
 from figures.scope import Scope
 from figures.trials import Alone, Merged, Trial
 
@@ -44,13 +45,12 @@ class Job:
 
 
 class FigureBench(Bench):
-    """A bench that keeps the factors of the adapters it has read."""
+    """A bench that keeps the factors of what it has read."""
 
     def __init__(self, suite: Suite, precision: str) -> None:
         super().__init__(suite, precision)
-        self.factors: Callable[[str, int], dict[str, LowRank]] = cache(
-            lambda task, seed: factors(suite.adapter(task, seed))
-        )
+        # Adapters are small; a model's matrices, decomposed, are several times as large as the model.
+        self.deltas = lru_cache(None if suite.kind.name == "adapter" else 1)(partial(deltas_of, suite))
 
     def looked_at(self, tasks: Iterable[str], count: int) -> dict[str, str]:
         """Hits by task of the model as it is."""
@@ -72,7 +72,7 @@ def measure(suite: Suite, scope: Scope, trials: Iterable[Trial], rows: Rows, wor
         if isinstance(trial, Merged) and trial.accuracy
         for task in trial.tasks
     }
-    alone = list(dict.fromkeys([*(t for t in wanted if isinstance(t, Alone)), *sorted(needed, key=lambda t: t.name)]))
+    alone = sorted(needed.union(t for t in wanted if isinstance(t, Alone)), key=lambda t: t.name)  # a task's together
     merges = [trial for trial in wanted if isinstance(trial, Merged)]
     make = partial(_bench, precision=scope.precision)
     new = 0
@@ -87,7 +87,7 @@ def measure(suite: Suite, scope: Scope, trials: Iterable[Trial], rows: Rows, wor
 
 def pending(suite: Suite, scope: Scope, trials: Sequence[Trial], rows: Mapping[str, Row]) -> list[Job]:
     """Jobs of the trials that no row answers; where only the library's code is another one, with the row, which may still hold."""
-    content, adapter, code = cache(suite.content), cache(partial(adapter_key, suite)), code_key()
+    content, adapter, code = cache(suite.content), cache(partial(adapter_key, suite)), library_key(suite)
     left = []
     for trial in trials:
         texts = [content(task, PART, scope.examples) for task in _looked_at(trial)]
@@ -134,8 +134,9 @@ def _measure(bench: FigureBench, job: Job) -> Row:
 
 
 def _alone(bench: FigureBench, job: Job, trial: Alone) -> Row:
-    deltas = changed(bench.factors(trial.task, trial.seed), trial.change) if trial.task else {}
-    dense = {name: delta.dense().to(torch.float32) for name, delta in deltas.items()}
+    own = bench.deltas(trial.task, trial.seed) if trial.task else Deltas({})
+    matrices = changed(own.matrices, trial.change)
+    dense = {**own.others, **{name: delta.dense().to(torch.float32) for name, delta in matrices.items()}}
     key = tensors_key(dense)
     if job.earlier and job.earlier["deltas"] == key:
         return job.earlier
@@ -144,21 +145,25 @@ def _alone(bench: FigureBench, job: Job, trial: Alone) -> Row:
 
 
 def _merged(bench: FigureBench, job: Job, trial: Merged) -> Row:
-    result, auto = trial.result(bench.suite)
-    dense = {name: result.delta(name) for name in result.modules}
-    key = tensors_key(dense)
-    if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (key, auto):
+    merge, result = trial.merge(bench.suite)
+    key = tensors_key(merge.deltas)
+    if job.earlier and (job.earlier["deltas"], job.earlier["auto"]) == (key, merge.auto):
         return job.earlier
-    kept = inspect_merge(result, progress=False)
-    directions = {
+    row: Row = {"deltas": key, "auto": merge.auto}
+    if result is not None:
+        row["kept"] = _kept(result, trial.tasks)
+    return row | (_accuracies(bench, job, merge) if trial.accuracy else {})
+
+
+def _kept(result: MergeResult, tasks: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Projected DirSim and projected CosSim by module and task."""
+    return {
         name: {
             task: [round(found.projected_dir_sim, 6), round(found.projected_cos_sim, 6)]
-            for task, found in zip(trial.tasks, by_adapter.values(), strict=True)
+            for task, found in zip(tasks, by_adapter.values(), strict=True)
         }
-        for name, by_adapter in kept.modules.items()
+        for name, by_adapter in inspect_merge(result, progress=False).modules.items()
     }
-    row: Row = {"deltas": key, "auto": auto, "kept": directions}
-    return row | (_accuracies(bench, job, Merge(dense, auto)) if trial.accuracy else {})
 
 
 def _accuracies(bench: FigureBench, job: Job, merge: Merge) -> Row:

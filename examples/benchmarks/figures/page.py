@@ -9,7 +9,7 @@ from typing import Any
 
 from common.tables import markdown as table
 
-from figures.catalogue import FIGURES
+from figures.catalogue import figures_of
 from figures.kind import Kind, read_lines
 from figures.perturbations import SMALLEST_GAIN
 from figures.scope import Scope
@@ -19,7 +19,7 @@ ABOUT = "about.json"
 
 def about(scope: Scope) -> dict[str, Any]:
     """What the captions need of a scope."""
-    names = ("suite", "tasks", "seed", "other", "rank", "examples", "picking", "precision")
+    names = ("suite", "tasks", "seed", "other", "rank", "examples", "picking", "precision", "models")
     return {name: getattr(scope, name) for name in names}
 
 
@@ -35,7 +35,9 @@ def section(folder: Path, link: str | None = None) -> str:
     """
     facts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     there = [
-        kind for kind in FIGURES if (folder / f"{kind.name}.csv").is_file() and (folder / f"{kind.name}.svg").is_file()
+        kind
+        for kind in figures_of(models=facts["models"])
+        if (folder / f"{kind.name}.csv").is_file() and (folder / f"{kind.name}.svg").is_file()
     ]
     captions = {kind.name: kind.caption(read_lines(folder / f"{kind.name}.csv")) for kind in there}
     rows = [[kind.paper, kind.claim, f"**{captions[kind.name].verdict}**"] for kind in there]
@@ -50,12 +52,18 @@ def section(folder: Path, link: str | None = None) -> str:
 def preface(facts: Mapping[str, Any]) -> str:
     """What the figures are of."""
     tasks = ", ".join(facts["tasks"])
+    what = "models, fine-tuned in full," if facts["models"] else "adapters"
+    nai = (
+        ""
+        if facts["models"]
+        else f"NAI is of tasks whose adapter gains {100 * SMALLEST_GAIN:.0f} points or more over the base model. "
+    )
+    rank = f"r = {facts['rank']} directions of each" if facts["models"] else f"rank {facts['rank']}"
     return (
-        f"The paper's figures drawn from the adapters of {facts['suite']}: {len(facts['tasks'])} tasks ({tasks}), seed {facts['seed']}, rank "
-        f"{facts['rank']}. Accuracies are of the first {facts['examples']} **validation** examples of each task, in {facts['precision']}; no test "
+        f"The paper's figures drawn from the {what} of {facts['suite']}: {len(facts['tasks'])} tasks ({tasks}), seed {facts['seed']}, "
+        f"{rank}. Accuracies are of the first {facts['examples']} **validation** examples of each task, in {facts['precision']}; no test "
         f"example was looked at. alpha is picked on the first {facts['picking']} of them, which favours all merges alike, or is the data-free "
-        "`auto` where a figure says so. NAI is of tasks whose adapter gains "
-        f"{100 * SMALLEST_GAIN:.0f} points or more over the base model. Intervals (95 %) draw examples again within tasks, the same ones for "
+        f"`auto` where a figure says so. {nai}Intervals (95 %) draw examples again within tasks, the same ones for "
         "every merge. Whether a figure agrees with the paper is decided by a rule on its numbers, never by eye."
     )
 

@@ -21,10 +21,11 @@ class Scope:
     every: tuple[str, ...]  # of the suite, in its order
     seed: int  # of the adapters
     other: int | None  # another seed, for Figure 7a; none where there is none
-    rank: int  # r: directions of an adapter's delta, at most
+    rank: int  # r: directions of each task that are merged
     counts: tuple[int, ...]
     examples: int = 64
     precision: str = "bfloat16"
+    models: bool = False  # fine-tuned in full, instead of adapters
 
     @property
     def picking(self) -> int:
@@ -48,4 +49,5 @@ def scope_of(suite: Suite, rank: int, examples: int = 64, precision: str = "bflo
     counts = tuple(dict.fromkeys(min(count, len(every)) for count in COUNTS))
     seed, *others = suite.seeds
     other = others[0] if others else None
-    return Scope(suite.name, every[:TASKS], every, seed, other, rank, counts, examples, precision)
+    models = suite.kind.name == "model"
+    return Scope(suite.name, every[:TASKS], every, seed, other, rank, counts, examples, precision, models)

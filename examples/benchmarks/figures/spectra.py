@@ -1,15 +1,16 @@
-"""How adapters spread their energy: singular values (Figure 1) and what the leading ones hold together (Figure 9a)."""
+"""How task vectors spread their energy: singular values (Figure 1) and what the leading ones hold together (Figure 9a)."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.methods.smoothing import smooth_energy
+from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
 from dc_merge_peft.metrics import cumulative_energy, spectrum
 from dc_merge_peft.plots.style import new_figure
 from figures.bank import Bank
@@ -19,10 +20,18 @@ from figures.look import line_style, tidy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SMOOTHINGS = {"original": "none", "linear smoothing": "linear", "averaging": "average"}
+ORIGINAL, LINEAR, CUT = "original", "linear smoothing", "cut to r"
+SMOOTHINGS: Mapping[str, Smoothing] = {ORIGINAL: "none", LINEAR: "linear", "averaging": "average"}
+MODEL_SMOOTHINGS: Mapping[str, Smoothing] = {
+    CUT: "none",
+    "cut, linear smoothing": "linear",
+    "cut, averaging": "average",
+}
+FEW = 64  # points of a line that are marked
+NEAR = 0.05  # shares of the energy that are no further apart are about equal
 
 
-def mean_spectrum(deltas: dict[str, LowRank]) -> Tensor:  # (r,), descending
+def mean_spectrum(deltas: Mapping[str, LowRank]) -> Tensor:  # (r,), descending
     """Singular values averaged over modules; a module of a smaller rank has zeros at the end."""
     found = [spectrum(delta) for delta in deltas.values()]
     length = max(len(S) for S in found)
@@ -75,20 +84,29 @@ def spectrum_caption(lines: Lines) -> Caption:
 
 def retention_numbers(bank: Bank) -> list[dict[str, Any]]:
     """A line for each spectrum and fraction of directions: the share of the energy S^2 kept, mean over tasks and modules."""
-    lines = []
-    for label, smoothing in SMOOTHINGS.items():
-        curves: dict[float, list[float]] = {}
-        for task in bank.scope.tasks:
-            for delta in bank.factors(task).values():
-                S = smooth_energy(spectrum(delta), smoothing)  # type: ignore[arg-type]
-                held = cumulative_energy(LowRank(torch.diag(S), torch.eye(len(S), dtype=S.dtype)))
-                for place, share in enumerate(held.tolist(), 1):
-                    curves.setdefault(place / len(S), []).append(share)
-        lines += [
-            {"spectrum": label, "fraction": fraction, "energy": statistics.fmean(shares)}
-            for fraction, shares in sorted(curves.items())
-        ]
-    return lines
+    spectra = [spectrum(delta) for task in bank.scope.tasks for delta in bank.factors(task).values()]
+    return [line for label, smoothing in SMOOTHINGS.items() for line in _curve(label, spectra, smoothing)]
+
+
+def model_retention_numbers(bank: Bank) -> list[dict[str, Any]]:
+    """The same of full models: of all directions, and of the first r with and without smoothing."""
+    spectra = [spectrum(delta) for task in bank.scope.tasks for delta in bank.factors(task).values()]
+    cut = [S[: bank.scope.rank] for S in spectra]
+    lines = _curve(ORIGINAL, spectra, "none")
+    return [*lines, *(line for label, how in MODEL_SMOOTHINGS.items() for line in _curve(label, cut, how))]
+
+
+def _curve(label: str, spectra: Sequence[Tensor], smoothing: Smoothing) -> list[dict[str, Any]]:
+    """A line for each fraction of the directions."""
+    curves: dict[float, list[float]] = {}
+    for S in (smooth_energy(S, smoothing) for S in spectra):
+        held = cumulative_energy(LowRank(torch.diag(S), torch.eye(len(S), dtype=S.dtype)))
+        for place, share in enumerate(held.tolist(), 1):
+            curves.setdefault(place / len(S), []).append(share)
+    return [
+        {"spectrum": label, "fraction": fraction, "energy": statistics.fmean(shares)}
+        for fraction, shares in sorted(curves.items())
+    ]
 
 
 def draw_retention(lines: Lines) -> Figure:
@@ -97,27 +115,40 @@ def draw_retention(lines: Lines) -> Figure:
     for index, label in enumerate(distinct(lines, "spectrum")):
         own = chosen(lines, spectrum=label)
         points = [(0.0, 0.0), *((line["fraction"], line["energy"]) for line in own)]
-        axes.plot(*zip(*points, strict=True), marker=".", label=label, **line_style(index))
+        marker = "." if len(points) <= FEW else ""
+        axes.plot(*zip(*points, strict=True), marker=marker, label=label, **line_style(index))
     tidy(axes, "Energy held by the leading directions", "fraction of singular values", "share of the sum of S²")
     figure.legend(loc="outside right center")
     return figure
 
 
-def retention_caption(lines: Lines) -> Caption:
-    half = {}
+def held_by_half(lines: Lines) -> tuple[str, dict[str, float]]:
+    """What half of the directions hold by spectrum, in words and as numbers."""
+    found = {}
     for label in distinct(lines, "spectrum"):
-        half[label] = max(
-            (line for line in chosen(lines, spectrum=label) if line["fraction"] <= 0.5),
-            key=lambda line: line["fraction"],
-        )
-    words = ", ".join(f"{label} {100 * line['energy']:.0f} %" for label, line in half.items())
-    fraction = 100 * half["original"]["fraction"]
-    steeper = half["original"]["energy"] > half["linear smoothing"]["energy"] > half["averaging"]["energy"]
-    seen = (
-        f"The first {fraction:.0f} % of the directions hold, of the energy: {words}. (The paper's curves of full "
-        "fine-tuning are not drawn: these are adapters.)"
-    )
-    return Caption(seen, AGREES if steeper and half["original"]["energy"] >= 0.8 else PARTLY if steeper else DIFFERS)
+        own = (line for line in chosen(lines, spectrum=label) if line["fraction"] <= 0.5)
+        found[label] = max(own, key=lambda line: line["fraction"])
+    words = ", ".join(f"{label} {100 * line['energy']:.0f} %" for label, line in found.items())
+    fraction = 100 * found[ORIGINAL]["fraction"]
+    seen = f"The first {fraction:.0f} % of the directions hold, of the energy: {words}."
+    return seen, {label: line["energy"] for label, line in found.items()}
+
+
+def retention_caption(lines: Lines) -> Caption:
+    seen, half = held_by_half(lines)
+    steeper = half[ORIGINAL] > half[LINEAR] > half["averaging"]
+    return Caption(seen, AGREES if steeper and half[ORIGINAL] >= 0.8 else PARTLY if steeper else DIFFERS)
+
+
+def model_retention_caption(lines: Lines) -> Caption:
+    """Beside what linear smoothing leaves of a spectrum that is steeper than its limit, as those of adapters are."""
+    seen, half = held_by_half(lines)
+    r = len(chosen(lines, spectrum=CUT))
+    S = smooth_energy(torch.linspace(1, 0.01, r, dtype=torch.float64), "linear")
+    smooth = float(S[: max(r // 2, 1)].square().sum() / S.square().sum())
+    seen += f" Of a spectrum with linear smoothing they hold {100 * smooth:.0f} % at most."
+    near, nearer = abs(half[CUT] - smooth), abs(half[CUT] - smooth) < abs(half[ORIGINAL] - smooth)
+    return Caption(seen, AGREES if near <= NEAR else PARTLY if nearer else DIFFERS)
 
 
 KINDS = (
@@ -130,5 +161,12 @@ KINDS = (
         name="figure-09a-retention", paper="9a", title="Energy kept by a fraction of the singular values",
         claim="a LoRA's energy is in few directions, and smoothing spreads it",
         trials=lambda scope: (), numbers=retention_numbers, draw=draw_retention, caption=retention_caption,
+    ),
+)  # fmt: skip
+MODEL_KINDS = (
+    Kind(
+        name="figure-09a-retention", paper="9a", title="Energy kept by a fraction of a full model's singular values",
+        claim="cut to its first r directions, a full model spreads its energy about as linear smoothing does that of a LoRA",
+        trials=lambda scope: (), numbers=model_retention_numbers, draw=draw_retention, caption=model_retention_caption,
     ),
 )  # fmt: skip

@@ -12,19 +12,17 @@ from accuracy.suite import Suite
 SUITES: Mapping[str, str] = {
     "text8": "text8.command:suite",
     "vision": "vision.command:suite",
+    "text8_fft": "text8_fft.command:suite",
 }
 
 
 def suite_named(name: str, cache: Path, seeds: Sequence[int]) -> Suite:
-    """The suite of that name with the adapters in its cache folder.
+    """The suite of that name with the adapters or models in its cache folder.
 
     Raises:
-        SystemExit: an unknown name, or a suite of models fine-tuned in full: the figures look at adapters' factors.
+        SystemExit: an unknown name.
     """
     if name not in SUITES:
         raise SystemExit(f"found the suite {name!r}: expected one of {', '.join(SUITES)}")
     module, _, function = SUITES[name].partition(":")
-    suite: Suite = getattr(importlib.import_module(module), function)(cache, tuple(seeds))
-    if suite.kind.name != "adapter":
-        raise SystemExit(f"found the suite {name!r} of full models: expected one of LoRA adapters")
-    return suite
+    return getattr(importlib.import_module(module), function)(cache, tuple(seeds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def mask_points(scope: Scope) -> list[Point]:
 
 
 def rank_points(scope: Scope) -> list[Point]:
-    """Powers of two and three quarters of the adapters' rank, up to it."""
+    """Powers of two and three quarters of r, up to it."""
     r = scope.rank
     sizes = {size for size in (1, 2, 4, 8, 16, 32, 64, 3 * r // 4) if 0 < size < r}
     return [*(Point(str(size), (("rank", size),)) for size in sorted(sizes)), Point(str(r), ())]
@@ -144,7 +144,7 @@ def rank_caption(lines: Lines) -> Caption:
     own = by_rule(lines, BEST)
     smallest, best = own[0], max(own, key=lambda line: line["normalized"])
     seen = (
-        f"By rank: {words(own)}. Against the adapters' own rank, rank {setting(smallest)} is at {versus(smallest)}; the best is "
+        f"By r: {words(own)}. Against r = {setting(own[-1])}, r = {setting(smallest)} is at {versus(smallest)}; the best is "
         f"{setting(best)}."
     )
     better = any(sign(line["above_low"], line["above_high"]) > 0 for line in own)
@@ -157,6 +157,12 @@ def tau_caption(lines: Lines) -> Caption:
     smoothed = own[0]
     seen = f"By tau: {words(own)}. Averaged singular values (tau 0) are at {versus(smoothed)} against the original ones (tau 1)."
     return Caption(seen, {1: AGREES, 0: OPEN, -1: DIFFERS}[sign(smoothed["above_low"], smoothed["above_high"])])
+
+
+def model_tau_caption(lines: Lines) -> Caption:
+    """Full fine-tuning, where the paper sees the reverse."""
+    found = tau_caption(lines)
+    return Caption(found.seen, {AGREES: DIFFERS, DIFFERS: AGREES}.get(found.verdict, found.verdict))
 
 
 def rho_caption(lines: Lines) -> Caption:
@@ -193,4 +199,10 @@ KINDS = (
            tau_caption, lambda scope: "1"),
     _sweep("figure-13-rho", "13", "Strength of linear smoothing", "accuracy hardly depends on rho over a wide range",
            rho_points, "rho: largest ratio of first to last value", rho_caption, lambda scope: "5"),
+)  # fmt: skip
+MODEL_KINDS = (
+    replace(KINDS[0], title="Mask size, full fine-tuning", claim="accuracy peaks at mask size r"),
+    replace(KINDS[1], title="Directions r of each model that are merged", claim="more directions are better, up to r = floor(min(m, n) / T)"),
+    replace(KINDS[2], title="From averaged to original singular values, full fine-tuning",
+            claim="for full fine-tuning accuracy falls as the singular values are smoothed", caption=model_tau_caption),
 )  # fmt: skip

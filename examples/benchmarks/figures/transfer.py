@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft import DCMergeAdapter
@@ -31,16 +33,16 @@ def trials(scope: Scope) -> Iterable[Trial]:
     yield from (Alone(task, scope.seed, scope.tasks, Change("balanced")) for task in scope.tasks)
 
 
-def half(scope: Scope) -> int:
-    """Directions that truncation leaves."""
-    return max(scope.rank // 2, 1)
+def truncation(scope: Scope) -> int:
+    """Directions that truncation leaves: the paper's r of full models, and half of an adapter's."""
+    return scope.rank if scope.models else max(scope.rank // 2, 1)
 
 
 def truncated_trials(scope: Scope) -> Iterable[Trial]:
     """The same, and truncated adapters with and without balancing."""
     yield from trials(scope)
     for kind in ("truncated", "truncated and balanced"):
-        yield from (Alone(task, scope.seed, scope.tasks, Change(kind, half(scope))) for task in scope.tasks)
+        yield from (Alone(task, scope.seed, scope.tasks, Change(kind, truncation(scope))) for task in scope.tasks)
 
 
 def relative(bank: Bank, trial: Alone, other: str) -> float:
@@ -173,7 +175,7 @@ def _two(lines: Lines, task: str) -> tuple[Line, Line]:
 
 def truncated_numbers(bank: Bank) -> list[dict[str, Any]]:
     """A line for each kind of adapter: means over the diagonal and over the rest."""
-    rank = half(bank.scope)
+    rank = truncation(bank.scope)
     changes = {
         BEFORE: UNCHANGED,
         AFTER: Change("balanced"),
@@ -184,7 +186,7 @@ def truncated_numbers(bank: Bank) -> list[dict[str, Any]]:
     for label, change in changes.items():
         found = matrix_lines(bank, label, change)
         means = {place: mean_relative(found, label, place) for place in ("own", "other")}
-        lines.append({"adapter": label, "rank": bank.scope.rank if "truncated" not in label else rank, **means})
+        lines.append({"adapter": label, **({"rank": rank} if "truncated" in label else {}), **means})
     return lines
 
 
@@ -200,7 +202,7 @@ def draw_truncated(lines: Lines) -> Figure:
     return figure
 
 
-def truncated_caption(lines: Lines) -> Caption:
+def truncated_caption(lines: Lines, note: str = "") -> Caption:
     found = {line["adapter"]: line for line in lines}
     rise = found[AFTER]["other"] - found[BEFORE]["other"]
     further = found["truncated and balanced"]["other"] - found["truncated"]["other"]
@@ -208,7 +210,7 @@ def truncated_caption(lines: Lines) -> Caption:
     seen = (
         f"Balancing changes the mean accuracy on other tasks by {100 * rise:+.1f} points of zero-shot accuracy; of adapters truncated "
         f"to their first {rank:.0f} directions by {100 * further:+.1f}. Truncation itself keeps {100 * found['truncated']['own']:.0f} % on "
-        "the own task. (The paper truncates full fine-tuning; these are adapters, so that only the trend can be compared.)"
+        f"the own task.{note}"
     )
     # What balancing brings must be there before it can be said to be little after truncation.
     if rise <= 0:
@@ -216,6 +218,12 @@ def truncated_caption(lines: Lines) -> Caption:
     return Caption(seen, AGREES if abs(further) < rise / 2 else PARTLY if abs(further) < rise else DIFFERS)
 
 
+TRUNCATED = Kind(
+    name="figure-09b-truncated", paper="9b", title="Balancing after truncation",
+    claim="after truncation, further balancing brings little for other tasks (full fine-tuning)",
+    trials=truncated_trials, numbers=truncated_numbers, draw=draw_truncated, caption=truncated_caption,
+)  # fmt: skip
+OF_ADAPTERS = " (The paper truncates full fine-tuning; these are adapters, so that only the trend can be compared.)"
 KINDS = (
     Kind(
         name="figure-02a-transfer", paper="2a", title="Transfer between tasks, before and after balancing the energy",
@@ -227,9 +235,6 @@ KINDS = (
         claim="balanced adapters are more similar to the merge of all tasks and transfer better",
         trials=trials, numbers=cosine_numbers, draw=draw_cosine, caption=cosine_caption,
     ),
-    Kind(
-        name="figure-09b-truncated", paper="9b", title="Balancing after truncation",
-        claim="after truncation, further balancing brings little for other tasks (full fine-tuning)",
-        trials=truncated_trials, numbers=truncated_numbers, draw=draw_truncated, caption=truncated_caption,
-    ),
+    replace(TRUNCATED, caption=partial(truncated_caption, note=OF_ADAPTERS)),
 )  # fmt: skip
+MODEL_KINDS = (replace(TRUNCATED, title="Balancing full models after truncation"),)

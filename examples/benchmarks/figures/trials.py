@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from accuracy.merging import Merge
 from accuracy.suite import Suite
 
 from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning
@@ -19,7 +20,7 @@ Options: TypeAlias = tuple[tuple[str, Any], ...]  # of a method, by name
 
 @dataclass(frozen=True)
 class Alone:
-    """One task's adapter at alpha 1, its deltas changed first, on the examples of some tasks; without a task the base model."""
+    """One task's adapter or model at alpha 1, its deltas changed first, on the examples of some tasks; without a task the base model."""
 
     task: str | None
     seed: int
@@ -35,7 +36,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge of some tasks' adapters: what it keeps of their directions and, where accuracy is wanted, on their examples."""
+    """A merge of some tasks' adapters or models: what it keeps on their examples, where accuracy is wanted, and of adapters' directions."""
 
     method: str
     options: Options
@@ -51,8 +52,18 @@ class Merged:
         return f"{kind}{self.method} ({options}) | {'+'.join(self.tasks)} | {self.seed}"
 
     def result(self, suite: Suite) -> tuple[MergeResult, float | None]:
-        """The merge before alpha, and the data-free alpha; None where that has no solution."""
-        return merge([suite.adapter(task, self.seed) for task in self.tasks], self.method, dict(self.options))
+        """The merge of adapters before alpha, and the data-free alpha; None where that has no solution."""
+        return merge(self._folders(suite), self.method, dict(self.options))
+
+    def merge(self, suite: Suite) -> tuple[Merge, MergeResult | None]:
+        """What is measured, and the result that :func:`dc_merge_peft.inspect_merge` can look into; none of full models."""
+        if suite.kind.name != "adapter":
+            return suite.kind.merge(self._folders(suite), self.method, dict(self.options)), None
+        result, auto = self.result(suite)
+        return Merge({name: result.delta(name) for name in result.modules}, auto), result
+
+    def _folders(self, suite: Suite) -> list[Path]:
+        return [suite.adapter(task, self.seed) for task in self.tasks]
 
 
 Trial: TypeAlias = Alone | Merged

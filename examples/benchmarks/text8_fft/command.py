@@ -25,8 +25,9 @@ SEEDS = (0,)  # 24 models would take 2 GB and half an hour of one processor
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("text8_fft", __doc__, prepare_texts, _suite, COUNTS, SEEDS), arguments)
+    return run(Benchmark("text8_fft", __doc__, prepare_texts, suite, COUNTS, SEEDS), arguments)
 
 
-def _suite(cache: Path, seeds: tuple[int, ...]) -> FullTextSuite:
+def suite(cache: Path, seeds: tuple[int, ...]) -> FullTextSuite:
+    """The merged tasks, and models of these seeds."""
     return FullTextSuite(cache, tuple(TASKS)[:MERGED], seeds)
