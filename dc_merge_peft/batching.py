@@ -112,7 +112,7 @@ class Stacker:
         X, Y = stacked_factors([_lowranks(module) for module in modules])
         rows, columns = StackedFrame.of(X), StackedFrame.of(Y)
         weights = torch.tensor([list(module.weights) for module in modules], dtype=torch.float64, device=X.device)
-        tasks, ordinary = _cores(rows, columns, [task.rank for task in modules[0].tasks], weights)
+        tasks, ordinary = _cores(rows, columns, modules[0], weights)
         largest = (weights.abs() * tasks.norms).amax(1)
         chosen = [index for index, fine in enumerate(ordinary.tolist()) if fine]
         if not chosen:
@@ -129,8 +129,7 @@ class Stacker:
         # Nothing but rounding, as of adapters that cancel: noise must not become an adapter.
         S = S.where((norms > FLOAT32_EPS * largest)[:, None], 0)
         merged = StackedSVD(U, S, Vh)
-        rule = Rule.INSIDE if self.method.takes_apart else Rule.SIZE
-        fits = _fits(tasks, merged, takes_apart=self.method.takes_apart)
+        rule, fits = _fits(tasks, merged, takes_apart=self.method.takes_apart)
         counts = (null_thresholds(S, S.shape[-1]) < S).sum(1)
         numbers = torch.stack([fine.double(), norms, *fits, counts.double()], dim=1).tolist()
         cut = merged.truncate(self.svd_rank or sum(task.rank for task in modules[0].tasks))
@@ -178,31 +177,35 @@ def _kind(module: ModuleTasks) -> tuple[object, ...] | None:
     return tasks[0].device, *((task.B.shape, task.A.shape, task.B.dtype, task.A.dtype) for task in tasks)
 
 
-def _cores(rows: StackedFrame, columns: StackedFrame, ranks: list[int], weights: Tensor) -> tuple[StackedTasks, Tensor]:
-    """The tasks of all modules in k x k coordinates, and (b,) which modules are ordinary."""
+def _cores(
+    rows: StackedFrame, columns: StackedFrame, like: ModuleTasks, weights: Tensor
+) -> tuple[StackedTasks, Tensor]:
+    """The tasks of all modules, of which ``like`` is one, in k x k coordinates, and (b,) which modules are ordinary."""
+    ranks = [task.rank for task in _lowranks(like)]
     B, A = rows.coordinates.split(ranks, dim=2), columns.coordinates.mT.split(ranks, dim=1)
     svds, full = svds_of_stacks(B, A)
-    return StackedTasks(B, A, svds, weights), rows.fine & columns.fine & full
+    return StackedTasks(B, A, svds, weights, like.shape), rows.fine & columns.fine & full
 
 
 def _selected(tasks: StackedTasks, which: Tensor) -> StackedTasks:
     """Some of the modules."""
     svds = (StackedSVD(*(part[which] for part in svd)) for svd in tasks.svds)
-    return StackedTasks(
-        tuple(B[which] for B in tasks.B), tuple(A[which] for A in tasks.A), tuple(svds), tasks.weights[which]
-    )
+    B, A = (tuple(factor[which] for factor in factors) for factors in (tasks.B, tasks.A))
+    return StackedTasks(B, A, tuple(svds), tasks.weights[which], tasks.shape)
 
 
-def _fits(tasks: StackedTasks, merged: StackedSVD, *, takes_apart: bool) -> Iterator[Tensor]:
-    """The terms of ``alpha="auto"`` of each module, (b,) each, two of one that takes directions apart, else four: :func:`dc_merge_peft.methods.rescaling.fit_alpha`."""
+def _fits(tasks: StackedTasks, merged: StackedSVD, *, takes_apart: bool) -> tuple[Rule, list[Tensor]]:
+    """The terms of ``alpha="auto"`` of each module, (b,) each, as :func:`dc_merge_peft.methods.rescaling.fit_alpha` has them."""
     weights = tasks.weights.abs()
     shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    for power in (2,) if takes_apart else (2, 4):
+
+    def asked(power: int) -> Tensor:
         sizes = torch.stack([svd.S.pow(power).sum(1) for svd in tasks.svds], dim=1)  # (b, T)
-        yield (shares * tasks.weights.pow(power) * sizes).sum(1)
-        if not takes_apart:
-            yield merged.S.pow(power).sum(1)
-    if takes_apart:
-        left, right = merged.U * merged.S[:, None, :], merged.Vh
-        inside = [(svd.U.mT @ left) @ (right @ svd.Vh.mT) for svd in tasks.svds]  # (b, r_i, r_i) each
-        yield (shares * torch.stack([block.square().sum((1, 2)) for block in inside], dim=1)).sum(1)
+        return (shares * tasks.weights.pow(power) * sizes).sum(1)
+
+    if not takes_apart:
+        return Rule.SIZE, [asked(2), merged.S.pow(2).sum(1), asked(4), merged.S.pow(4).sum(1)]
+    left, right = merged.U * merged.S[:, None, :], merged.Vh
+    inside = [(svd.U.mT @ left) @ (right @ svd.Vh.mT) for svd in tasks.svds]  # (b, r_i, r_i) each
+    found = torch.stack([block.square().sum((1, 2)) for block in inside], dim=1)
+    return Rule.INSIDE, [asked(2), (shares * found).sum(1)]

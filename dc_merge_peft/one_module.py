@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,7 @@ def seen_by(method: Method, module: ModuleTasks) -> tuple[ModuleTasks, SharedSpa
     lowranks = [task for task in module.tasks if isinstance(task, LowRank)]
     space = SharedSpace.of(lowranks) if method.equivariant and len(lowranks) == len(module.tasks) else None
     tasks = space.cores if space else [task.to(torch.float64) for task in module.tasks]
-    return ModuleTasks(module.name, tasks, module.weights, module.adapters), space
+    return dataclasses.replace(module, tasks=tasks, size=module.shape), space
 
 
 def merge_one(

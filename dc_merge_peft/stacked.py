@@ -38,6 +38,7 @@ class StackedTasks:
     A: tuple[Tensor, ...]  # (b, r_i, k) each
     svds: tuple[StackedSVD, ...]  # of each, r_i components
     weights: Tensor  # (b, T) float64
+    shape: tuple[int, int]  # (m, n) of the modules themselves
 
     @property
     def ranks(self) -> list[int]:

@@ -37,6 +37,12 @@ class ModuleTasks:
     tasks: Sequence[Delta]  # of one (m, n), scaling folded in, float64
     weights: Sequence[float]  # w_i multiplies task i's delta
     adapters: Sequence[int]  # which adapters of the merge they are, ascending
+    size: tuple[int, int] | None = None  # of the module, where the tasks are cores of it; None: that of the tasks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the module itself."""
+        return self.size or self.tasks[0].shape
 
 
 # All modules of the merge, one after the other; each call reads them again.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.methods.base import ALPHA_HELP, Method
+from dc_merge_peft.methods.base import ALPHA_HELP, Method, ModuleMerge, Sweep
 from dc_merge_peft.methods.cover import crowding, leading_svds
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing
@@ -30,8 +30,9 @@ class RZFConfig(SmoothingConfig):
         "linear", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
     )
     ridge: float = option(
-        0.25,
-        "lambda: near 0 no task's directions answer to another's, at any strength; a large one leaves the sum of the tasks",
+        0.375,
+        "c: k directions in m dimensions get lambda = c k / m; near 0 no task's directions answer to another's, at any strength, "
+        "a large one leaves the sum of the tasks",
         minimum=1e-6,
     )
 
@@ -40,12 +41,13 @@ class RegularisedZeroForcing(Method):
     """Directions of the tasks taken apart by regularised zero-forcing. Not published as a merging method: ours.
 
     With ``U = [U_1 .. U_T]`` the leading directions of all tasks side by side, V likewise, and S their smoothed singular values,
-    ``dW = Y_u diag([w_1 S_1 .. w_T S_T]) Y_v^T`` where ``Y_u = (1 + lambda) U (U^T U + lambda)^-1``, up to its factor the minimiser of
+    ``dW = Y_u diag([w_1 S_1 .. w_T S_T]) Y_v^T`` where ``Y_u = (1 + lambda_u) U (U^T U + lambda_u)^-1``, up to its factor the minimiser of
 
-        ``||Y^T U - I||_F^2 + lambda ||Y||_F^2``:
+        ``||Y^T U - I||_F^2 + lambda_u ||Y||_F^2``:
 
     each column answers its own direction with 1 and every other one with 0, and is kept short. It is how a transmitter with many
-    antennas sends to many receivers (Peel, Hochwald and Swindlehurst, 2005). With the factor, directions that meet no other stay as
+    antennas sends to many receivers (Peel, Hochwald and Swindlehurst, 2005), and as there the best lambda grows with the load: of k
+    directions in m dimensions ``lambda_u = c k / m``, and ``lambda_v = c k / n``. With the factor, directions that meet no other stay as
     they are. There is no election and no mask; beside the SVDs of the tasks it takes one k x k Cholesky factor a side.
     """
 
@@ -61,9 +63,15 @@ class RegularisedZeroForcing(Method):
     config: RZFConfig
 
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
+        return self._merged(tasks, weights, tasks[0].shape)
+
+    def prepare(self, sweep: Sweep) -> ModuleMerge:
+        return lambda module: self._merged(module.tasks, module.weights, module.shape)
+
+    def _merged(self, tasks: Sequence[Delta], weights: Sequence[float], shape: tuple[int, int]) -> Delta:
+        """The tasks may be cores of a module of this shape."""
         svds = [smoothed(svd, self.config) for svd in leading_svds(tasks, self.config.rank)]
-        U = zero_forcing(torch.cat([svd.U for svd in svds], dim=1), self.config.ridge)  # (m, k)
-        V = zero_forcing(torch.cat([svd.Vh.mT for svd in svds], dim=1), self.config.ridge)  # (n, k)
+        U, V = self._apart(torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh for svd in svds]).mT, shape)
         S = torch.cat([weight * svd.S for svd, weight in zip(svds, weights, strict=True)])  # (k,)
         return LowRank(U * S, V.mT)
 
@@ -73,10 +81,17 @@ class RegularisedZeroForcing(Method):
     def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
         """The same for all modules of a stack."""
         svds = smoothed_stacks(tasks, self.config)
-        U = zero_forcing(torch.cat([svd.U for svd in svds], dim=2), self.config.ridge)
-        V = zero_forcing(torch.cat([svd.Vh for svd in svds], dim=1).mT, self.config.ridge)
+        U = torch.cat([svd.U for svd in svds], dim=2)
+        U, V = self._apart(U, torch.cat([svd.Vh for svd in svds], dim=1).mT, tasks.shape)
         S = [weight[:, None] * svd.S for weight, svd in zip(tasks.weights.unbind(1), svds, strict=True)]
         return StackedDelta(svd_of_stack(U * torch.cat(S, dim=1)[:, None, :], V.mT), tasks.everywhere)
+
+    def _apart(self, U: Tensor, V: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Y_u and Y_v, each side with the lambda of its load."""
+        m, n = shape
+        return zero_forcing(U, self.config.ridge * U.shape[-1] / m), zero_forcing(
+            V, self.config.ridge * V.shape[-1] / n
+        )
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         return crowding(shape, ranks, self.config.rank)

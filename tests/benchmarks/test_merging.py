@@ -9,10 +9,11 @@ import pytest
 import torch
 from accuracy.carrier import Carrier
 from accuracy.merging import by_method, by_rule, factors
-from accuracy.rules import by_default, gram_power, regularised
+from accuracy.rules import by_default, by_load, gram_power, regularised
 from peft import PeftModel
 
 from dc_merge_peft.lowrank import LowRank, concatenate
+from dc_merge_peft.methods.rzf import RZFConfig
 from dc_merge_peft.methods.smoothing import smooth_energy
 from tests.support.suites import LAYERS, SmallSuite, small_suite
 
@@ -134,9 +135,13 @@ def test_each_side_of_a_regularised_rule_has_its_own_lambda(suite: SmallSuite) -
 
 
 def test_method_as_a_rule_is_the_method(suite: SmallSuite) -> None:
-    """DC-Merge in a study is the library's."""
+    """DC-Merge in a study is the library's, and so is the regularised rule by load."""
     tasks = [factors(adapter) for adapter in of(suite, "a", "b", "c")]
-    ruled, merged = by_rule(tasks, partial(by_default, method="dc")), by_method(of(suite, "a", "b", "c"), "dc", {})
-    assert ruled.auto == pytest.approx(merged.auto, rel=1e-5)
-    for layer in LAYERS:
-        assert torch.allclose(ruled.deltas[layer], merged.deltas[layer], atol=1e-5)
+    for rule, method, apart in (
+        (partial(by_default, method="dc"), "dc", False),
+        (partial(by_load, c=RZFConfig().ridge), "rzf", True),
+    ):
+        ruled, merged = by_rule(tasks, rule, takes_apart=apart), by_method(of(suite, "a", "b", "c"), method, {})
+        assert ruled.auto == pytest.approx(merged.auto, rel=1e-5)
+        for layer in LAYERS:
+            assert torch.allclose(ruled.deltas[layer], merged.deltas[layer], atol=1e-5)

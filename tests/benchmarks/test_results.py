@@ -17,7 +17,7 @@ from accuracy.plan import Settings, share
 from accuracy.report import markdown, options_table, unseen_table, with_tables
 from accuracy.results import results_of
 from accuracy.study import study, table
-from accuracy.study_command import rules
+from accuracy.study_command import Studied, rules
 from accuracy.study_command import run as run_study
 
 from dc_merge_peft.lowrank import concatenate
@@ -217,10 +217,10 @@ def test_study_of_rules(tmp_path: Path) -> None:
 
 def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The families' members that are asked for after DC-Merge, as a table and as JSON."""
-    labels = ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5", "lambda 0.25, 1"]
-    assert list(rules([1.0, 2.0], [1.0], [(0.5, 0.5), (0.25, 1.0)])) == labels
+    labels = ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5", "lambda 0.25, 1", "load 0.2"]
+    assert list(rules([1.0, 2.0], [1.0], [(0.5, 0.5), (0.25, 1.0)], [0.2])) == labels
     small_suite(tmp_path)
-    suites = {"small": (0, 1)}
+    suites = {"small": Studied((0, 1), (2,))}
 
     def run_it(*more: str) -> int:
         return run_study(
@@ -231,8 +231,6 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
         "small",
         "--cache",
         str(tmp_path),
-        "--counts",
-        "2",
         "--p",
         "2",
         "--tau",
@@ -240,6 +238,8 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
         "--ridge",
         "1",
         "0.5,2",
+        "--load",
+        "0.5",
         "--seeds",
         "0",
         "--examples",
@@ -250,7 +250,9 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run_it("--out", str(out)) == 0
     lines = json.loads(out.read_text(encoding="utf-8"))
     assert [(line["label"], line["alpha_by"]) for line in lines] == [
-        (label, by) for by in ("validation", "auto") for label in ("dc", "p 2, tau 1", "lambda 1", "lambda 0.5, 2")
+        (label, by)
+        for by in ("validation", "auto")
+        for label in ("dc", "p 2, tau 1", "lambda 1", "lambda 0.5, 2", "load 0.5")
     ]
     shown = capsys.readouterr().out
     assert "| rule | 2 tasks, validation | 2 tasks, auto |" in shown and shown.count("| p 2, tau 1 |") == 1
@@ -260,8 +262,9 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_can_be_studied() -> None:
-    """Every benchmark of adapters, each by the door of its own command, with the seeds of its page."""
-    for name, seeds in study_program.SUITES.items():
+    """Every benchmark of adapters, each by the door of its own command, with the seeds and some of the counts of its page."""
+    for name, (seeds, counts) in study_program.SUITES.items():
         made = importlib.import_module(f"{name}.command").suite(Path("nowhere"), seeds)
         found = json.loads((DOCS / name / "results.json").read_text(encoding="utf-8"))
         assert made.kind.name == "adapter" and list(seeds) == found["seeds"]
+        assert set(counts) <= {line["tasks"] for line in found["merged"]}

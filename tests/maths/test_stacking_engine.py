@@ -13,12 +13,12 @@ from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
-from dc_merge_peft.methods.base import stacked_merge
+from dc_merge_peft.methods.base import ModuleTasks, stacked_merge
 from dc_merge_peft.methods.dc import DCMerge
 from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.stacked import StackedFrame, StackedSVD, stacked_factors
 from tests.support.refused import refused
-from tests.support.stacking import CASES, RANKS, assert_same, merged, odd_modules, ordinary
+from tests.support.stacking import CASES, assert_same, merged, odd_modules, ordinary
 from tests.support.strategies import memory_sources
 
 # The engine says that some modules have no room for all directions, which is what they are here for.
@@ -108,7 +108,7 @@ def test_everything_stays_on_its_device(name: str, options: dict[str, Any], monk
     X, Y = stacked_factors(tasks)
     rows, columns = StackedFrame.of(X), StackedFrame.of(Y)
     weights = torch.empty(2, 3, dtype=torch.float64, device="meta")
-    stack, fine = batching._cores(rows, columns, list(RANKS), weights)
+    stack, fine = batching._cores(rows, columns, ModuleTasks("", tasks[0], [1.0] * 3, range(3)), weights)
     merge = stacked_merge(method_named(name, options))
     assert merge is not None
     (U, S, Vh), merged_fine = merge(stack)
@@ -118,7 +118,7 @@ def test_everything_stays_on_its_device(name: str, options: dict[str, Any], monk
         Vh,
         merged_fine,
         fine,
-        *batching._fits(stack, StackedSVD(U, S, Vh), takes_apart=name == "rzf"),
+        *batching._fits(stack, StackedSVD(U, S, Vh), takes_apart=name == "rzf")[1],
         batching._times(rows, U),
     ]
     assert {part.device.type for part in parts} == {"meta"}

@@ -28,18 +28,19 @@ def tsvm(deltas: Sequence[ndarray], weights: Sequence[float], rank: int | None =
 
 
 def rzf(
-    deltas: Sequence[ndarray], weights: Sequence[float], rank: int | None = None, ridge: float = 0.25, **smoothing: Any
+    deltas: Sequence[ndarray], weights: Sequence[float], rank: int | None = None, ridge: float = 0.375, **smoothing: Any
 ) -> ndarray:
-    """Each side's bases by ridge regression of the identity on them, row by row."""
+    """Each side's bases by ridge regression of the identity on them, row by row, with a ridge by its load."""
     full = [oracle.svd(delta) for delta in deltas]
     ranks = oracle.fitting_ranks([min(len(S), rank or len(S)) for _, S, _ in full], min(deltas[0].shape))
     sides = []
     for side in (0, 2):
         X = np.concatenate([svd[side][:, :r] for svd, r in zip(full, ranks, strict=True)], axis=1)
         k = X.shape[1]
-        wide = np.concatenate([X.T, np.sqrt(ridge) * np.eye(len(X))])
+        penalty = ridge * k / len(X)
+        wide = np.concatenate([X.T, np.sqrt(penalty) * np.eye(len(X))])
         target = np.concatenate([np.eye(k), np.zeros((len(X), k))])
-        sides.append((1 + ridge) * np.linalg.lstsq(wide, target, rcond=None)[0])
+        sides.append((1 + penalty) * np.linalg.lstsq(wide, target, rcond=None)[0])
     S = np.concatenate([
         w * oracle.smooth(S[:r], **{"smoothing": "linear", "rho": 5.0, "tau": 0.0, **smoothing})
         for (_, S, _), r, w in zip(full, ranks, weights, strict=True)

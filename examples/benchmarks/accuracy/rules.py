@@ -32,7 +32,7 @@ def regularised(
     tasks: Sequence[LowRank], ridge: float = 0.5, ridge_in: float | None = None, rho: float = 5.0
 ) -> LowRank:
     """``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T``, with linearly smoothed S (Eq. 39-40): the library's method ``rzf``
-    with a lambda of its own for the side of the inputs, ``ridge_in``; None: the same.
+    with given lambdas, that of the inputs being ``ridge_in``; None: the same.
 
     Large lambda leaves the sum (p = 0 of :func:`gram_power`), none takes all interference away and amplifies what tasks hardly differ in (p = 2);
     at an eigenvalue 1 of G, which is their mean, it has the slope of p = 2 / (1 + lambda).
@@ -41,6 +41,12 @@ def regularised(
     U, V = stacked_bases(svds)
     S = torch.cat([smooth_energy(svd.S, "linear", rho=rho) for svd in svds])
     return LowRank(zero_forcing(U, ridge) * S, zero_forcing(V, ridge if ridge_in is None else ridge_in).mT)
+
+
+def by_load(tasks: Sequence[LowRank], c: float) -> LowRank:
+    """:func:`regularised` with the lambda of each side's load, ``c k / m`` and ``c k / n``, as the library's ``rzf`` has it."""
+    (m, n), k = tasks[0].shape, sum(len(task.svd.S) for task in tasks)
+    return regularised(tasks, c * k / m, c * k / n)
 
 
 def by_default(tasks: Sequence[LowRank], method: str) -> LowRank | Tensor:

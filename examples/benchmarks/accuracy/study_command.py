@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +14,24 @@ from common.tables import markdown
 
 from accuracy.carrier import PRECISIONS
 from accuracy.merging import Rule
-from accuracy.rules import by_default, gram_power, regularised
+from accuracy.rules import by_default, by_load, gram_power, regularised
 from accuracy.study import study, table
 from accuracy.suite import Suite
 
-COUNTS = (4, 8)
-REGULARISED = "lambda"  # with which the labels of that family begin
+REGULARISED = ("lambda", "load")  # with which the labels of that family begin
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What is measured of a suite where the command line does not say."""
+
+    seeds: Sequence[int]  # of adapters
+    counts: Sequence[int] = (4, 8)  # numbers of tasks
 
 
 def run(
     doc: str,
-    suites: Mapping[str, Sequence[int]],
+    suites: Mapping[str, Studied],
     maker: Callable[[str], Callable[[Path, tuple[int, ...]], Suite]],
     arguments: Sequence[str] | None,
 ) -> int:
@@ -31,15 +39,16 @@ def run(
 
     Args:
         doc: What the program says of itself.
-        suites: Seeds of adapters, where the command line names none, by the suites' names.
+        suites: What is measured where the command line does not say, by the suites' names.
         maker: From a name to the function that makes a suite from its cache folder and the adapters' seeds.
         arguments: Of the command line; None for this process's own.
     """
     options = parse(doc, suites, arguments)
-    suite = maker(options.suite)(options.cache, tuple(options.seeds or suites[options.suite]))
-    chosen = rules(options.p, options.tau, options.ridge)
+    usual = suites[options.suite]
+    suite = maker(options.suite)(options.cache, tuple(options.seeds or usual.seeds))
+    chosen = rules(options.p, options.tau, options.ridge, options.load)
     lines = study(
-        suite, chosen, options.counts, examples=options.examples, precision=options.precision, workers=options.workers,
+        suite, chosen, options.counts or usual.counts, examples=options.examples, precision=options.precision, workers=options.workers,
         apart=[label for label in chosen if label.startswith(REGULARISED)],
     )  # fmt: skip
     if options.out:
@@ -48,7 +57,7 @@ def run(
     return 0
 
 
-def parse(doc: str, suites: Mapping[str, Sequence[int]], arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(doc: str, suites: Mapping[str, Studied], arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=list(suites), help=f"one of {', '.join(suites)}")
@@ -56,11 +65,15 @@ def parse(doc: str, suites: Mapping[str, Sequence[int]], arguments: Sequence[str
     parser.add_argument("--p", type=float, nargs="*", default=[1.0, 1.3], help="of gram_power (default: 1 1.3)")
     parser.add_argument("--tau", type=float, nargs="*", default=[0.7], help="of gram_power (default: 0.7)")
     parser.add_argument(
-        "--ridge", type=_ridge, nargs="*", default=[(0.5, 0.5), (0.25, 0.25), (0.1, 0.1), (0.25, 1.0)], metavar="LAMBDA",
-        help="of regularised: one number for both sides, or two as in 0.25,1: of the outputs and of the inputs (default: 0.5 0.25 0.1 0.25,1)",
+        "--ridge", type=_ridge, nargs="*", default=[(0.25, 0.25), (0.1, 0.1)], metavar="LAMBDA",
+        help="of regularised: one number for both sides, or two as in 0.25,1: of the outputs and of the inputs (default: 0.25 0.1)",
     )  # fmt: skip
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=list(COUNTS), metavar="T", help="numbers of tasks (default: 4 8)"
+        "--load", type=float, nargs="*", default=[0.2, 0.375, 0.75], metavar="C",
+        help="of regularised: lambda = C times the load k / m of each side (default: 0.2 0.375 0.75)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--counts", type=int, nargs="+", metavar="T", help="numbers of tasks (default: those that the pages have)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of adapters (default: those that the pages have)")
     parser.add_argument(
@@ -80,7 +93,9 @@ def _ridge(text: str) -> tuple[float, float]:
     return first, *(others or [first])
 
 
-def rules(powers: Sequence[float], taus: Sequence[float], ridges: Sequence[tuple[float, float]]) -> Mapping[str, Rule]:
+def rules(
+    powers: Sequence[float], taus: Sequence[float], ridges: Sequence[tuple[float, float]], loads: Sequence[float] = ()
+) -> Mapping[str, Rule]:
     """DC-Merge, with which the others are compared, and the members of both families that are asked for."""
     found: dict[str, Rule] = {"dc": partial(by_default, method="dc")}
     for p in powers:
@@ -88,5 +103,5 @@ def rules(powers: Sequence[float], taus: Sequence[float], ridges: Sequence[tuple
             found[f"p {p:g}, tau {tau:g}"] = partial(gram_power, p=p, tau=tau)
     for outputs, inputs in ridges:
         label = f"{outputs:g}" if outputs == inputs else f"{outputs:g}, {inputs:g}"
-        found[f"{REGULARISED} {label}"] = partial(regularised, ridge=outputs, ridge_in=inputs)
-    return found
+        found[f"lambda {label}"] = partial(regularised, ridge=outputs, ridge_in=inputs)
+    return found | {f"load {c:g}": partial(by_load, c=c) for c in loads}
