@@ -117,6 +117,28 @@ def test_dir_sims_are_means(tmp_path: Path) -> None:
     assert dir_sims(file) == {("text8", 2, "ta"): 0.5}
 
 
+def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of benchmarks of adapters, each kind into a file of its own, which the page reads; what is there stays."""
+    made: list[list[str]] = []
+
+    def program(arguments: list[str]) -> None:
+        made.append(arguments)
+        line = {"tasks": 4, "label": "dc", "rule": "Schatten 2", "loss": 0.012, "merges": 1}
+        Path(arguments[-1]).write_text(json.dumps([line]), encoding="utf-8")
+
+    for kind in ("study", "study_alpha"):
+        monkeypatch.setattr(getattr(command, kind), "main", program)
+    arguments = ["study", "--cache", str(tmp_path / "cache"), "--docs", str(tmp_path), "--only", "text8", "text8_fft"]
+    assert main(arguments) == 0 and main(arguments) == 0
+    assert [Path(call[-1]).name for call in made] == ["study.json", "alpha.json"]
+    assert all(call[:3] == ["text8", "--cache", str(tmp_path / "cache/text8")] for call in made)
+    table = command.alphas_studied(tmp_path)
+    assert "| alpha by | text8 | text8, `rzf` |" in table and "| Schatten 2 | 1.2 |  |" in table
+    text = section([results("text8", 0.05)], tmp_path, "", (), table)
+    assert text.index("## Alpha without data") < text.index(table) < text.index("## The defaults")
+    assert command.alphas_studied(tmp_path / "nowhere") == ""
+
+
 @pytest.mark.parametrize("write", [with_section, with_guide])
 def test_pages_without_marks_are_refused(write: Any) -> None:
     """Rather than left as they are."""

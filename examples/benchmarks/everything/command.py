@@ -4,8 +4,8 @@ python -m examples.benchmarks.everything                        # all stages of 
 python -m examples.benchmarks.everything evaluate study figures report pages    # from cached adapters
 python -m examples.benchmarks.everything pages      # from what is saved in the docs
 
-data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, on validation
-examples. figures: the paper's figures. pages: docs/benchmarks.md, its first table in the README, and the guide of
+data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, and rules for alpha, on
+validation examples. figures: the paper's figures. pages: docs/benchmarks.md, its first table in the README, and the guide of
 docs/methods/index.md. It may be stopped at any time and goes on where it was.
 """
 
@@ -18,19 +18,22 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import study
+import study_alpha
 from accuracy.command import STAGES
 from accuracy.workers import say
 
 from everything.found import saved
 from everything.guide import with_guide
-from everything.page import glance, glance_text, section, with_section
+from everything.page import NEW, glance, glance_text, section, with_section
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = {"text8": "", "text8_fft": "models"}  # whose figures are drawn, and their folder among the figures
+STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
 MORE_FIGURES = "\n\n## The paper's figures of full fine-tuning\n\n"
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
 
@@ -104,7 +107,9 @@ def pages(docs: Path, figures: Path) -> dict[Path, str]:
     page, guide, readme = docs / "benchmarks.md", docs / "methods/index.md", docs.parent / "README.md"
     text = {place: place.read_text(encoding="utf-8") for place in (page, guide, readme)}
     return {
-        page: with_section(text[page], section(found, figures, figures_text(figures), studies(docs))),
+        page: with_section(
+            text[page], section(found, figures, figures_text(figures), studies(docs), alphas_studied(docs))
+        ),
         guide: with_guide(text[guide], found),
         readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found)}"),
     }
@@ -115,12 +120,22 @@ def studies(docs: Path) -> list[str]:
     from accuracy.study import table
     from common.tables import markdown
 
-    files = {name: docs / name / "study.json" for name in BENCHMARKS.values()}
-    return [
-        f"### {name}\n\n{markdown(*table(json.loads(file.read_text(encoding='utf-8'))))}"
-        for name, file in files.items()
-        if file.is_file()
-    ]
+    return [f"### {name}\n\n{markdown(*table(lines))}" for name, lines in _saved(docs, STUDY).items()]
+
+
+def alphas_studied(docs: Path) -> str:
+    """The table of rules for alpha of all benchmarks that have one; nothing where none has."""
+    from accuracy.alpha_study import table
+    from common.tables import markdown
+
+    found = _saved(docs, ALPHA_STUDY)
+    return markdown(*table(found, [NEW])) if found else ""
+
+
+def _saved(docs: Path, file: str) -> dict[str, list[dict[str, Any]]]:
+    """The lines of every benchmark that has such a file."""
+    files = {name: docs / name / file for name in BENCHMARKS.values()}
+    return {name: json.loads(one.read_text(encoding="utf-8")) for name, one in files.items() if one.is_file()}
 
 
 def figures_text(folder: Path) -> str:
@@ -142,13 +157,14 @@ def _draw(name: str, out: Path, options: argparse.Namespace) -> None:
 
 
 def _study(name: str, options: argparse.Namespace) -> None:
-    """The default families of one benchmark; made anew where it has not been made."""
-    out = options.docs / BENCHMARKS[name] / "study.json"
-    if out.is_file():
-        say(f"{name}: studied already; delete {out} to do it again")
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    study.main([name, "--cache", str(options.cache / name), "--workers", str(options.workers), "--out", str(out)])
+    """The default families of one benchmark, and what decides alpha; made where they have not been made."""
+    for main, file in ((study.main, STUDY), (study_alpha.main, ALPHA_STUDY)):
+        out = options.docs / BENCHMARKS[name] / file
+        if out.is_file():
+            say(f"{name}: studied already; delete {out} to do it again")
+            continue
+        out.parent.mkdir(parents=True, exist_ok=True)
+        main([name, "--cache", str(options.cache / name), "--workers", str(options.workers), "--out", str(out)])
 
 
 def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:

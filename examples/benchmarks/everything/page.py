@@ -50,6 +50,8 @@ BEYOND_TEXT = """### On test examples
 
 `rzf` as it was chosen on validation examples, measured on test examples as all methods are: how far it is ahead of `dc`, with the 95 % interval of the paired
 difference, and of the best published method, which is picked on these very examples."""
+ALPHA_STUDY_TEXT = """How the rule was chosen: what sizes in several norms lose on **validation** examples against the best alpha there, in points, mean over
+four and eight tasks and nine methods and options, seed 0. `rzf`, which takes directions apart, stands by itself."""
 LAYERS = "figure-15-layers.csv"  # DirSim by method, module and task
 MARKED = re.compile(r"(<!-- everything: written by [^\n]*-->\n).*?(<!-- /everything -->)", re.DOTALL)
 
@@ -67,7 +69,9 @@ def with_section(page: str, text: str) -> str:
     return MARKED.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
 
 
-def section(found: Sequence[Found], figures: Path, figures_text: str, studied: Sequence[str] = ()) -> str:
+def section(
+    found: Sequence[Found], figures: Path, figures_text: str, studied: Sequence[str] = (), alphas_studied: str = ""
+) -> str:
     """All tables, then the figures.
 
     Args:
@@ -75,6 +79,7 @@ def section(found: Sequence[Found], figures: Path, figures_text: str, studied: S
         figures: Folder of the figures and their numbers; it need not be there.
         figures_text: What the figures' own program says of them; empty where there are none.
         studied: Tables of rules that are no methods, one a benchmark.
+        alphas_studied: The table of rules for alpha without data; empty where there is none.
     """
     parts = ["## At a glance", glance_text(found), glance(found)]
     for kind, title in (("adapter", "LoRA adapters (Table 1)"), ("model", "Models fine-tuned in full (Table 2)")):
@@ -83,6 +88,8 @@ def section(found: Sequence[Found], figures: Path, figures_text: str, studied: S
                 parts += [f"## {title}, {RULE_NAMES[rule]}", all_methods(these, rule)]
     parts += ["## Where DC-Merge loses", losses_text(found), losses(found, dir_sims(figures / LAYERS))]
     parts += ["## Alpha without data", alpha_text(found), alphas(found)]
+    if alphas_studied:
+        parts += [ALPHA_STUDY_TEXT, alphas_studied]
     parts += ["## The defaults of DC-Merge", DEFAULTS_TEXT, defaults(found)]
     if studied:
         parts += ["## Beyond the paper", STUDY_TEXT.strip(), BEYOND_TEXT, beyond(found), STUDY_TABLES_TEXT, *studied]
