@@ -17,8 +17,8 @@ BENCHMARKS = Path(__file__).resolve().parent
 # Before anything of them is imported; worker processes get the path from this one.
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent), str(BENCHMARKS.parent.parent)]
 
-SUITES = {"text8": ((0, 1, 2), (4, 8, 16)), "vision": ((0, 1, 2), (4, 8)), "language": ((0,), (4, 8))}
-"""What can be studied, with which seeds of adapters and which numbers of tasks where none are named."""
+SUITES = {"text8": ((0, 1, 2), (4, 8, 16)), "vision": ((0, 1, 2), (4, 8)), "language": ((0,), (4, 8), 50)}
+"""What can be studied, with which seeds of adapters, numbers of tasks and of examples where none are named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from everything import command
 from everything.command import BENCHMARKS, main, pages, parse
+from everything.drawn import dir_sims, figures_page, figures_text
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
-from everything.page import beyond, dir_sims, losses, section, with_section
+from everything.page import beyond, losses, section, with_section
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -55,7 +56,7 @@ def results(name: str, better: float, kind: str = "adapter") -> Found:
 
 def test_pages_are_the_saved_ones() -> None:
     """The page, the guide and the README's table are what the program writes from the results in the docs."""
-    for place, text in pages(DOCS, DOCS / "benchmarks").items():
+    for place, text in pages(DOCS).items():
         assert place.read_text(encoding="utf-8") == text, "run python -m examples.benchmarks.everything pages"
     found = saved(DOCS, list(BENCHMARKS.values()))
     assert found[0].name == "text8" and "| `dc` |" in (DOCS / "benchmarks.md").read_text(encoding="utf-8")
@@ -75,15 +76,13 @@ def test_losses_are_shown() -> None:
 
 def test_page_counts_contests(tmp_path: Path) -> None:
     """Two rivals by two rules, of which one is ahead and one behind."""
-    text = section([results("text8", 0.05), results("other", 0.0, "model")], tmp_path, "Figures here.")
+    text = section([results("text8", 0.05), results("other", 0.0, "model")], {})
     assert (
         "Of 8 comparisons" in text
         and "ahead by more than the interval in 4 and behind by more than the interval in 2" in text
     )
     assert "| text8 | 2 | 50.0 | 90.0 | `ta` 95.0 | -5.0 (-6.0 to -4.0) |  |" in text
-    assert (
-        text.index("LoRA adapters (Table 1)") < text.index("fine-tuned in full (Table 2)") < text.index("Figures here.")
-    )
+    assert text.index("LoRA adapters (Table 1)") < text.index("fine-tuned in full (Table 2)")
 
 
 def test_our_method_stands_beside_the_published_ones() -> None:
@@ -111,10 +110,10 @@ def test_guide_takes_the_best_where_the_default_is_not() -> None:
 
 def test_dir_sims_are_means(tmp_path: Path) -> None:
     """Over modules and tasks, by method; nothing without figures."""
-    file = tmp_path / "layers.csv"
-    assert dir_sims(file) == {}
+    file = tmp_path / "figure-15-layers.csv"
+    assert dir_sims({"text8": tmp_path}) == {}
     file.write_text("method,module,task,dir_sim\nta,q,a,0.5\nta,q,b,0.25\nta,v,a,0.75\nta,v,b,0.5\n")
-    assert dir_sims(file) == {("text8", 2, "ta"): 0.5}
+    assert dir_sims({"text8": tmp_path, "vision": tmp_path / "none"}) == {("text8", 2, "ta"): 0.5}
 
 
 def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +133,29 @@ def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(call[:3] == ["text8", "--cache", str(tmp_path / "cache/text8")] for call in made)
     table = command.alphas_studied(tmp_path)
     assert "| alpha by | text8 | text8, `rzf` |" in table and "| Schatten 2 | 1.2 |  |" in table
-    text = section([results("text8", 0.05)], tmp_path, "", (), table)
+    text = section([results("text8", 0.05)], {}, (), table)
     assert text.index("## Alpha without data") < text.index(table) < text.index("## The defaults")
     assert command.alphas_studied(tmp_path / "nowhere") == ""
+
+
+def test_figures_have_pages_and_one_table(tmp_path: Path) -> None:
+    """What the paper says, adapters and full models apart, with the verdict of every benchmark that has the figure."""
+    for name, models in (("text8", False), ("text8-fft", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        facts = {"suite": name, "tasks": ["a"], "seed": 0, "other": None, "rank": 4, "examples": 8, "picking": 4}
+        about = facts | {"precision": "float32", "models": models}
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        lines = ["setting,alpha_by,alpha,normalized,low,high,above,above_low,above_high,reference"]
+        lines += [f"'{tau}',validation,1,0.9,0.8,1,0.05,0.01,0.09,{one}" for tau, one in (("0", "no"), ("1", "yes"))]
+        (folder / "figure-10-tau.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "figure-10-tau.svg").write_text("<svg/>", encoding="utf-8")
+    folders = {name: tmp_path / name for name in ("text8", "text8-fft")}
+    text = figures_text(folders)
+    assert "| [text8](figures/text8.md) |" in text and "| [text8-fft](figures/text8-fft.md) |" in text
+    assert text.count("| 10 | ") == 2 and text.index("**agrees**") < text.index("**differs**")
+    page = figures_page("text8-fft", folders["text8-fft"])
+    assert "](text8-fft/figure-10-tau.svg)" in page and "](../text8-fft.md)" in page
 
 
 @pytest.mark.parametrize("write", [with_section, with_guide])
@@ -160,7 +179,7 @@ def test_command_runs_the_stages_of_each(tmp_path: Path, monkeypatch: pytest.Mon
             return 0
 
     monkeypatch.setattr(command.importlib, "import_module", Door)
-    monkeypatch.setattr(command, "write_pages", lambda docs, figures: pages.append(figures))
+    monkeypatch.setattr(command, "write_pages", lambda docs: pages.append(docs))
     options = ["--cache", str(tmp_path / "cache"), "--docs", str(tmp_path / "docs"), "--workers", "1"]
     assert main(["evaluate", "report", "pages", *options, "--only", "text8_fft"]) == 0
     page, out = str(tmp_path / "docs/text8-fft.md"), str(tmp_path / "docs/text8-fft")
@@ -177,7 +196,7 @@ def test_command_runs_the_stages_of_each(tmp_path: Path, monkeypatch: pytest.Mon
         out,
     ]
     assert calls == [("text8_fft.command", expected)]
-    assert pages == [tmp_path / "docs/benchmarks"]
+    assert pages == [tmp_path / "docs"]
     assert main(["data", *options]) == 0
     assert [name for name, _ in calls[1:]] == [f"{name}.command" for name in BENCHMARKS] and len(pages) == 1
 

@@ -220,7 +220,7 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     labels = ["dc", "p 1, tau 1", "p 2, tau 1", "lambda 0.5", "lambda 0.25, 1", "load 0.2"]
     assert list(rules([1.0, 2.0], [1.0], [(0.5, 0.5), (0.25, 1.0)], [0.2])) == labels
     small_suite(tmp_path)
-    suites = {"small": Studied((0, 1), (2,))}
+    suites = {"small": Studied((0, 1), (2,), 20)}
 
     def run_it(*more: str) -> int:
         return run_study(
@@ -242,8 +242,6 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
         "0.5",
         "--seeds",
         "0",
-        "--examples",
-        "20",
     ]
     arguments += ["--workers", "1"]
     out = tmp_path / "lines.json"
@@ -263,7 +261,7 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_what_can_be_studied() -> None:
     """Every benchmark of adapters, each by the door of its own command, with the seeds and some of the counts of its page."""
-    for name, (seeds, counts) in study_program.SUITES.items():
+    for name, (seeds, counts, *_) in study_program.SUITES.items():
         made = importlib.import_module(f"{name}.command").suite(Path("nowhere"), seeds)
         found = json.loads((DOCS / name / "results.json").read_text(encoding="utf-8"))
         assert made.kind.name == "adapter" and list(seeds) == found["seeds"]

@@ -27,6 +27,7 @@ class Studied:
 
     seeds: Sequence[int]  # of adapters
     counts: Sequence[int] = (4, 8)  # numbers of tasks
+    examples: int = 100  # of each task
 
 
 def run(
@@ -48,7 +49,7 @@ def run(
     suite = maker(options.suite)(options.cache, tuple(options.seeds or usual.seeds))
     chosen = rules(options.p, options.tau, options.ridge, options.load)
     lines = study(
-        suite, chosen, options.counts or usual.counts, examples=options.examples, precision=options.precision, workers=options.workers,
+        suite, chosen, options.counts or usual.counts, examples=options.examples or usual.examples, precision=options.precision, workers=options.workers,
         apart=[label for label in chosen if label.startswith(REGULARISED)],
     )  # fmt: skip
     if options.out:
@@ -77,7 +78,7 @@ def parse(doc: str, suites: Mapping[str, Studied], arguments: Sequence[str] | No
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of adapters (default: those that the pages have)")
     parser.add_argument(
-        "--examples", type=int, default=100, help="validation examples of a task (%(default)s, 200 at most)"
+        "--examples", type=int, help="validation examples of a task, 200 at most (default: as many as the pages have)"
     )
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bfloat16")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -5,8 +5,8 @@ python -m examples.benchmarks.everything evaluate study figures report pages    
 python -m examples.benchmarks.everything pages      # from what is saved in the docs
 
 data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, and rules for alpha, on
-validation examples. figures: the paper's figures. pages: docs/benchmarks.md, its first table in the README, and the guide of
-docs/methods/index.md. It may be stopped at any time and goes on where it was.
+validation examples. figures: the paper's figures. pages: docs/benchmarks.md, its first table in the README, the guide of
+docs/methods/index.md, and docs/figures. It may be stopped at any time and goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import study_alpha
 from accuracy.command import STAGES
 from accuracy.workers import say
 
+from everything.drawn import figures_page
 from everything.found import saved
 from everything.guide import with_guide
 from everything.page import NEW, glance, glance_text, section, with_section
@@ -32,9 +33,8 @@ from everything.page import NEW, glance, glance_text, section, with_section
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
-DRAWN = {"text8": "", "text8_fft": "models"}  # whose figures are drawn, and their folder among the figures
+DRAWN = ("text8", "vision", "text8_fft")  # of which figures are drawn
 STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
-MORE_FIGURES = "\n\n## The paper's figures of full fine-tuning\n\n"
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
 
 
@@ -85,33 +85,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only:
         if "study" in options.stages and name in study.SUITES:
             _study(name, options)
-    figures = options.docs / "benchmarks"
     if "figures" in options.stages:
-        for name, folder in DRAWN.items():
+        for name in DRAWN:
             if name in options.only:
-                _draw(name, figures / folder, options)
+                _draw(name, options)
     if "pages" in options.stages:
-        write_pages(options.docs, figures)
+        write_pages(options.docs)
     return 0
 
 
-def write_pages(docs: Path, figures: Path) -> None:
-    """The page of all benchmarks, its first table in the README, and the guide, from what is saved in the docs."""
-    for page, text in pages(docs, figures).items():
+def write_pages(docs: Path) -> None:
+    """The page of all benchmarks, its first table in the README, the guide, and pages of figures, from what is saved in the docs."""
+    for page, text in pages(docs).items():
         page.write_text(text, encoding="utf-8")
 
 
-def pages(docs: Path, figures: Path) -> dict[Path, str]:
+def pages(docs: Path) -> dict[Path, str]:
     """What is to be written, by its place."""
     found = saved(docs, list(BENCHMARKS.values()))
     page, guide, readme = docs / "benchmarks.md", docs / "methods/index.md", docs.parent / "README.md"
     text = {place: place.read_text(encoding="utf-8") for place in (page, guide, readme)}
+    drawn = _drawn(docs)
     return {
-        page: with_section(
-            text[page], section(found, figures, figures_text(figures), studies(docs), alphas_studied(docs))
-        ),
+        page: with_section(text[page], section(found, drawn, studies(docs), alphas_studied(docs))),
         guide: with_guide(text[guide], found),
         readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found)}"),
+        **{folder.with_suffix(".md"): figures_page(name, folder) for name, folder in drawn.items()},
     }
 
 
@@ -138,20 +137,20 @@ def _saved(docs: Path, file: str) -> dict[str, list[dict[str, Any]]]:
     return {name: json.loads(one.read_text(encoding="utf-8")) for name, one in files.items() if one.is_file()}
 
 
-def figures_text(folder: Path) -> str:
-    """What the figures' program says of them, those of adapters first; nothing where none were drawn."""
+def _drawn(docs: Path) -> dict[str, Path]:
+    """Folders of figures by benchmark, as far as they were drawn."""
     from figures.page import ABOUT
-    from figures.page import section as of_figures
 
-    there = [folder / place for place in DRAWN.values() if (folder / place / ABOUT).is_file()]
-    return MORE_FIGURES.join(of_figures(place, place.relative_to(folder.parent).as_posix()) for place in there)
+    folders = {BENCHMARKS[name]: docs / "figures" / BENCHMARKS[name] for name in DRAWN}
+    return {name: folder for name, folder in folders.items() if (folder / ABOUT).is_file()}
 
 
-def _draw(name: str, out: Path, options: argparse.Namespace) -> None:
+def _draw(name: str, options: argparse.Namespace) -> None:
     """The figures of one benchmark."""
     from figures.command import main
 
     cache, work = options.cache / name, options.cache / "figures" / name
+    out = options.docs / "figures" / BENCHMARKS[name]
     arguments = ["--suite", name, "--cache", str(cache), "--work", str(work), "--out", str(out)]
     main([*arguments, "--workers", str(options.workers)])
 

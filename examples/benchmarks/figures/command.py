@@ -1,6 +1,6 @@
 """The paper's figures from a suite's adapters, or from its full models: measured on validation examples, kept, and drawn.
 
-python -m examples.benchmarks.figures --suite text8 --cache DIR --out docs/benchmarks/text8
+python -m examples.benchmarks.figures --suite text8 --cache DIR --out docs/figures/text8
 
 DIR has the adapters or models, as the suite's own program makes them. Measurements are kept in DIR/figures (or --work) and are not made
 twice; figures and their numbers as CSV go to --out, and what they say to --section.

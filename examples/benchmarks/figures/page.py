@@ -33,7 +33,7 @@ def section(folder: Path, link: str | None = None) -> str:
     Raises:
         FileNotFoundError: it has no :data:`ABOUT`.
     """
-    facts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    facts = _facts(folder)
     there = [
         kind
         for kind in figures_of(models=facts["models"])
@@ -47,6 +47,27 @@ def section(folder: Path, link: str | None = None) -> str:
         found = captions[kind.name]
         parts.append(figure_text(kind, found.seen, found.verdict, folder.name if link is None else link))
     return "\n\n".join(parts)
+
+
+def is_of_models(folder: Path) -> bool:
+    """Whether the figures in a folder are of models fine-tuned in full."""
+    return bool(_facts(folder)["models"])
+
+
+def claims(folders: Mapping[str, Path], *, models: bool) -> tuple[list[str], list[list[str]]]:
+    """The first columns' header, and a row for each figure that any of the folders has: its number, what the paper says, and the
+    verdict of each folder, empty where it lacks the figure."""
+    rows = []
+    for kind in figures_of(models=models):
+        tables = [folder / f"{kind.name}.csv" for folder in folders.values()]
+        if any(file.is_file() for file in tables):
+            verdicts = [f"**{kind.caption(read_lines(file)).verdict}**" if file.is_file() else "" for file in tables]
+            rows.append([kind.paper, kind.claim, *verdicts])
+    return ["figure", "the paper"], rows
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
 
 
 def preface(facts: Mapping[str, Any]) -> str:
