@@ -38,8 +38,8 @@ that need no TIES and no mask were compared with DC-Merge, on **validation** exa
   both sides, "load c" is lambda_u = c k / m and lambda_v = c k / n: k directions in m and n dimensions.
 
 The second family is ahead on all of them, and became the method [`rzf`](methods/rzf.md). No one lambda is right everywhere: a small one keeps more of few tasks, a large one of
-many. In radio the best one grows with the load, and so it does here: load 0.375 is about as good as the better of the two lambdas on text, and better than both on vision and language,
-and is what `rzf` has. The goal for a new default was two points over the best published method on all of them, by either way to alpha; on text with a picked
+many. In radio the best one grows with the load, and so it does here: load 0.375 is nowhere more than a point
+below the better of the two lambdas, and is what `rzf` has. The goal for a new default was two points over the best published method on all of them, by either way to alpha; on text with a picked
 alpha the rule wins by less, so that `dc` stays the default.
 
 """
