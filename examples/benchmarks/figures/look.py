@@ -35,7 +35,7 @@ QUIET: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: smaller, and they can be searched
 }
 COLOURS = tuple(colour for colour in LINES if colour != "#000000")  # black can't be seen on black
-LARGEST = 100_000  # bytes of a picture in the docs
+LARGEST = 150_000  # bytes of a picture in the docs
 
 
 def drawn(kind: Kind, lines: Lines) -> Figure:
