@@ -143,14 +143,20 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]], apart: Sequence[str]
         apart: Labels of the contenders that take directions apart.
     """
     order = [LIBRARY, *(f"Schatten {p:g}" for p in ORDERS), INSIDE]
-    columns = [(name, own) for own in (False, True) for name in found]
-    head = [
-        "alpha by",
-        *(f"{name}, {', '.join(f'`{label}`' for label in apart)}" if own else name for name, own in columns),
-    ]
-    return head, [[rule, *(_mean(found[name], rule, apart, own) for name, own in columns)] for rule in order]
+    names, labels = [*found, *(["mean"] if len(found) > 1 else [])], ", ".join(f"`{label}`" for label in apart)
+    rows = []
+    for rule in order:
+        cells = []
+        for own in (False, True):
+            means = [_mean(lines, rule, apart, own) for lines in found.values()]
+            there = [mean for mean in means if mean is not None]
+            if len(found) > 1:
+                means.append(statistics.fmean(there) if there else None)
+            cells += ["" if mean is None else f"{100 * mean:.1f}" for mean in means]
+        rows.append([rule, *cells])
+    return ["alpha by", *names, *(f"{name}, {labels}" for name in names)], rows
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], rule: str, apart: Sequence[str], own: bool) -> str:
+def _mean(lines: Sequence[Mapping[str, Any]], rule: str, apart: Sequence[str], own: bool) -> float | None:
     losses = [line["loss"] for line in lines if line["rule"] == rule and (line["label"] in apart) == own]
-    return f"{100 * statistics.fmean(losses):.1f}" if losses else ""
+    return statistics.fmean(losses) if losses else None

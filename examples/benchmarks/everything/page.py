@@ -52,7 +52,7 @@ BEYOND_TEXT = """### On test examples
 `rzf` as it was chosen on validation examples, measured on test examples as all methods are: how far it is ahead of `dc`, with the 95 % interval of the paired
 difference, and of the best published method, which is picked on these very examples."""
 ALPHA_STUDY_TEXT = """How the rule was chosen: what sizes in several norms lose on **validation** examples against the best alpha there, in points, mean over
-four and eight tasks and nine methods and options, seed 0. `rzf`, which takes directions apart, stands by itself."""
+four and eight tasks and nine methods and options, seed 0. `rzf`, which takes directions apart, stands by itself. On the mean of all, the library's rule loses least."""
 MARKED = re.compile(r"(<!-- everything: written by [^\n]*-->\n).*?(<!-- /everything -->)", re.DOTALL)
 
 
