@@ -80,10 +80,12 @@ def test_retention_is_of_the_dense_models(suite: FullSmallSuite) -> None:
     for task in suite.tasks:
         own = suite.kind.own(suite.adapter(task, 0))
         all_S += [np.linalg.svd(delta.double().numpy(), compute_uv=False) for delta in own.values() if delta.ndim == 2]
-    long = [S for S in all_S if len(S) % 2 == 0]
-    assert found["original", 0.5] == pytest.approx(
-        np.mean([(S[: len(S) // 2] ** 2).sum() / (S**2).sum() for S in long]), rel=1e-5
-    )
+    longest = max(map(len, all_S))
+    assert len({len(S) for S in all_S}) > 1 and sum(name == "original" for name, _ in found) == longest
+    held = [np.concatenate([[0], (S**2).cumsum() / (S**2).sum()]) for S in all_S]
+    for fraction in (1 / longest, 0.5, 1.0):
+        between = [np.interp(fraction, np.linspace(0, 1, len(one)), one) for one in held]
+        assert found["original", fraction] == pytest.approx(np.mean(between), rel=1e-5)
     assert found["cut to r", 0.5] == pytest.approx(np.mean([S[0] ** 2 / (S[:2] ** 2).sum() for S in all_S]), rel=1e-5)
     assert found["cut, averaging", 0.5] == pytest.approx(0.5)
     linear = [np.array([min(S[0] / S[1], 5.0), 1.0]) for S in all_S]  # of two values (Eq. 39)

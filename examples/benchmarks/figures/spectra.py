@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,15 +97,16 @@ def model_retention_numbers(bank: Bank) -> list[dict[str, Any]]:
 
 
 def _curve(label: str, spectra: Sequence[Tensor], smoothing: Smoothing) -> list[dict[str, Any]]:
-    """A line for each fraction of the directions."""
-    curves: dict[float, list[float]] = {}
+    """A line for each fraction of the directions: as many as the longest spectrum has; what shorter ones hold lies between theirs."""
+    length, curves = max(map(len, spectra)), []
+    fractions = [place / length for place in range(1, length + 1)]
     for S in (smooth_energy(S, smoothing) for S in spectra):
-        held = cumulative_energy(LowRank(torch.diag(S), torch.eye(len(S), dtype=S.dtype)))
-        for place, share in enumerate(held.tolist(), 1):
-            curves.setdefault(place / len(S), []).append(share)
+        held = cumulative_energy(LowRank(torch.diag(S), torch.eye(len(S), dtype=S.dtype))).tolist()
+        curves.append(np.interp(fractions, [place / len(held) for place in range(len(held) + 1)], [0.0, *held]))
+    means = np.mean(curves, axis=0)
     return [
-        {"spectrum": label, "fraction": fraction, "energy": statistics.fmean(shares)}
-        for fraction, shares in sorted(curves.items())
+        {"spectrum": label, "fraction": fraction, "energy": float(energy)}
+        for fraction, energy in zip(fractions, means, strict=True)
     ]
 
 

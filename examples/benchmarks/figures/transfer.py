@@ -208,7 +208,7 @@ def truncated_caption(lines: Lines, note: str = "") -> Caption:
     further = found["truncated and balanced"]["other"] - found["truncated"]["other"]
     rank = found["truncated"]["rank"]
     seen = (
-        f"Balancing changes the mean accuracy on other tasks by {100 * rise:+.1f} points of zero-shot accuracy; of adapters truncated "
+        f"Balancing changes the mean accuracy on other tasks by {100 * rise:+.1f} points of zero-shot accuracy; of those truncated "
         f"to their first {rank:.0f} directions by {100 * further:+.1f}. Truncation itself keeps {100 * found['truncated']['own']:.0f} % on "
         f"the own task.{note}"
     )
