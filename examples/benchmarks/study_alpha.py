@@ -35,7 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual: Settings = getattr(command, "SETTINGS", Settings())
     settings = dataclasses.replace(usual, counts=tuple(options.counts))
     rows = Rows(options.cache / "results" / f"rows-{settings.precision}.jsonl")
-    lines = alpha_study(suite, settings, rows.found, own_hits(suite, rows.found), workers=options.workers)
+    try:
+        own = own_hits(suite, rows.found)
+    except KeyError as error:
+        sys.exit(
+            f"found no measurement of {error} in {rows.file}: expected those of the benchmark's stage 'evaluate'; run it first"
+        )
+    lines = alpha_study(suite, settings, rows.found, own, workers=options.workers)
     if options.out:
         options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     print(markdown(*table({options.suite: lines}, ["rzf"])))

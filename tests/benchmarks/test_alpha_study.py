@@ -110,3 +110,7 @@ def test_program(
     assert study_alpha.main(arguments) == 0
     assert {line["label"] for line in json.loads(out.read_text(encoding="utf-8"))} == {"dc", "ta", "rzf"}
     assert "| alpha by | text8 | text8, `rzf` |" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"found no measurement of 'a \| 0' in .*: expected those of the benchmark's stage 'evaluate'"
+    ):
+        study_alpha.main(["text8", "--cache", str(tmp_path / "nowhere")])

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from accuracy.bench import Bench, Row
+from accuracy.bench import FactorBench, Row, known_scores
 from accuracy.keys import tensors_key
-from accuracy.merging import Merge, factors
-from accuracy.plan import Job, Settings, jobs, share
+from accuracy.merging import Merge
+from accuracy.plan import Job, Settings, jobs
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 from dc_merge_peft.dense import Dense
@@ -25,35 +25,24 @@ LIBRARY, INSIDE = "the library's", "inside the tasks' directions"
 LABELS = ("dc", "dc, none", "dc, average", "ta", "ties", "tsvm", "iso_c", "iso_cts", "knots_ties", "rzf")
 
 
-class AlphaBench(Bench):
-    """A bench that keeps adapters' factors."""
+class AlphaBench(FactorBench):
+    """A bench that tries every rule."""
 
-    def __init__(self, suite: Suite, precision: str) -> None:
-        super().__init__(suite, precision)
-        self._factors: dict[tuple[str, int], dict[str, LowRank]] = {}
-
+    @torch.no_grad()
     def losses(self, job: Job) -> Row:
         """What each rule loses: the best score along alpha less that at the rule's alpha."""
         adapters = [self.suite.adapter(task, job.seed) for task in job.tasks]
         merge = self.suite.kind.merge(adapters, job.contender.method, job.contender.options)
         count = job.examples["validation"]
-        same = job.earlier is not None and job.earlier["deltas"] == tensors_key(merge.deltas)
-        known = {float(alpha): score for alpha, score in job.earlier["scores"].items()} if same and job.earlier else {}
-        best, scores = self.search(merge, job.own, count, known)
-        found = rules(list(map(partial(self._of, job.seed), job.tasks)), merge)
-        losses = {label: scores[best] - self._score(merge, alpha, job) for label, alpha in found.items() if alpha}
+        earlier = job.earlier if job.earlier and job.earlier["deltas"] == tensors_key(merge.deltas) else None
+        best, scores = self.search(merge, job.own, count, known_scores(earlier))
+        found = {
+            label: alpha
+            for label, alpha in rules([self.factors(task, job.seed) for task in job.tasks], merge).items()
+            if alpha
+        }
+        losses = {label: scores[best] - self.score(merge, alpha, job.own, count) for label, alpha in found.items()}
         return {"label": job.contender.label, "tasks": list(job.tasks), "seed": job.seed, "losses": losses}
-
-    def _of(self, seed: int, task: str) -> dict[str, LowRank]:
-        if (task, seed) not in self._factors:
-            self._factors[task, seed] = factors(self.suite.adapter(task, seed))
-        return self._factors[task, seed]
-
-    @torch.no_grad()
-    def _score(self, merge: Merge, alpha: float, job: Job) -> float:
-        self.carrier.carry(merge.deltas, alpha)
-        hits = {task: share(self.hits(task, "validation", job.examples["validation"])) for task in job.tasks}
-        return sum(hits[task] / max(job.own[task], 1e-9) for task in hits) / len(hits)
 
 
 def rules(tasks: Sequence[Mapping[str, LowRank]], merge: Merge) -> dict[str, float | None]:

@@ -11,10 +11,11 @@ import torch
 from accuracy.alphas import best_alpha
 from accuracy.carrier import Carrier
 from accuracy.keys import tensors_key
-from accuracy.merging import Merge
+from accuracy.merging import Merge, factors
 from accuracy.plan import Job, share
 from accuracy.statistics import informed
 from accuracy.suite import Suite
+from dc_merge_peft.lowrank import LowRank
 
 Row = dict[str, Any]
 
@@ -46,12 +47,14 @@ class Bench:
         """Average normalized accuracy on validation examples along alpha; what is ``known`` of it is not measured again."""
 
         def score(alpha: float) -> float:
-            if known and alpha in known:
-                return known[alpha]
-            self.carrier.carry(merge.deltas, alpha)
-            return sum(share(self.hits(task, "validation", count)) / max(own[task], 1e-9) for task in own) / len(own)
+            return known[alpha] if known and alpha in known else self.score(merge, alpha, own, count)
 
         return self.pick(score, merge.auto)
+
+    def score(self, merge: Merge, alpha: float, own: Mapping[str, float], count: int) -> float:
+        """Average normalized accuracy on validation examples at one alpha."""
+        self.carrier.carry(merge.deltas, alpha)
+        return sum(share(self.hits(task, "validation", count)) / max(own[task], 1e-9) for task in own) / len(own)
 
     def pick(
         self, score: Callable[[float], float], start: float | None
@@ -72,8 +75,7 @@ class Bench:
         earlier = job.earlier if job.earlier and job.earlier["deltas"] == deltas else None
         if earlier and earlier["auto"] == merge.auto:
             return {**earlier, "code": job.code}
-        known = {float(alpha): score for alpha, score in earlier["scores"].items()} if earlier else {}
-        best, scores = self.search(merge, job.own, job.examples["validation"], known)
+        best, scores = self.search(merge, job.own, job.examples["validation"], known_scores(earlier))
         alphas = {"validation": best} | ({"auto": merge.auto} if merge.auto is not None else {})
         tested = {earlier["best"]: earlier["hits"]["validation"]} if earlier else {}
         hits = {rule: tested.get(alpha) or self._test(merge, alpha, job) for rule, alpha in alphas.items()}
@@ -87,3 +89,22 @@ class Bench:
     def _test(self, merge: Merge, alpha: float, job: Job) -> dict[str, str]:
         self.carrier.carry(merge.deltas, alpha)
         return {task: self.hits(task, "test", job.examples["test"]) for task in (*job.tasks, *job.unseen)}
+
+
+class FactorBench(Bench):
+    """A bench that keeps the factors of the adapters it has read."""
+
+    def __init__(self, suite: Suite, precision: str) -> None:
+        super().__init__(suite, precision)
+        self._factors: dict[tuple[str, int], dict[str, LowRank]] = {}
+
+    def factors(self, task: str, seed: int) -> dict[str, LowRank]:
+        """Of one adapter, read once."""
+        if (task, seed) not in self._factors:
+            self._factors[task, seed] = factors(self.suite.adapter(task, seed))
+        return self._factors[task, seed]
+
+
+def known_scores(row: Row | None) -> dict[float, float]:
+    """Scores by alpha that a row has; none of no row."""
+    return {float(alpha): score for alpha, score in row["scores"].items()} if row else {}

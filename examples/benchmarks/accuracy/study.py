@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from accuracy.bench import Bench, Row
+from accuracy.bench import FactorBench, Row
 from accuracy.bootstrap import Drawn, Resampling, mean_difference, mean_normalized
 from accuracy.contenders import groups
-from accuracy.merging import Rule, by_rule, factors
+from accuracy.merging import Rule, by_rule
 from accuracy.plan import share
 from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
-from dc_merge_peft.lowrank import LowRank
 
 RULES_FOR_ALPHA = ("validation", "auto")
 
@@ -30,19 +29,12 @@ class Trial:
     examples: int
 
 
-class StudyBench(Bench):
-    """A bench that keeps adapters' factors and knows the rules."""
+class StudyBench(FactorBench):
+    """A bench that knows the rules."""
 
     def __init__(self, suite: Suite, precision: str, rules: Mapping[str, Rule], apart: Collection[str] = ()) -> None:
         super().__init__(suite, precision)
         self.rules, self.apart = rules, apart
-        self._factors: dict[tuple[str, int], dict[str, LowRank]] = {}
-
-    def factors(self, task: str, seed: int) -> dict[str, LowRank]:
-        """Of one adapter, read once."""
-        if (task, seed) not in self._factors:
-            self._factors[task, seed] = factors(self.suite.adapter(task, seed))
-        return self._factors[task, seed]
 
     def trial(self, trial: Trial) -> list[Row]:
         """A row for each task's own adapter (label ``""``), and one for each rule."""

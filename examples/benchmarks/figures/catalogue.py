@@ -16,7 +16,7 @@ FIGURES = _in_order(
     kind for room in (spectra, transfer, perturbations, correlation, basis, sweeps, directions) for kind in room.KINDS
 )
 MODEL_FIGURES = _in_order(kind for room in (spectra, transfer, sweeps) for kind in room.MODEL_KINDS)
-"""Those that the paper has of full fine-tuning too; mean shapes, claims and captions are their own, names are the same."""
+"""Those that the paper has of full fine-tuning too; claims and captions are their own, names are the same."""
 
 
 def figures_of(*, models: bool) -> tuple[Kind, ...]:

@@ -10,8 +10,9 @@ from accuracy.merging import factors
 from accuracy.suite import Suite
 from torch import Tensor
 
-from dc_merge_peft.dense import Dense
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.metrics import spectrum
 from figures.scope import TASKS
 
 
@@ -25,20 +26,32 @@ class Deltas:
 
 def deltas_of(suite: Suite, task: str, seed: int) -> Deltas:
     """Read a task's adapter or model; the matrices of a model are decomposed whole."""
-    folder = suite.adapter(task, seed)
-    if suite.kind.name == "adapter":
-        return Deltas(factors(folder))
-    own = suite.kind.own(folder)
-    matrices = {name: delta for name, delta in own.items() if delta.ndim == 2}
-    return Deltas(
-        {name: LowRank.from_svd(Dense(delta.to(torch.float64)).svd) for name, delta in matrices.items()},
-        {name: delta for name, delta in own.items() if name not in matrices},
-    )
+    matrices, others = _read(suite, task, seed)
+    return Deltas({name: _factored(delta) for name, delta in matrices.items()}, others)
+
+
+def spectra_of(suite: Suite, task: str, seed: int) -> list[Tensor]:
+    """The singular values of every matrix that a task's adapter or model changes."""
+    return [spectrum(delta) for delta in _read(suite, task, seed)[0].values()]
 
 
 def directions_merged(suite: Suite) -> int:
     """r, of the largest module: an adapter's own rank; ``floor(min(m, n) / T)`` of a model, T the tasks of the figures."""
-    found = deltas_of(suite, suite.tasks[0], suite.seeds[0]).matrices.values()
     if suite.kind.name == "adapter":
-        return max(len(delta.svd.S) for delta in found)
-    return max(min(delta.shape) // min(TASKS, len(suite.tasks)) for delta in found)
+        return max(map(len, spectra_of(suite, suite.tasks[0], suite.seeds[0])))
+    matrices, _ = _read(suite, suite.tasks[0], suite.seeds[0])
+    return max(min(delta.shape) for delta in matrices.values()) // min(TASKS, len(suite.tasks))
+
+
+def _read(suite: Suite, task: str, seed: int) -> tuple[Mapping[str, Delta], Mapping[str, Tensor]]:
+    """Matrices in float64, none of them decomposed, and all else."""
+    folder = suite.adapter(task, seed)
+    if suite.kind.name == "adapter":
+        return factors(folder), {}
+    own = suite.kind.own(folder)
+    matrices = {name: Dense(delta.to(torch.float64)) for name, delta in own.items() if delta.ndim == 2}
+    return matrices, {name: delta for name, delta in own.items() if name not in matrices}
+
+
+def _factored(delta: Delta) -> LowRank:
+    return delta if isinstance(delta, LowRank) else LowRank.from_svd(delta.svd)

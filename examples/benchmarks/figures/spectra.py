@@ -14,6 +14,7 @@ from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
 from dc_merge_peft.metrics import cumulative_energy, spectrum
 from dc_merge_peft.plots.style import new_figure
 from figures.bank import Bank
+from figures.deltas import spectra_of
 from figures.kind import AGREES, DIFFERS, PARTLY, Caption, Kind, Lines, chosen, distinct
 from figures.look import line_style, tidy
 
@@ -84,13 +85,13 @@ def spectrum_caption(lines: Lines) -> Caption:
 
 def retention_numbers(bank: Bank) -> list[dict[str, Any]]:
     """A line for each spectrum and fraction of directions: the share of the energy S^2 kept, mean over tasks and modules."""
-    spectra = [spectrum(delta) for task in bank.scope.tasks for delta in bank.factors(task).values()]
+    spectra = [S for task in bank.scope.tasks for S in spectra_of(bank.suite, task, bank.scope.seed)]
     return [line for label, smoothing in SMOOTHINGS.items() for line in _curve(label, spectra, smoothing)]
 
 
 def model_retention_numbers(bank: Bank) -> list[dict[str, Any]]:
     """The same of full models: of all directions, and of the first r with and without smoothing."""
-    spectra = [spectrum(delta) for task in bank.scope.tasks for delta in bank.factors(task).values()]
+    spectra = [S for task in bank.scope.tasks for S in spectra_of(bank.suite, task, bank.scope.seed)]
     cut = [S[: bank.scope.rank] for S in spectra]
     lines = _curve(ORIGINAL, spectra, "none")
     return [*lines, *(line for label, how in MODEL_SMOOTHINGS.items() for line in _curve(label, cut, how))]

@@ -51,19 +51,13 @@ class Merged:
         kind = "" if self.accuracy else "directions | "
         return f"{kind}{self.method} ({options}) | {'+'.join(self.tasks)} | {self.seed}"
 
-    def result(self, suite: Suite) -> tuple[MergeResult, float | None]:
-        """The merge of adapters before alpha, and the data-free alpha; None where that has no solution."""
-        return merge(self._folders(suite), self.method, dict(self.options))
-
     def merge(self, suite: Suite) -> tuple[Merge, MergeResult | None]:
         """What is measured, and the result that :func:`dc_merge_peft.inspect_merge` can look into; none of full models."""
+        folders = [suite.adapter(task, self.seed) for task in self.tasks]
         if suite.kind.name != "adapter":
-            return suite.kind.merge(self._folders(suite), self.method, dict(self.options)), None
-        result, auto = self.result(suite)
+            return suite.kind.merge(folders, self.method, dict(self.options)), None
+        result, auto = merge(folders, self.method, dict(self.options))
         return Merge({name: result.delta(name) for name in result.modules}, auto), result
-
-    def _folders(self, suite: Suite) -> list[Path]:
-        return [suite.adapter(task, self.seed) for task in self.tasks]
 
 
 Trial: TypeAlias = Alone | Merged
