@@ -23,7 +23,7 @@ from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.floor import added_products, read, write
 from common.inputs import Shapes, write_adapters, write_base
 from common.process import DC_MERGE, Run, helper, measured
-from common.tables import Goal, goals, markdown, megabytes, seconds, times
+from common.tables import Goal, beyond, goals, markdown, megabytes, seconds, times
 
 QUICK = {"layers": 2, "hidden": 256, "repeat": 1, "shard": "10MB"}
 ROOM = 1e9  # beyond one shard
@@ -75,7 +75,7 @@ def table(outcome: Outcome) -> str:
     """Times, their ratio, and memory, as Markdown."""
     found, settings = outcome["results"], outcome["settings"]
     least = found["floor_seconds"]
-    beyond = found["peak_bytes"] - found["largest_shard_bytes"]
+    extra = found["peak_bytes"] - found["largest_shard_bytes"]
     rows = [
         ["the whole process", seconds(found["seconds"]), ""],
         ["the least", seconds(sum(least.values())), f"{times(found['ratio'])} times"],
@@ -85,11 +85,11 @@ def table(outcome: Outcome) -> str:
         f"`dc-merge fuse --method {found['method']}` of {settings['tasks']} adapters of rank {settings['rank']} into "
         f"{found['parameters'] / 1e9:.2f} billion parameters in bfloat16 (median of {settings['repeat']} runs):\n\n"
         f"{markdown(['what', 'time', 'process against it'], rows)}\n\nMemory: {megabytes(found['peak_bytes'])}, "
-        f"{megabytes(beyond)} more than the largest file of {megabytes(found['largest_shard_bytes'])}."
+        f"{beyond(extra, 'the largest file')} ({megabytes(found['largest_shard_bytes'])})."
         + goals(
             [
                 Goal(f"at most {MOST} times the least", found["ratio"] <= MOST),
-                Goal("memory of at most one file and 1 GB", beyond <= ROOM, timed=False),
+                Goal("memory of at most one file and 1 GB", extra <= ROOM, timed=False),
             ],
             outcome,
         )

@@ -23,7 +23,7 @@ from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.floor import read, side_products, size_of, write
 from common.inputs import Shapes, llama_shapes, write_adapters
 from common.process import DC_MERGE, Run, helper, measured
-from common.tables import Goal, goals, markdown, megabytes, seconds, times
+from common.tables import Goal, beyond, goals, markdown, megabytes, seconds, times
 
 QUICK = {"layers": 2, "hidden": 256, "intermediate": 688, "repeat": 1}
 ROOM = 1e9  # beyond the output
@@ -91,7 +91,7 @@ def table(outcome: Outcome) -> str:
     """Times, their ratios, and memory, as Markdown."""
     found, settings = outcome["results"], outcome["settings"]
     least, ratios = found["floor_seconds"], found["ratios"]
-    beyond = found["peak_bytes"] - found["written_bytes"]
+    extra = found["peak_bytes"] - found["written_bytes"]
     rows = [["the whole process", seconds(found["seconds"]), ""]]
     for dtype in ("float32", "float64"):
         whole = least["read"] + least["write"] + least[f"products_{dtype}"]
@@ -102,14 +102,14 @@ def table(outcome: Outcome) -> str:
         f"{found['modules']} layers, bfloat16, {megabytes(found['read_bytes'])} in, {megabytes(found['written_bytes'])} out "
         f"(median of {settings['repeat']} runs):\n\n{markdown(['what', 'time', 'process against it'], rows)}\n\n"
         f"The process used {seconds(found['processor_seconds'])} of processor time and {megabytes(found['peak_bytes'])} of "
-        f"memory, {megabytes(beyond)} more than the size of its output."
+        f"memory, {beyond(extra, 'the size of its output')}."
         + goals(
             [
                 *(
                     Goal(f"at most {MOST} times the least with products in {dtype}", ratios[dtype] <= MOST)
                     for dtype in ("float32", "float64")
                 ),
-                Goal("memory of at most the output and 1 GB", beyond <= ROOM, timed=False),
+                Goal("memory of at most the output and 1 GB", extra <= ROOM, timed=False),
             ],
             outcome,
         )

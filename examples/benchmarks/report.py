@@ -35,9 +35,7 @@ def block(name: str) -> str:
     """Markdown of a benchmark's outcome, under the machine it was measured on."""
     outcome = saved(name)
     picture = "![time along every sweep](performance/growth.png)\n\n" if name == "growth" else ""
-    settings = " ".join(
-        f"{key}={value}" for key, value in outcome["settings"].items() if value and key != "mergekit_python"
-    )
+    settings = " ".join(f"{key}={value}" for key, value in outcome["settings"].items() if value)
     table = importlib.import_module(name).table(outcome)
     warning = ""
     if busy(outcome["machine"]):
@@ -55,8 +53,9 @@ def run(name: str, mergekit_python: str | None) -> None:
     command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--json"]
     if name == "others" and mergekit_python:
         command += ["--mergekit-python", mergekit_python]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    (RESULTS / f"{name}.json").write_text(printed, encoding="utf-8")
+    outcome = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    outcome["settings"].pop("mergekit_python", None)  # a place of this machine
+    (RESULTS / f"{name}.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

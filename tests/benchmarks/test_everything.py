@@ -12,7 +12,9 @@ from everything.command import BENCHMARKS, main, pages, parse
 from everything.drawn import dir_sims, figures_page, figures_text
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
-from everything.page import beyond, losses, section, with_section
+from everything.page import section, with_section
+from everything.tables import beyond, losses
+from everything.texts import losses_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -46,7 +48,7 @@ def results(name: str, better: float, kind: str = "adapter") -> Found:
         "suite": name,
         "kind": kind,
         "seeds": [0],
-        "settings": {"counts": [2]},
+        "settings": {"counts": [2], "fewer": []},
         "merged": lines,
         "unseen": [],
         "tasks": [1, 2],
@@ -71,17 +73,23 @@ def test_losses_are_shown() -> None:
         and "wudi_closed" not in shown
         and "regmean" not in shown
     )
-    assert losses([results("text8", 0.005)], {}) == "There is none."
+    assert "All those in which" in losses_text([results("text8", 0.05)])
+    assert losses([results("text8", 0.005)], {}) == ""
+    assert (
+        "behind by more than the interval in 0" in (text := losses_text([results("text8", 0.005)]))
+        and "All those" not in text
+    )
 
 
 def test_page_counts_contests(tmp_path: Path) -> None:
     """Two rivals by two rules, of which one is ahead and one behind."""
     text = section([results("text8", 0.05), results("other", 0.0, "model")], {})
     assert (
-        "Of 8 comparisons" in text
+        "In 8 comparisons" in text
         and "ahead by more than the interval in 4 and behind by more than the interval in 2" in text
     )
     assert "| text8 | 2 | 50.0 | 90.0 | `ta` 95.0 | -5.0 (-6.0 to -4.0) |  |" in text
+    assert text.index('### Without data: `alpha="auto"`') < text.index("### Alpha picked on validation examples")
     assert text.index("LoRA adapters (Table 1)") < text.index("fine-tuned in full (Table 2)")
 
 

@@ -16,7 +16,7 @@ from accuracy.evaluate import Rows
 from accuracy.plan import Settings, share
 from accuracy.report import markdown, options_table, unseen_table, with_tables
 from accuracy.results import results_of
-from accuracy.study import study, table
+from accuracy.study import study, summary, table
 from accuracy.study_command import Studied, rules
 from accuracy.study_command import run as run_study
 
@@ -213,6 +213,22 @@ def test_study_of_rules(tmp_path: Path) -> None:
     assert other["above_first"]["value"] == pytest.approx(difference) and len(same["alpha"]) == 4
     head, body = table(lines)
     assert len(head) == 5 and [row[0] for row in body] == list(rules)
+
+
+def test_summary_of_studies() -> None:
+    """Over benchmarks and numbers of tasks: the mean gain, the least, and the most that a rule is behind the best one."""
+    gains = {"a": {"dc": (0.0, 0.0), "x": (0.02, -0.01)}, "b": {"dc": (0.0,), "x": (0.05,)}}
+    found = {
+        name: [
+            {"label": label, "tasks": tasks, "alpha_by": rule, "above_first": {"value": value}}
+            for label, values in rules_.items()
+            for tasks, value in enumerate(values)
+            for rule in ("validation", "auto")
+        ]
+        for name, rules_ in gains.items()
+    }
+    head, rows = summary(found)
+    assert len(head) == 7 and rows == [["dc", *["+0.0", "+0.0", "5.0"] * 2], ["x", *["+2.0", "-1.0", "1.0"] * 2]]
 
 
 def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

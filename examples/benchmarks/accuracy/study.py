@@ -4,6 +4,7 @@ examples at several numbers of tasks, with all seeds. Test examples are never lo
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,22 @@ def table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
         cells.setdefault(line["label"], {})[line["tasks"], line["alpha_by"]] = text
     head = ["rule", *(f"{count} tasks, {name}" for count, name in columns)]
     return head, [[label, *(found[column] for column in columns)] for label, found in cells.items()]
+
+
+def summary(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows in points, one a rule: how far it is ahead of the first rule, on the mean of benchmarks and numbers of tasks
+    and at least, and how far it is behind the best rule at most."""
+    head, cells = ["rule"], dict[str, list[str]]()
+    for name in RULES_FOR_ALPHA:
+        head += [f"ahead, {name}: mean", "least", "behind the best: at most"]
+        gains: dict[str, list[float]] = {}
+        for line in (line for lines in found.values() for line in lines if line["alpha_by"] == name):
+            gains.setdefault(line["label"], []).append(100 * line["above_first"]["value"])
+        best = [max(cell) for cell in zip(*gains.values(), strict=True)]
+        for label, row in gains.items():
+            behind = max(top - gain for top, gain in zip(best, row, strict=True))
+            cells.setdefault(label, []).extend([f"{statistics.fmean(row):+.1f}", f"{min(row):+.1f}", f"{behind:.1f}"])
+    return head, [[label, *row] for label, row in cells.items()]
 
 
 def _bench(suite: Suite, precision: str, rules: Mapping[str, Rule], apart: Collection[str]) -> StudyBench:

@@ -25,6 +25,11 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:.0f} MB"
 
 
+def beyond(value: float, what: str) -> str:
+    """How much more or less than something it is."""
+    return f"{megabytes(abs(value))} {'more' if value >= 0 else 'less'} than {what}"
+
+
 def times(value: float) -> str:
     """A ratio: two digits below ten, whole numbers above a hundred."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -28,7 +28,9 @@ from accuracy.workers import say
 from everything.drawn import figures_page
 from everything.found import saved
 from everything.guide import with_guide
-from everything.page import NEW, glance, glance_text, section, with_section
+from everything.page import section, with_section
+from everything.tables import NEW, glance
+from everything.texts import glance_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
@@ -109,17 +111,19 @@ def pages(docs: Path) -> dict[Path, str]:
     return {
         page: with_section(text[page], section(found, drawn, studies(docs), alphas_studied(docs))),
         guide: with_guide(text[guide], found),
-        readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found)}"),
+        readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found, 'auto')}"),
         **{folder.with_suffix(".md"): figures_page(name, folder) for name, folder in drawn.items()},
     }
 
 
 def studies(docs: Path) -> list[str]:
-    """A table for each benchmark whose study is saved."""
-    from accuracy.study import table
+    """A table of all benchmarks whose study is saved, and one for each."""
+    from accuracy.study import summary, table
     from common.tables import markdown
 
-    return [f"### {name}\n\n{markdown(*table(lines))}" for name, lines in _saved(docs, STUDY).items()]
+    found = _saved(docs, STUDY)
+    tables = [f"#### {name}\n\n{markdown(*table(lines))}" for name, lines in found.items()]
+    return [markdown(*summary(found)), *tables] if found else []
 
 
 def alphas_studied(docs: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from accuracy.report import RULE_NAMES
 from accuracy.results import REFERENCE, RULES
@@ -31,33 +31,37 @@ def guide(found: Sequence[Found]) -> str:
     """For each number of tasks and way to alpha the methods that kept most, on the average over the benchmarks that have it."""
     adapters = [one for one in found if one.kind == "adapter"]
     counts = sorted({count for one in adapters for count in one.counts})
-    rows = []
+    rows, takes = [], {rule: dict[str, list[str]]() for rule in RULES}
     for count in counts:
         these = [one for one in adapters if count in one.counts]
         for rule in RULES:
             means = averages(these, count, rule)
             ranked = sorted(means, key=lambda label: -means[label])
-            best = means[ranked[0]]
-            take = [label for label in ranked if means[label] >= best - WITHIN]
-            chosen = REFERENCE if REFERENCE in take else ranked[0]
+            chosen = REFERENCE if means[REFERENCE] >= means[ranked[0]] - WITHIN else ranked[0]
+            takes[rule].setdefault(f"`{chosen}`", []).append(str(count))
             runners = ", ".join(f"`{label}` {100 * means[label]:.1f}" for label in ranked[:SHOWN])
-            rows.append(
-                [
-                    str(count),
-                    RULE_NAMES[rule],
-                    f"`{chosen}`",
-                    runners,
-                    f"{100 * means[REFERENCE]:.1f}",
-                    ", ".join(one.name for one in these),
-                ]
-            )
+            mine, names = f"{100 * means[REFERENCE]:.1f}", ", ".join(one.name for one in these)
+            rows.append([str(count), RULE_NAMES[rule], f"`{chosen}`", runners, mine, names])
     names = ", ".join(f"[{one.name}](../{one.name}.md)" for one in adapters)
     head = ["adapters", "alpha", "take", "kept most, normalized accuracy in %", f"`{REFERENCE}`", "measured on"]
     return (
+        f"**In short**, by the number of adapters. Without validation data: {_in_words(takes['auto'])}. With alpha picked on validation data: "
+        f"{_in_words(takes['validation'])}. These are averages over few benchmarks of small models, ranked by their test examples, so that the "
+        "winner's number is a little too high; differences of a point or two are noise ([intervals and everything else](../benchmarks.md)).\n\n"
         f"From {names}, averaged over the benchmarks that have so many tasks. `{REFERENCE}`, the default, where it is within {100 * WITHIN:g} point of the "
-        'best, and otherwise the best; labels after a comma are options, as `dc, none` is `smoothing="none"`. '
-        "[Intervals and everything else](../benchmarks.md).\n\n" + table(head, rows)
+        'best, and otherwise the best, of all that need no training data. Labels after a comma are options: `dc, none` is `smoothing="none"`, '
+        '`ta, cover, smoothing` is `method="ta", cover=True, smoothing="linear"`.\n\n'
+        + table(head, rows).replace("---:", "---")
     )
+
+
+def _in_words(takes: Mapping[str, Sequence[str]]) -> str:
+    """Methods with their numbers of adapters."""
+    parts = []
+    for method, counts in takes.items():
+        *most, last = counts
+        parts.append(f"{method} for {', '.join(most)}{' and ' if most else ''}{last}")
+    return ", ".join(parts)
 
 
 def averages(found: Sequence[Found], count: int, rule: str) -> dict[str, float]:

@@ -149,7 +149,10 @@ def rank_caption(lines: Lines) -> Caption:
     )
     better = any(sign(line["above_low"], line["above_high"]) > 0 for line in own)
     falls = sign(smallest["above_low"], smallest["above_high"]) < 0
-    return Caption(seen, PARTLY if better and falls else DIFFERS if better else AGREES if falls else OPEN)
+    if not falls:
+        return Caption(seen, DIFFERS if better else OPEN)
+    near = best["normalized"] - own[-1]["normalized"] <= CLOSE  # the largest r is the best, or as good as it
+    return Caption(seen, PARTLY if better or not near else AGREES)
 
 
 def tau_caption(lines: Lines) -> Caption:

@@ -39,7 +39,7 @@ def unpack(file: Path, folder: Path) -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise SystemExit(
-            "The model is a GGUF file and the package 'gguf' is not installed: pip install 'dc_merge_peft[benchmarks]'."
+            "The model is a GGUF file and the package 'gguf' is not installed: pip install '.[benchmarks]'."
         ) from None
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = copy.deepcopy(quantised.config)
