@@ -1,6 +1,6 @@
-"""Write the demo's table and picture into README.md and docs/index.md from the saved results, so that no number is typed.
+"""Write the demo's table and picture into README.md, docs/index.md and docs/demo.md from the saved results, so that no number is typed.
 
-dc-merge demo -o dc-merge-demo && cp dc-merge-demo/results.* docs/demo/ && python examples/readme_table.py
+dc-merge demo --full -o dc-merge-demo && cp dc-merge-demo/results.* docs/demo/ && python examples/readme_table.py
 """
 
 from __future__ import annotations
@@ -15,23 +15,37 @@ ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- demo:[^\n]*-->\n).*?(<!-- /demo -->)", re.DOTALL)
 
 
-def demo_block(picture: str) -> str:
-    """Markdown of the demo's outcome; ``picture`` is the path of the chart from the page."""
+def demo_block(picture: str, *, tasks: bool) -> str:
+    """Markdown of the demo's outcome.
+
+    Args:
+        picture: Path of the chart from the page.
+        tasks: Whether the accuracy on each task is in it.
+    """
     results = json.loads((ROOT / "docs/demo/results.json").read_text(encoding="utf-8"))
-    tasks = "; ".join(f"*{name}*: {title}" for name, title in results["tasks"].items())
-    return (
+    chart = f"![average normalized accuracy of each method]({picture})"
+    text = (
         f"\nReal adapters of a real model (all-MiniLM-L6-v2, LoRA of rank 16 on {len(results['tasks'])} text tasks): accuracy "
-        f"on test texts in %, and the average relative to each task's own adapter.\n\n{markdown_table(results)}\n\n"
-        f"![average normalized accuracy of each method]({picture})\n\n{verdict(results)}\n\nThe tasks: {tasks}.\n\n"
+        "on test texts in %, averaged over tasks, and the average relative to each task's own adapter."
     )
+    text += f"\n\n{markdown_table(results, tasks=tasks)}\n\n{chart}\n\n"
+    if tasks:
+        names = "; ".join(f"*{name}*: {title}" for name, title in results["tasks"].items())
+        text += f"{verdict(results)}\n\nThe tasks: {names}.\n\n"
+    return text
 
 
 def rendered(page: Path, picture: str) -> str:
-    """The page with its demo block made anew."""
-    return _BLOCK.sub(lambda match: match[1] + demo_block(picture) + match[2], page.read_text(encoding="utf-8"))
+    """The page with its demo block made anew; each task is on the demo's own page alone."""
+    block = demo_block(picture, tasks=page.stem == "demo")
+    return _BLOCK.sub(lambda match: match[1] + block + match[2], page.read_text(encoding="utf-8"))
 
 
-PAGES = {ROOT / "README.md": "docs/demo/results.png", ROOT / "docs/index.md": "demo/results.png"}
+PAGES = {
+    ROOT / "README.md": "docs/demo/results.png",
+    ROOT / "docs/index.md": "demo/results.png",
+    ROOT / "docs/demo.md": "demo/results.png",
+}
 
 
 def main() -> None:

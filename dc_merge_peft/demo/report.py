@@ -9,24 +9,25 @@ from typing import Any
 from dc_merge_peft.demo.run import DemoOutcome
 
 
-def table_cells(outcome: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table_cells(outcome: dict[str, Any], *, tasks: bool = True) -> tuple[list[str], list[list[str]]]:
     """Header and rows, in percent: accuracy of every task, the average, and the average normalized accuracy.
 
     Args:
         outcome: ``DemoOutcome.to_dict()``, or what was saved of it.
+        tasks: Whether each task has a column.
     """
-    header = ["model", "alpha", *outcome["tasks"], "average", "normalized"]
+    header = ["model", "alpha", *(outcome["tasks"] if tasks else ()), "average", "normalized"]
     rows = []
     for row in outcome["rows"]:
         alpha = "" if row["alpha"] is None else f"{row['alpha']:.2g} ({row['rule']})"
-        numbers = [*row["accuracy"].values(), row["mean_accuracy"], row["mean_normalized"]]
+        numbers = [*(row["accuracy"].values() if tasks else ()), row["mean_accuracy"], row["mean_normalized"]]
         rows.append([row["label"], alpha, *(f"{100 * number:.1f}" for number in numbers)])
     return header, rows
 
 
-def markdown_table(outcome: dict[str, Any]) -> str:
-    """The table in Markdown."""
-    header, rows = table_cells(outcome)
+def markdown_table(outcome: dict[str, Any], *, tasks: bool = True) -> str:
+    """The table in Markdown, with a column for each task or without."""
+    header, rows = table_cells(outcome, tasks=tasks)
     rule = ["---", "---", *("---:" for _ in header[2:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
