@@ -39,7 +39,8 @@ class Scratch(threading.local):
         until the next one is taken for the same use."""
         held = self._held.get((use, dtype))
         if held is None or held.numel() < rows * columns:
-            held = self._held[use, dtype] = torch.empty(rows * columns, dtype=dtype)
+            with torch.inference_mode(False):  # it outlives the caller's
+                held = self._held[use, dtype] = torch.empty(rows * columns, dtype=dtype, device="cpu")
         flat = held[: rows * columns]
         return flat.view(columns, rows).mT if like.stride(0) == 1 else flat.view(rows, columns)
 

@@ -70,12 +70,12 @@ class LowRank:
         return cls(svd.U * root, root[:, None] * svd.Vh)
 
     def dense(self) -> Tensor:
-        """The (m, n) delta itself. For tests and for writing into full weights; merging never needs it."""
-        return self.B @ self.A
+        """The (m, n) delta itself, in the dtype of its factors. For tests and for writing into full weights; merging never needs it."""
+        return _product(self.B, self.A)
 
     def rows(self, which: slice) -> Tensor:
         """Some rows of the delta, so that all of it need not exist at once."""
-        return self.B[which] @ self.A
+        return _product(self.B[which], self.A)
 
     def scaled(self, factor: float) -> LowRank:
         """``factor * dW``, shared out between both factors so that they stay balanced."""
@@ -177,3 +177,9 @@ class SharedSpace:
     def expand(self, core: LowRank) -> LowRank:
         """``Q_U core Q_V^T`` as (m, r) and (r, n) factors in float32: one product a side."""
         return LowRank(self.rows.expand(core.B), self.columns.expand(core.A.mT).mT)
+
+
+def _product(B: Tensor, A: Tensor) -> Tensor:
+    """``B @ A``, which a caller's autocast would round."""
+    with torch.autocast(B.device.type, enabled=False):
+        return B @ A

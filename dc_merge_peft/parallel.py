@@ -7,19 +7,44 @@ and give the same bytes whatever their number.
 from __future__ import annotations
 
 import heapq
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 
+from dc_merge_peft.frames import SCRATCH
 from dc_merge_peft.methods import Method
 from dc_merge_peft.plan import PlannedModule
 
 X = TypeVar("X")
 Y = TypeVar("Y")
+
+
+class _FullProducts:
+    """Full float32 products for as long as any merge of this process wants them: the setting is one of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._wanted, self._before = threading.Lock(), 0, "highest"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._wanted:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            self._wanted += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if not self._wanted:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_FULL_PRODUCTS = _FullProducts()
 
 
 @contextmanager
@@ -28,16 +53,23 @@ def one_thread() -> Iterator[int]:
 
     BLAS and LAPACK add up in an order that depends on their number of threads: from 1024 rows on two threads give other
     last bits than one, and TIES decides by comparisons. With one thread for each piece of work results are the same
-    everywhere. For the same reason float32 products are full ones, whatever a training script has allowed.
+    everywhere. For the same reason float32 products are full ones, new tensors are where this library expects them, and none is one
+    of inference mode, whatever a script has set.
     """
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
     try:
-        yield threads
+        with ExitStack() as settings:
+            settings.enter_context(_FULL_PRODUCTS)
+            if torch.is_inference_mode_enabled():
+                settings.enter_context(torch.inference_mode(False))
+                settings.enter_context(torch.no_grad())
+            if torch.get_default_device().type != "cpu":
+                settings.enter_context(torch.device("cpu"))
+            yield threads
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+        SCRATCH.forget()
 
 
 def in_parallel(

@@ -86,7 +86,7 @@ def lora_biases(result: MergeResult) -> Mapping[str, Tensor]:
     biases = {}
     for name, module in result.modules.items():
         value = found.get(name)
-        bias = torch.zeros(module.delta.shape[0]) if value is None else value
+        bias = torch.zeros(module.delta.shape[0], dtype=torch.float32) if value is None else value
         biases[name] = bias.to(result.dtype)
         if not bool(torch.isfinite(biases[name]).all()):
             raise OutputError(

@@ -43,7 +43,7 @@ class Scratch(threading.local):
     """Memory that each thread uses again: new pages for every piece would cost as much as its arithmetic."""
 
     def __init__(self) -> None:
-        self._bytes, self._floats = bytearray(COPY), torch.empty(PIECE)
+        self._bytes, self._floats = bytearray(COPY), _floats(PIECE)
 
     def bytes(self, count: int) -> memoryview:
         """Room for so many bytes."""
@@ -52,7 +52,14 @@ class Scratch(threading.local):
     def floats(self, like: Tensor) -> Tensor:
         """A float32 tensor of the same shape."""
         count = like.numel()
-        return (self._floats if count <= len(self._floats) else torch.empty(count))[:count].view(like.shape)
+        held = self._floats if count <= len(self._floats) else _floats(count)
+        return held[:count].view(like.shape)
+
+
+def _floats(count: int) -> Tensor:
+    """Room for float32 numbers, whatever a script has made the default."""
+    with torch.inference_mode(False):  # it may outlive that of a script
+        return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -224,7 +231,7 @@ class _Pieces:
 
     def _delta(self, name: str, targets: Sequence[Target]) -> Tensor:
         """The float32 delta of a whole parameter, zero in experts that are not merged."""
-        whole, scratch = torch.zeros(self.model.shape(name)), Scratch()
+        whole, scratch = torch.zeros(self.model.shape(name), dtype=torch.float32), Scratch()
         for target in targets:
             rows = _RowsOf(self.result.scaled(target.name), target.flipped)
             rows.add(0, rows.count, target.part_of(whole).view(-1), scratch)

@@ -176,7 +176,7 @@ def _as_lowrank(delta: Tensor, rank: int) -> LowRank:
     m, n = delta.shape
     if rank < min(m, n):
         return LowRank.from_svd(truncated_svd(delta, rank)).to(torch.float32)
-    dense, unit = delta.to(torch.float32), torch.eye(rank, device=delta.device)
+    dense, unit = delta.to(torch.float32), torch.eye(rank, dtype=torch.float32, device=delta.device)
     return LowRank(dense, unit) if n <= m else LowRank(unit, dense)
 
 

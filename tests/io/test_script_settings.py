@@ -1,0 +1,114 @@
+"""What a script has set in torch changes no number: default dtype and device, autocast, inference mode, product precision."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft.frames import SCRATCH
+from dc_merge_peft.parallel import one_thread
+from tests.support import models
+from tests.support.families import V5
+from tests.support.fused import BERT, saved
+from tests.support.refused import listing
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "another device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.filterwarnings("ignore:method .ties. works on:dc_merge_peft.MergeWarning")
+@pytest.mark.parametrize("method", ["dc", "ties", "rzf"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_same_numbers(tmp_path: Path, setting: str, method: str) -> None:
+    """Factors, dense deltas and written files, within the setting and after it."""
+    base, folders = saved(tmp_path, models.bert().half(), BERT)
+    merger = DCMergeAdapter(method=method)
+    expected = merger.merge(folders)
+    expected.save_pretrained(tmp_path / "expected")
+    with SETTINGS[setting]():
+        found = merger.merge(folders)
+        deltas = {name: found.delta(name) for name in found.modules}
+        found.save_pretrained(tmp_path / "found")
+    after = merger.merge(folders)
+    assert found.alpha == after.alpha == expected.alpha
+    for name, delta in deltas.items():
+        assert delta.dtype == torch.float32 and not delta.is_meta
+        assert torch.equal(delta, expected.delta(name)) and torch.equal(after.delta(name), delta)
+    assert listing(tmp_path / "found") == listing(tmp_path / "expected")
+
+
+@pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+@pytest.mark.parametrize("method", ["dc", "ties"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_same_fused_files(tmp_path: Path, setting: str, method: str) -> None:
+    """A model fused on the disk, byte for byte."""
+    base, folders = saved(tmp_path, models.bert().half(), BERT)
+    merger = DCMergeAdapter(method=method)
+    merger.fuse_to_disk(base, folders, tmp_path / "expected")
+    with SETTINGS[setting]():
+        merger.fuse_to_disk(base, folders, tmp_path / "found")
+    assert listing(tmp_path / "found") == listing(tmp_path / "expected")
+
+
+def test_same_fused_model(tmp_path: Path) -> None:
+    """A model fused in memory under autocast."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    expected = DCMergeAdapter().fuse(str(base), folders)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = DCMergeAdapter().fuse(str(base), folders)
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_merges_that_overlap() -> None:
+    """Products are full ones until the last merge has ended, and then what the program wants, whichever ends first."""
+    before = torch.get_float32_matmul_precision()
+    inside, leave = threading.Event(), threading.Event()
+
+    def longer() -> None:
+        with one_thread():
+            inside.set()
+            leave.wait(60)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        other = threading.Thread(target=longer)
+        with one_thread():
+            other.start()
+            assert inside.wait(60)
+        while_other = torch.get_float32_matmul_precision()
+        leave.set()
+        other.join()
+        assert (while_other, torch.get_float32_matmul_precision()) == ("highest", "high")
+    finally:
+        leave.set()
+        torch.set_float32_matmul_precision(before)
+
+
+def test_no_memory_is_kept(tmp_path: Path) -> None:
+    """What the arithmetic has used again and again is given back when a merge ends."""
+    _, folders = saved(tmp_path, models.bert(), BERT)
+    DCMergeAdapter().merge(folders)
+    assert not SCRATCH._held
