@@ -23,7 +23,7 @@ from dc_merge_peft.reading import Devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
-from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.sources.opening import sources_opened
 from dc_merge_peft.work.place import WorkPlace
 
 if TYPE_CHECKING:
@@ -179,13 +179,13 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
         token: str | bool | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
-        opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
-        return plan_merge(
-            with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank)),
-            self.method,
-            weights,
-            svd_rank=svd_rank,
-            dtype=dtype,
-            allow_different_bases=allow_different_bases,
-            extras=extras,
-        )
+        with sources_opened(sources, token, rename, keep_extras=extras not in (None, "drop")) as opened:
+            return plan_merge(
+                with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank)),
+                self.method,
+                weights,
+                svd_rank=svd_rank,
+                dtype=dtype,
+                allow_different_bases=allow_different_bases,
+                extras=extras,
+            )

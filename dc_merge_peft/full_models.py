@@ -94,7 +94,7 @@ class FullModelMerger:
             raise OutputError("found no output: expected a directory, or a Hub repository to push to")
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token, max_shard_size=max_shard_size,
+            create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *models],
         )  # fmt: skip
         destination.check()
         checked = checked_device(device)

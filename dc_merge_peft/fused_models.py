@@ -69,7 +69,7 @@ class ModelFuser:
         """
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token,
+            create_pr=create_pr, token=token, inputs=[base, *sources],
         )  # fmt: skip
         merge = partial(self.merge, sources, weights, token=token)
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
@@ -111,7 +111,7 @@ class ModelFuser:
         """
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token, max_shard_size=max_shard_size,
+            create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *sources],
         )  # fmt: skip
         return fuse_to_disk(
             partial(self.merge, sources, weights, token=token, progress=progress),

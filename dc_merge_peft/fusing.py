@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,14 @@ class Destination:
     commit_message: str | None = None
     create_pr: bool = False
     token: str | bool | None = None
+    inputs: Sequence[Any] = ()  # what the model is made from, by directories among others
 
     def check(self) -> None:
         """Refuse what can't be written or pushed to, before any work is done.
 
         Raises:
             OptionError: no size of a file.
-            OutputError: the directory exists, or the repository's name is none.
+            OutputError: the directory exists or is an input, or the repository's name is none.
         """
         from dc_merge_peft.outputs.publish import check_repository
         from dc_merge_peft.outputs.shards import shard_size
@@ -49,7 +50,8 @@ class Destination:
         if self.push_to is not None:
             check_repository(self.push_to)
         if self.out is not None:
-            check_target(self.out, overwrite=self.overwrite)
+            named = [part for part in self.inputs if isinstance(part, (str, Path))]
+            check_target(self.out, overwrite=self.overwrite, inputs=named)
 
     @contextmanager
     def directory(self) -> Iterator[Path]:

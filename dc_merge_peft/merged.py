@@ -44,7 +44,7 @@ class MergedAdapter(MergeResult):
         if report:
             from dc_merge_peft.report.card import beside_card
 
-            check_target(directory, overwrite=overwrite)
+            check_target(directory, overwrite=overwrite, inputs=[info.location for info in self.adapters])
             beside = beside_card(self, progress=progress)
         return write_adapter(self, directory, overwrite=overwrite, beside=beside, progress=progress_bar(progress))
 

@@ -17,7 +17,7 @@ from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
-from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.sources.opening import sources_opened
 from dc_merge_peft.work.manifest import manifest
 from dc_merge_peft.work.place import WorkPlace, work_place
 
@@ -40,7 +40,7 @@ def merging(
     keep_dense: bool | Path = False,
     lazily: bool = True,
     max_memory: int | str | None = None,
-    resume: str | Path | WorkPlace | None = None,
+    resume: bool | str | Path | WorkPlace | None = None,
     progress: Progress = silent,
     token: str | bool | None = None,
     out: str | Path | None = None,
@@ -54,11 +54,10 @@ def merging(
         out: Where the result will be written.
     """
     devices = checked_devices(device)
-    opened = open_sources(sources, token, rename, keep_extras=extras not in (None, "drop"))
-    model = BaseModel.of(base, token)
-    try:
+    with sources_opened(sources, token, rename, keep_extras=extras not in (None, "drop")) as opened:
+        model = BaseModel.of(base, token)
         joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
-        with work_place(resume) as place:
+        with work_place(resume, out) as place:
             plan = planned(joined)
             if out is not None:
                 check_room(out, plan.summary()["largest_bytes"])
@@ -76,6 +75,3 @@ def merging(
                 progress=progress,
             )
             yield MergedAdapter(**vars(result))
-    finally:
-        for source in opened:
-            source.close()

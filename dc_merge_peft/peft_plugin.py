@@ -19,6 +19,7 @@ from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
 from dc_merge_peft.sources.live import LiveSource
 from dc_merge_peft.sources.live_model import LiveModel
+from dc_merge_peft.sources.opening import check_order
 
 # Arguments of PEFT's own signature that these methods do not have; a call that sets one is refused, not ignored.
 _PEFT_ONLY = ("svd_clamp", "svd_full_matrices", "svd_driver", "majority_sign_method")
@@ -71,6 +72,7 @@ def add_merged_adapter(
     check_name(adapter_name, tuner.peft_config)
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")
+    check_order(adapters)
     reading = DoraReading(dora_rank, checked_device(device), allow_zero)
     seen = LiveModel.of(tuner.model)
     opened = [LiveSource(tuner, adapter, seen) for adapter in adapters]

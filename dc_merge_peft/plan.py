@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +13,19 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, Unsuppo
 from dc_merge_peft.extras import ExtrasPlan, plan_extras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
-from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.methods.options import plain
+from dc_merge_peft.sources.base import AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
 from dc_merge_peft.statistics.opening import with_statistics
+from dc_merge_peft.together import (
+    check_weights,
+    refuse_different_bases,
+    refuse_repeated,
+    uniquely_named,
+    unknown_settings,
+)
 
 # Output dtypes by the name a user may give.
 DTYPES = {
@@ -94,15 +97,18 @@ def plan_merge(
         raise OptionError("found no adapters to merge: expected at least one")
     if bare := next((source for source in sources if source.is_dora), None):
         raise dora_without_base(bare.info.name)
-    _refuse_repeated([source.info for source in sources])
+    refuse_repeated([source.info for source in sources])
     infos = uniquely_named([source.info for source in sources])
     checked = check_weights(weights, infos)
+    svd_rank = plain(svd_rank)
     if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
         raise OptionError(f"svd_rank is {svd_rank!r}: expected a whole number of at least 1, or none to keep all")
     if not allow_different_bases:
-        _refuse_different_bases(infos)
+        refuse_different_bases(infos)
     modules = _plan_modules(sources)
     _refuse_transposed(infos, modules)
+    for module in modules:
+        method.check(module.shape, module.ranks)
     with_statistics(method, modules, [info.name for info in infos])  # refused now where they don't fit
     planned = plan_extras(sources, infos, [module.layout.base_path(module.name) for module in modules], extras)
     return MergePlan(
@@ -115,65 +121,11 @@ def plan_merge(
             *_incomplete(sources, infos),
             *rename_remarks(sources),
             *planned.remarks(infos),
+            *unknown_settings(sources, infos),
             *_remarks(method, modules),
         ),
         extras=planned,
     )
-
-
-def uniquely_named(infos: Sequence[AdapterInfo]) -> tuple[AdapterInfo, ...]:
-    """The same adapters; a name that stood before gets a number: ``final``, ``final-2``."""
-    taken: set[str] = set()
-    unique = []
-    for info in infos:
-        candidates = (info.name if number == 1 else f"{info.name}-{number}" for number in itertools.count(1))
-        name = next(name for name in candidates if name not in taken)
-        taken.add(name)
-        unique.append(dataclasses.replace(info, name=name))
-    return tuple(unique)
-
-
-def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo]) -> tuple[float, ...]:
-    """One finite weight an adapter, not all zero; ``None`` is 1 for each."""
-    if weights is None:
-        return (1.0,) * len(infos)
-    weights = weights.tolist() if isinstance(weights, torch.Tensor) else weights
-    if isinstance(weights, (str, Mapping)) or not hasattr(weights, "__len__"):
-        raise OptionError(f"weights is {weights!r}: expected a list with one number an adapter, as in [1.0, 0.5]")
-    if len(weights) != len(infos):
-        raise OptionError(f"found {len(weights)} weights for {len(infos)} adapters: expected one weight an adapter")
-    for info, weight in zip(infos, weights, strict=True):
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise OptionError(f"the weight of adapter '{info.name}' is {weight!r}: expected a finite number")
-    if not any(weights):
-        raise OptionError("all weights are 0, so that nothing would be merged: expected at least one that is not")
-    return tuple(float(weight) for weight in weights)
-
-
-def _refuse_repeated(infos: Sequence[AdapterInfo]) -> None:
-    seen: set[tuple[str, str | None, str]] = set()
-    for info in infos:
-        in_memory = info.location == IN_MEMORY
-        place = info.location if in_memory or info.revision else str(Path(info.location).expanduser().resolve())
-        identity = (place, info.revision, info.name if in_memory else "")
-        if identity in seen:
-            raise IncompatibleAdaptersError(
-                f"adapter '{info.name}' ({info.location}) is given twice: expected each adapter once; use a weight of 2 "
-                "to count it double"
-            )
-        seen.add(identity)
-
-
-def _refuse_different_bases(infos: Sequence[AdapterInfo]) -> None:
-    named = [info for info in infos if info.base_model]
-    for info in named:
-        first = named[0]
-        if str(info.base_model).rstrip("/") != str(first.base_model).rstrip("/"):
-            raise IncompatibleAdaptersError(
-                f"adapter '{info.name}' was trained on '{info.base_model}', '{first.name}' on '{first.base_model}': "
-                "expected one base model; if these are the same weights under two names, allow different bases "
-                "(allow_different_bases=True, --allow-different-bases)"
-            )
 
 
 def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:

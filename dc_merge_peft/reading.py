@@ -43,8 +43,9 @@ class Reader:
         factors = [factor for delta in deltas if isinstance(delta, LowRank) for factor in (delta.A, delta.B)]
         if factors and are_ordinary(factors):
             return self._tasks(module, deltas)
-        for task, delta in zip(module.tasks, deltas, strict=True):
-            check_factors(delta, self.sources[task], module.name, self.allow_zero)
+        with self._reading:  # of a zero factor the others are looked at that share its stored pair
+            for task, delta in zip(module.tasks, deltas, strict=True):
+                check_factors(delta, self.sources[task], module.name, self.allow_zero)
         return self._tasks(module, deltas)
 
     def _tasks(self, module: PlannedModule, deltas: Sequence[Delta]) -> ModuleTasks:

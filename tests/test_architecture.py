@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "extras",
         "extra_values",
         "plan",
+        "together",
         "full_plan",
         "result",
         "completion",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,14 +119,16 @@ Resume = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=OUT)]
 
 
-def checked_output(output: str | Path, *, overwrite: bool, dry_run: bool = False) -> None:
+def checked_output(
+    output: str | Path, *, overwrite: bool, dry_run: bool = False, inputs: Iterable[str | Path] = ()
+) -> None:
     """Make the place of an output ready, with a note on standard error on what dead runs had left there.
 
     Raises:
-        OutputError: something stands in its way.
+        OutputError: something stands in its way, or it is one of the ``inputs``.
     """
     tidied_output(output, dry_run=dry_run)
-    check_target(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite, inputs=inputs)
 
 
 def tidied_output(output: str | Path, *, dry_run: bool = False) -> None:
@@ -185,6 +187,7 @@ def checked_destination(
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
-        checked_output(run.output, overwrite=overwrite, dry_run=dry_run)
+        inputs = [*run.adapters, *run.models, *([run.base] if run.base else [])]
+        checked_output(run.output, overwrite=overwrite, dry_run=dry_run, inputs=inputs)
     checked_devices(run.device)
     return push

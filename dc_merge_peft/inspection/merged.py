@@ -17,7 +17,6 @@ from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.metrics.energy import effective_rank_of
-from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.result import MergedModule, MergeResult
@@ -25,6 +24,7 @@ from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources import CheckpointSource, Source
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.together import uniquely_named
 
 NOTHING = Kept(projected_dir_sim=0.0, projected_cos_sim=0.0, retained_energy=0.0, strength=0.0)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import MergeError, OptionError
-from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.sources import AdapterInfo, CheckpointSource, Source
 from dc_merge_peft.sources.hub import CONFIG_FILE, locate
 from dc_merge_peft.sources.opening import short_names
+from dc_merge_peft.together import uniquely_named
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,6 +116,13 @@ class Method(ABC):
         where modules are merged one by one. It gives what :meth:`merge` gives, to rounding, and is no substitute for it."""
         return None
 
+    def check(self, shape: tuple[int, int], ranks: Sequence[int]) -> None:  # noqa: B027 (most methods merge anything)
+        """Refuse options that can't merge deltas of these ranks in a module of this shape, before any factor is read.
+
+        Raises:
+            OptionError: they can't.
+        """
+
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         """What a user should know about merging deltas of these ranks in a module of this shape, found before any
         factor is read. The same text for every module it concerns."""

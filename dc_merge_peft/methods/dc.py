@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods.base import ALPHA_HELP, ModuleTasks
-from dc_merge_peft.methods.cover import crowding
+from dc_merge_peft.methods.cover import crowding, ranks_that_fit
 from dc_merge_peft.methods.elementwise import ties, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing
@@ -82,6 +82,11 @@ class DCMerge(ElementwiseMethod):
             return cover.back(cover.M.sum(1))
         k = sum(cover.ranks)
         return cover.back(ties_of_stack(cover.M, [entries_kept(self.config.density, k, rank) for rank in cover.ranks]))
+
+    def check(self, shape: tuple[int, int], ranks: Sequence[int]) -> None:
+        if self.config.aggregation == "ties":
+            used = ranks_that_fit([min(own, self.config.rank or own, *shape) for own in ranks], min(shape))
+            entries_kept(self.config.density, sum(used), max(used))
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         return crowding(shape, ranks, self.config.rank)

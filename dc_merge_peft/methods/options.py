@@ -56,11 +56,18 @@ def check_config(config: Any) -> None:
 def coerce(name: str, value: Any, expected: Any) -> Any:
     """``value`` as one of the types of ``expected``; strings are parsed, so that the command line needs no other
     code. Booleans are no numbers here, and a whole float is an int only when it was written as one."""
+    value = plain(value)
     for kind in _alternatives(expected):
         parsed = _parse(value, kind)
         if parsed is not _NO_MATCH:
             return parsed
     raise OptionError(f"option '{name}' is {value!r}: expected {describe_type(expected)}")
+
+
+def plain(value: Any) -> Any:
+    """A single number of numpy or torch as Python's own; anything else as it is."""
+    single = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
+    return value.item() if single else value
 
 
 def describe_bounds(low: float | None, high: float | None) -> str:

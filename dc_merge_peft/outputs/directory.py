@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,10 +19,15 @@ _MARKS = ("dc_merge.yaml", "adapter_config.json", "config.json", "results.json")
 _OWN_FOLDERS = {"adapter", FOLDER}  # of the demo, and beside a card
 
 
-def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
     """The output path, refused where something stands in its way; called before any work is done.
 
     Only an adapter, a model or an earlier output can be overwritten, and nothing that has other folders in it.
+
+    Args:
+        path: Where the output goes.
+        overwrite: Replace what stands there.
+        inputs: What it is made from, as users name it: never replaced.
 
     Raises:
         OutputError: the path exists and may not be overwritten, is a file, or can't be looked at.
@@ -33,6 +38,7 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
             raise OutputError(f"the output '{path}': '{target}' is a file, expected a directory; choose another path")
         if target.is_dir() and any(target.iterdir()):
             _check_overwrite(path, target, overwrite)
+            _refuse_inputs(path, target, inputs)
         return target
 
 
@@ -80,6 +86,18 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
         )
 
 
+def _refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:
+    for name in inputs:
+        held = False
+        with suppress(OSError, RuntimeError, ValueError):  # no path at all
+            place = Path(name).expanduser().resolve()
+            held = place.is_dir() and place.is_relative_to(target)
+        if held:
+            raise OutputError(
+                f"the output '{path}' is '{name}', of which it is to be made: expected another directory, so that the original stays"
+            )
+
+
 @contextmanager
 def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | None = None) -> Iterator[Path]:
     """A new directory to write into, hidden beside ``path``; put in the place of ``path`` on success, removed on failure.
@@ -104,9 +122,18 @@ def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | N
         _give_ordinary_modes(building)
         to_disk(building)
         check_target(path, overwrite=overwrite)  # another run may have been quicker
-        if kept is not None:
-            building = kept.rename(hidden / NEW)
-        place(building, target, _MARKS)
+        if kept is None:
+            place(building, target, _MARKS)
+            return
+        itself, moved = kept.stat().st_ino, kept.rename(hidden / NEW)
+        try:
+            place(moved, target, _MARKS)
+        except BaseException:
+            if (
+                moved.exists() and moved.stat().st_ino == itself
+            ):  # and not what stood in its place, with which it changed
+                moved.rename(kept)  # before the hidden folder goes
+            raise
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from dc_merge_peft.plan import uniquely_named
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.hub import HubId
+from dc_merge_peft.together import uniquely_named
 
 R = TypeVar("R", bound=MergeResult)
 

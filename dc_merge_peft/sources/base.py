@@ -114,8 +114,8 @@ class Targets:
         return {name: plain(value) for name, value in vars(self).items() if value is not None}
 
 
-# The location of an adapter that lives in a model in memory.
-IN_MEMORY = "model"
+# The location of an adapter that lives in a model in memory; no path, so that no directory is taken for it.
+IN_MEMORY = "<in memory>"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.errors import SourceError, first_line
+from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.sources.hub import HubId, fetch_files
 from dc_merge_peft.sources.stored import StoredTensor, Unreadable, read_header
 
@@ -61,12 +61,20 @@ def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFi
 
     Raises:
         NotStreamable: its weights are no safetensors files under transformers' usual names.
+        OptionError: it is no path and no name.
         SourceError: the Hub can't deliver it, or a file is damaged or missing.
     """
+    if not isinstance(base, (str, Path)):
+        raise OptionError(
+            f"found a {type(base).__name__} in the place of a model's files: expected a directory or a Hub id; adapters are fused into "
+            "a model in memory by fuse()"
+        )
     if sys.byteorder != "little":
         raise NotStreamable("this machine stores numbers the other way round than safetensors files do")
     folder = Path(base).expanduser()
     hub_id = None if folder.is_dir() else HubId.parse(str(base))
+    if hub_id is None and not folder.is_dir():
+        raise NotStreamable(f"there is no directory '{base}'")
     if hub_id is not None:
         folder = _fetched(hub_id, (CONFIG, SINGLE, INDEX, *COMPANIONS), token)
     config = _json(folder / CONFIG)

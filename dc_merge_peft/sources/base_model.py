@@ -128,6 +128,11 @@ def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known:
         )
     if hub_id is not None and failed_at_the_hub(error):
         return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
+    if hub_id is None and not Path(base).is_dir():
+        return (
+            f"there is no directory '{base}', and no such model could be fetched from the Hub: expected an existing transformers model "
+            "directory or a Hub id such as 'org/name'"
+        )
     return (
         f"the base model '{base}' can't be loaded ({in_words(error, known)}): expected a transformers model directory or a "
         "Hub id"

@@ -108,8 +108,9 @@ class CheckpointSource(Source):
 
     def _read(self, layer: str) -> tuple[Tensor, Tensor]:
         """The stored pair of a PEFT layer. The last one of experts is kept: they come one after the other, and share it."""
-        if self._last_read is not None and self._last_read[0] == layer:
-            return self._last_read[1:]
+        last = self._last_read  # another thread may read at the same time
+        if last is not None and last[0] == layer:
+            return last[1:]
         if self._closed:
             raise SourceError(
                 f"adapter '{self.name}' has been closed: expected to be read before; look at a result within its 'with' block, or merge "

@@ -44,7 +44,7 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
     Raises:
         SourceError: it can't be found, or its files don't allow to read it tensor by tensor.
     """
-    if (Path(place).expanduser() / CONFIG_FILE).is_file():
+    if isinstance(place, (str, Path)) and (Path(place).expanduser() / CONFIG_FILE).is_file():
         raise SourceError(
             f"{what} '{place}' is an adapter: expected full models; merge adapters with dc-merge merge, or into their base model "
             "with dc-merge fuse"
@@ -52,6 +52,10 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
     try:
         return FiledModel(open_base_files(place, token), trust_remote_code=trust_remote_code)
     except NotStreamable as found:
+        if str(found).startswith("there is no"):
+            raise SourceError(
+                f"{what} '{place}' is not there: expected an existing model directory or a Hub id such as 'org/name'"
+            ) from found
         raise SourceError(
             f"{what} '{place}' can't be read tensor by tensor, since {found}: expected a directory or Hub id with safetensors files of "
             "a transformers model; load it and save it again with save_pretrained"

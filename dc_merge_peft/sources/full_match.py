@@ -92,7 +92,8 @@ def _refuse_other_shape(model: str, name: str, found: tuple[int, ...], expected:
     if found == expected:
         return
     resized = (
-        " or, if its vocabulary was resized, resize the base model's in the same way"
+        "; or, if it has other labels, merge what the models share (as with AutoModel.from_pretrained and save_pretrained, which leave "
+        "the head out), and if its vocabulary was resized, resize the base model's in the same way"
         if found[1:] == expected[1:]
         else ""
     )

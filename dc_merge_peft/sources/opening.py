@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
 
 from dc_merge_peft.errors import OptionError
@@ -23,6 +25,7 @@ def open_sources(
     where that is asked for, but for open ones that are read under that rename already."""
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
+    check_order(sources)
     sources = list(sources)  # it is gone through twice
     strangers = [type(source).__name__ for source in sources if not isinstance(source, (str, Path, Source))]
     if strangers:
@@ -43,6 +46,38 @@ def open_sources(
         else RenamedSource(source, rename, keep_extras=keep_extras)
         for source in opened
     ]
+
+
+@contextmanager
+def sources_opened(
+    sources: Sequence[str | Path | Source],
+    token: str | bool | None = None,
+    rename: str | None = None,
+    *,
+    keep_extras: bool = True,
+) -> Iterator[list[Source]]:
+    """:func:`open_sources` for the length of a ``with`` block. Sources that were open before stay their owner's, and open."""
+    given = sources if isinstance(sources, (str, Path, Mapping, AbstractSet)) else list(sources)  # some are refused
+    opened = open_sources(given, token, rename, keep_extras=keep_extras)
+    ours = [source for source, one in zip(opened, given, strict=True) if not isinstance(one, Source)]
+    try:
+        yield opened
+    finally:
+        for source in ours:
+            source.close()
+
+
+def check_order(adapters: object) -> None:
+    """Refuse adapters in a dict, whose values would be left out, or in a set, whose order and so whose weights would be chance.
+
+    Raises:
+        OptionError: they are.
+    """
+    if isinstance(adapters, (Mapping, AbstractSet)):
+        raise OptionError(
+            f"found a {type(adapters).__name__} of adapters: expected a list, with their weights as another one (weights=[...]) in the "
+            "same order"
+        )
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -28,6 +28,27 @@ _FEATURES: dict[str, tuple[str, str]] = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+# Fields of LoRA configs that are known here, of PEFT up to 0.21 and of its first releases; what they mean is dealt with, or does not matter.
+_KNOWN = frozenset(_FEATURES) | {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "enable_lora", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora", "velora_config",
+}  # fmt: skip
+
+
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Fields of a config file that are set and that nothing here knows, as a newer PEFT may write."""
+    return sorted(name for name in config if name not in _KNOWN and not _is_off(config[name]))
+
+
+def _is_off(value: Any) -> bool:
+    return (
+        value is None or value is False or (isinstance(value, Collection) and not isinstance(value, str) and not value)
+    )
+
+
 def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
     """Check one adapter's config.
 
@@ -46,12 +67,7 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
         )
     for name, (meaning, remedy) in _FEATURES.items():
         value = config.get(name)
-        off = (
-            value is None
-            or value is False
-            or (isinstance(value, Collection) and not isinstance(value, str) and not value)
-        )
-        if not off:  # for a mixture of experts PEFT sets target_parameters to an empty set
+        if not _is_off(value):  # for a mixture of experts PEFT sets target_parameters to an empty set
             raise UnsupportedAdapterError(
                 f"adapter '{adapter}' has {name}={value!r}: {meaning}; expected plain LoRA, whose delta is "
                 f"scaling * B @ A: {remedy}"

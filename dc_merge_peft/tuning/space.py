@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.methods import Method, method_named
 from dc_merge_peft.methods.options import coerce
-from dc_merge_peft.plan import check_weights
 from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.together import check_weights
 
 # The paper's grid for alpha on validation data: 0.1, 0.2 .. 3.0.
 ALPHAS = tuple(round(step / 10, 1) for step in range(1, 31))

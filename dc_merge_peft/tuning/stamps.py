@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import OptionError
@@ -11,7 +10,7 @@ from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.reading import checked_devices
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.dora import DoraReading, DoraSource, with_base
-from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.sources.opening import sources_opened
 from dc_merge_peft.tuning.merges import Recipe
 from dc_merge_peft.tuning.space import Space
 from dc_merge_peft.work.manifest import manifest
@@ -38,10 +37,8 @@ def header(recipe: Recipe, plan: MergePlan, space: Space, search: Mapping[str, A
             )
     asked = recipe.merge_options
     base, extras = asked.get("base"), asked.get("extras")
-    opened = open_sources(
-        recipe.sources, asked.get("token"), asked.get("rename"), keep_extras=extras not in (None, "drop")
-    )
-    try:
+    keep_extras = extras not in (None, "drop")
+    with sources_opened(recipe.sources, asked.get("token"), asked.get("rename"), keep_extras=keep_extras) as opened:
         joined = with_base(opened, base, DoraReading(asked.get("dora_rank")))
         if any(isinstance(source, DoraSource) for source in joined) and base is not None and base.location is None:
             raise OptionError(
@@ -52,9 +49,5 @@ def header(recipe: Recipe, plan: MergePlan, space: Space, search: Mapping[str, A
             plan, joined, recipe.method, base, devices=checked_devices(asked.get("device")),
             allow_zero=bool(asked.get("allow_zero")), keep_dense=False,
         )  # fmt: skip
-    finally:
-        for source, given in zip(opened, recipe.sources, strict=True):
-            if isinstance(given, (str, Path)):
-                source.close()
     made["options"].pop("alpha")  # it is always searched
     return {**made, "space": space.to_plain(), **search}

@@ -192,11 +192,46 @@ def test_any_iterable_of_adapters(tmp_path: Path) -> None:
     assert {info.name for info in merged.adapters} == {"one", "two"}
 
 
+def test_adapters_without_an_order(tmp_path: Path) -> None:
+    """The values of a dict would be left out, and in a set it would be chance whose weight is whose."""
+    folders = [str(write_checkpoint(tmp_path / name)) for name in ("one", "two")]
+    merge_refused(tmp_path, dict.fromkeys(folders, 2.0), OptionError, "found a dict of adapters", "weights=[...]")  # type: ignore[arg-type]
+    merge_refused(tmp_path, set(folders), OptionError, "found a set of adapters", "expected a list")  # type: ignore[arg-type]
+
+
+def test_single_numbers_of_numpy_and_torch(tmp_path: Path) -> None:
+    """Are numbers: as options, weights and ranks."""
+    numpy = pytest.importorskip("numpy")
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    expected = DCMergeAdapter(method="ta", alpha=0.5).merge(folders, [0.5, 2.0], svd_rank=1).delta("enc.q")
+    merger = DCMergeAdapter(method="ta", alpha=numpy.float32(0.5))
+    found = merger.merge(folders, [torch.tensor(0.5), numpy.float64(2.0)], svd_rank=numpy.int64(1))
+    assert torch.equal(found.delta("enc.q"), expected)
+    with refused(OptionError, "svd_rank is 1.0", "expected a whole number"):
+        merger.merge(folders, svd_rank=torch.tensor(1.0))  # type: ignore[arg-type]
+
+
+def test_two_ways_to_write_one_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory is the same by any path."""
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ("base", "./base/", str(tmp_path / "base"))
+    folders = [
+        write_checkpoint(tmp_path / f"task-{index}", base_model_name_or_path=name) for index, name in enumerate(names)
+    ]
+    DCMergeAdapter(method="ta").merge(folders)
+    other = write_checkpoint(tmp_path / "other", base_model_name_or_path="./another")
+    merge_refused(tmp_path, [*folders, other], IncompatibleAdaptersError, "'./another'", "expected one base model")
+
+
 def test_density_that_keeps_nothing(tmp_path: Path) -> None:
     """The paper's density at small ranks would keep no entry: the smallest that works is named."""
     folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
     with refused(OptionError, "'density' is 0.001", "none of the 4 x 4 entries", "expected at least 0.062", "'auto'"):
         DCMergeAdapter(density=0.001).merge(folders)
+    with refused(OptionError, "none of the 4 x 4 entries"):  # without reading a factor
+        DCMergeAdapter(density=0.001).plan(folders)
+    assert DCMergeAdapter(density=0.07).plan(folders).modules
 
 
 def test_opposite_adapters_leave_nothing(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_same_numbers(tmp_path: Path, setting: str, method: str) -> None:
     """Factors, dense deltas and written files, within the setting and after it."""
-    base, folders = saved(tmp_path, models.bert().half(), BERT)
+    _, folders = saved(tmp_path, models.bert().half(), BERT)
     merger = DCMergeAdapter(method=method)
     expected = merger.merge(folders)
     expected.save_pretrained(tmp_path / "expected")

@@ -1,0 +1,108 @@
+"""What several adapters are asked before they are merged, whatever their modules: names, weights, base models, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
+from dc_merge_peft.methods.options import plain
+from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.refusals import unknown_fields
+
+
+def uniquely_named(infos: Sequence[AdapterInfo]) -> tuple[AdapterInfo, ...]:
+    """The same adapters; a name that stood before gets a number: ``final``, ``final-2``."""
+    taken: set[str] = set()
+    unique = []
+    for info in infos:
+        candidates = (info.name if number == 1 else f"{info.name}-{number}" for number in itertools.count(1))
+        name = next(name for name in candidates if name not in taken)
+        taken.add(name)
+        unique.append(dataclasses.replace(info, name=name))
+    return tuple(unique)
+
+
+def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo]) -> tuple[float, ...]:
+    """One finite weight an adapter, not all zero; ``None`` is 1 for each.
+
+    Raises:
+        OptionError: another number of weights, or no such numbers.
+    """
+    if weights is None:
+        return (1.0,) * len(infos)
+    weights = weights.tolist() if isinstance(weights, torch.Tensor) else weights
+    if isinstance(weights, (str, Mapping)) or not hasattr(weights, "__len__"):
+        raise OptionError(f"weights is {weights!r}: expected a list with one number an adapter, as in [1.0, 0.5]")
+    if len(weights) != len(infos):
+        raise OptionError(f"found {len(weights)} weights for {len(infos)} adapters: expected one weight an adapter")
+    weights = [plain(weight) for weight in weights]
+    for info, weight in zip(infos, weights, strict=True):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise OptionError(f"the weight of adapter '{info.name}' is {weight!r}: expected a finite number")
+    if not any(weights):
+        raise OptionError("all weights are 0, so that nothing would be merged: expected at least one that is not")
+    return tuple(float(weight) for weight in weights)
+
+
+def refuse_repeated(infos: Sequence[AdapterInfo]) -> None:
+    """Each adapter once.
+
+    Raises:
+        IncompatibleAdaptersError: one is there twice.
+    """
+    seen: set[tuple[str, str | None, str]] = set()
+    for info in infos:
+        in_memory = info.location == IN_MEMORY
+        place = info.location if in_memory or info.revision else str(Path(info.location).expanduser().resolve())
+        identity = (place, info.revision, info.name if in_memory else "")
+        if identity in seen:
+            raise IncompatibleAdaptersError(
+                f"adapter '{info.name}' ({info.location}) is given twice: expected each adapter once; use a weight of 2 "
+                "to count it double"
+            )
+        seen.add(identity)
+
+
+def refuse_different_bases(infos: Sequence[AdapterInfo]) -> None:
+    """One base model, as far as the adapters name one.
+
+    Raises:
+        IncompatibleAdaptersError: they name several.
+    """
+    named = [info for info in infos if info.base_model]
+    for info in named:
+        first = named[0]
+        if _base_place(info) != _base_place(first):
+            raise IncompatibleAdaptersError(
+                f"adapter '{info.name}' was trained on '{info.base_model}', '{first.name}' on '{first.base_model}': "
+                "expected one base model; if these are the same weights under two names, allow different bases "
+                "(allow_different_bases=True, --allow-different-bases)"
+            )
+
+
+def _base_place(info: AdapterInfo) -> str:
+    """The base model's directory where there is one, so that two ways to write it are one; else its name."""
+    name = str(info.base_model)
+    with suppress(OSError, RuntimeError, ValueError):  # no path at all
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return str(folder.resolve())
+    return name.rstrip("/")
+
+
+def unknown_settings(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:
+    """A remark on every adapter whose config file has settings that nothing here knows."""
+    for source, info in zip(sources, infos, strict=True):
+        if source.directory is not None and (names := unknown_fields(source.config)):
+            yield (
+                f"the config of adapter '{info.name}' sets {preview(names)}, unknown to this version, which merges it as a plain LoRA: "
+                "if that changes what the adapter computes the merge is wrong; update dc_merge_peft"
+            )

@@ -1,0 +1,84 @@
+"""An output never takes the place of what it is made from, and what stands in a config is not passed over in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError, SourceError
+from dc_merge_peft.cli import app
+from tests.support import models
+from tests.support.families import V5
+from tests.support.fused import BERT, saved
+from tests.support.models import write_checkpoint
+from tests.support.refused import listing, refused
+
+TA = DCMergeAdapter(method="ta")
+needs_v5 = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+
+
+@pytest.mark.parametrize("written", ["two", "./two", "two/"])
+def test_adapters_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    """By any way to write the directory, from Python and on the command line, in a dry run too."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        write_checkpoint(Path(name))
+    before = listing(tmp_path)
+    with refused(OutputError, "of which it is to be made", "expected another directory"):
+        TA.merge(["one", "two"]).save_pretrained(written, overwrite=True)
+    for more in ([], ["--dry-run"]):
+        result = CliRunner().invoke(app, ["merge", "one", "two", "-o", written, "--overwrite", *more])
+        assert result.exit_code == 2 and "of which it is to be made" in result.output
+    assert listing(tmp_path) == before
+
+
+@needs_v5
+def test_base_models_are_not_overwritten(tmp_path: Path) -> None:
+    """Fused twice into itself, a base model would hold the merge twice."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    before = listing(tmp_path)
+    with refused(OutputError, "of which it is to be made"):
+        TA.fuse_to_disk(base, folders, base, overwrite=True)
+    with refused(OutputError, "of which it is to be made"):
+        TA.fuse(base, folders, folders[0], overwrite=True)
+    with refused(OutputError, "of which it is to be made"):
+        TA.merge_full(base, [base], base, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_unknown_settings_are_said(tmp_path: Path) -> None:
+    """A field that a newer PEFT may have written: its meaning is unknown here. Unset, it means nothing."""
+    one = write_checkpoint(tmp_path / "one", use_foo_lora=True, foo_config={"a": 1}, other=None, more=False, empty=[])
+    two = write_checkpoint(tmp_path / "two", use_foo_lora=False)
+    with pytest.warns(MergeWarning, match=r"config of adapter 'one' sets .*foo_config.*use_foo_lora.*, unknown to this version"):
+        merged = TA.merge([one, two])
+    assert len(merged.remarks) == 1
+    config = json.loads((one / "adapter_config.json").read_text())
+    assert TA.merge([two]).remarks == () and config["use_foo_lora"]
+
+
+@needs_v5
+def test_models_in_memory_where_files_are_wanted(tmp_path: Path) -> None:
+    """Are refused with the door that takes them."""
+    _, folders = saved(tmp_path, models.bert(), BERT)
+    model = models.bert()
+    for call in (
+        lambda: TA.fuse_to_disk(model, folders, tmp_path / "out"),
+        lambda: TA.plan_fused(model, folders),
+        lambda: TA.merge_full(model, folders, tmp_path / "out"),
+    ):
+        with refused(OptionError, "found a BertModel", "expected a directory or a Hub id", "fuse()"):
+            call()
+
+
+def test_base_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped directory is no trouble of the network."""
+    monkeypatch.chdir(tmp_path)
+    adapter = write_checkpoint(tmp_path / "one")
+    with refused(SourceError, "there is no directory 'nope'", "Hub id such as 'org/name'"):
+        TA.fuse_to_disk("nope", [adapter], "out")
+    with refused(SourceError, "'nope' is not there", "existing model directory"):
+        TA.merge_full("nope", ["one"], "out")
