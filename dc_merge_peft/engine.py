@@ -109,6 +109,7 @@ def run_merge(
         dtype=plan.dtype,
         remarks=plan.remarks,
         seconds=time.perf_counter() - start,
+        allow_zero=allow_zero,
     )
     result = completed(result, plan, sources)
     remarks = (*result.remarks, *_left_out(result))

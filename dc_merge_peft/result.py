@@ -98,6 +98,7 @@ class MergeResult:
     extras: MergedExtras = field(default_factory=MergedExtras)  # tensors outside B and A; alpha does not scale them
     dora: DoraRecord | None = None  # where any of the adapters is DoRA
     full: FullRecord | None = None  # where full models were merged
+    allow_zero: bool = False  # whether all-zero factors were accepted
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 from dc_merge_peft._version import __version__
-from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.errors import OptionError, SourceError, unknown_name
 from dc_merge_peft.extras import POLICIES
+from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.together import base_place
 
 FILE_NAME = "dc_merge.yaml"
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
@@ -35,27 +37,31 @@ class RunConfig:
     base: str | None = None
     dora_rank: int | None = None
     extras: str | None = None
+    max_memory: str | None = None
+    allow_different_bases: bool = False
+    allow_zero: bool = False
     models: tuple[str, ...] = ()  # full models, in the place of adapters
     average: tuple[str, ...] = ()
     lora_rank: int | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
-        """From a YAML file. Any other top-level name is an option of the method, so ``rho: 5`` may stand alone; the
-        ``record`` that outputs carry is skipped.
+        """From a YAML file. Any other top-level name is an option of the method, so ``rho: 5`` may stand alone, and ``svd-rank`` is
+        ``svd_rank``; the ``record`` that outputs carry is skipped.
 
         Raises:
             SourceError: the file is missing or no YAML mapping.
-            OptionError: an option given twice, or a value of the wrong type.
+            OptionError: a name that is neither a setting nor an option of any method, one given twice, or a value of the wrong type.
         """
-        values = read_record(path)
+        values = {str(name).replace("-", "_"): value for name, value in read_record(path).items()}
         values.pop("record", None)
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
             raise OptionError(f"the configuration '{path}' has options: {options!r}: expected lines such as 'rho: 5'")
         options = {str(name): value for name, value in options.items()}
         known = {field.name for field in dataclasses.fields(cls)}
-        loose = {str(name): values.pop(name) for name in list(values) if name not in known}
+        loose = {name: values.pop(name) for name in list(values) if name not in known}
+        _refuse_unknown(path, [*loose, *options], str(values.get("method") or cls.method), known)
         twice = set(options) & set(loose)
         if twice:
             raise OptionError(f"the configuration '{path}' gives option '{min(twice)}' twice: expected it once")
@@ -73,18 +79,30 @@ class RunConfig:
         for name in ("adapters", "models", "average"):
             if values.get(name) is not None:
                 values[name] = tuple(map(str, values[name]))  # a directory may be called 2024
-        for name in ("output", "method", "rename", "dtype", "device", "base", "extras"):
+        for name in ("output", "method", "rename", "dtype", "device", "base", "extras", "max_memory"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
+        for name in ("allow_different_bases", "allow_zero"):
+            if values.get(name) is not None and not isinstance(values[name], bool):
+                raise OptionError(f"the configuration '{path}' has {name}: {values[name]!r}: expected true or false")
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of what is set."""
-        unused = {name for name in ("models", "average") if not getattr(self, name)} | (
-            {"adapters"} if self.models else set()
-        )
+        flags = ("models", "average", "allow_different_bases", "allow_zero")
+        unused = {name for name in flags if not getattr(self, name)} | ({"adapters"} if self.models else set())
         values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _refuse_unknown(path: str | Path, names: Iterable[str], method: str, settings: Iterable[str]) -> None:
+    """Names that no method knows as an option. One of another method may be meant for a method that is named elsewhere."""
+    options = {name: {field.name for field in dataclasses.fields(kind.Config)} for name, kind in EVERY_METHOD.items()}
+    anywhere = set().union(*options.values())
+    for name in names:
+        if name not in anywhere and method in options:
+            valid = [*sorted(settings), *sorted(options[method])]
+            raise OptionError(f"the configuration '{path}' has an {unknown_name('setting or option', name, valid)}")
 
 
 def read_record(path: str | Path) -> dict[Any, Any]:
@@ -121,8 +139,14 @@ def _loaded(path: Path) -> object:
     if path.stat().st_size > LARGEST:
         raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {LARGEST}")
     text = path.read_text(encoding="utf-8")
-    if _unfolded(yaml.compose(text, Loader=yaml.SafeLoader), {}) > LARGEST:
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    if _unfolded(tree, {}) > LARGEST:
         raise ValueError("its aliases stand for too many values")
+    names = (
+        [key.value for key, _ in tree.value if isinstance(key.value, str)] if isinstance(tree, yaml.MappingNode) else []
+    )
+    if twice := sorted({name for name in names if names.count(name) > 1 and name != "<<"}):
+        raise ValueError(f"it gives '{twice[0]}' twice")
     return yaml.safe_load(text)
 
 
@@ -162,6 +186,8 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         base=result.dora.base if result.dora else full.base if full else None,
         dora_rank=result.dora.rank if result.dora else None,
         extras=_policy(result),
+        allow_different_bases=len({base_place(info) for info in result.adapters if info.base_model}) > 1,
+        allow_zero=result.allow_zero,
     )
     record: dict[str, Any] = {
         "dc_merge_peft": __version__,

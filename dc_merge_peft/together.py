@@ -80,7 +80,7 @@ def refuse_different_bases(infos: Sequence[AdapterInfo]) -> None:
     named = [info for info in infos if info.base_model]
     for info in named:
         first = named[0]
-        if _base_place(info) != _base_place(first):
+        if base_place(info) != base_place(first):
             raise IncompatibleAdaptersError(
                 f"adapter '{info.name}' was trained on '{info.base_model}', '{first.name}' on '{first.base_model}': "
                 "expected one base model; if these are the same weights under two names, allow different bases "
@@ -88,7 +88,7 @@ def refuse_different_bases(infos: Sequence[AdapterInfo]) -> None:
             )
 
 
-def _base_place(info: AdapterInfo) -> str:
+def base_place(info: AdapterInfo) -> str:
     """The base model's directory where there is one, so that two ways to write it are one; else its name."""
     name = str(info.base_model)
     with suppress(OSError, RuntimeError, ValueError):  # no path at all

@@ -12,7 +12,7 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
 from dc_merge_peft.cli.processes import work_place
-from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.methods import method_named
@@ -78,7 +78,11 @@ def fuse(
         base=base,
         dora_rank=dora_rank,
         extras=extras,
+        max_memory=max_memory,
+        allow_different_bases=allow_different_bases,
+        allow_zero=allow_zero,
     )
+    check_kind(run, adapters=True)
     if run.base is None:
         raise OptionError("found no base model: expected a directory or Hub id first; see dc-merge fuse --help")
     if not run.adapters:
@@ -88,14 +92,13 @@ def fuse(
         )
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
-        max_memory=max_memory,
     )  # fmt: skip
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     settings: dict[str, Any] = {
         "max_shard_size": max_shard_size,
         "trust_remote_code": trust_remote_code,
         "svd_rank": run.svd_rank,
-        "allow_different_bases": allow_different_bases,
+        "allow_different_bases": run.allow_different_bases,
         "rename": run.rename,
         "dora_rank": run.dora_rank,
         "extras": run.extras,
@@ -107,7 +110,7 @@ def fuse(
             return
         with work_place(run, resume=resume) as (place, here):
             fused = merger.fuse_to_disk(
-                run.base, run.adapters, run.output, run.weights, device=here.device, max_memory=max_memory,
-                allow_zero=allow_zero, overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
+                run.base, run.adapters, run.output, run.weights, device=here.device, max_memory=run.max_memory,
+                allow_zero=run.allow_zero, overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
             )  # fmt: skip
     print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)

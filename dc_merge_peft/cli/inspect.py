@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli.inspect_tables import print_findings, print_inspection, print_merge
-from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, merged_in_memory, numbers, run_settings
 from dc_merge_peft.cli.show import console, reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
 from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.methods import method_named
 from dc_merge_peft.plots import FORMATS, dirsim_figure, inspection_figures, require_matplotlib, save_figures
-from dc_merge_peft.runconfig import RunConfig
 
 _MERGE, _OUT = "What a merge keeps", "Output"
 
@@ -98,12 +95,17 @@ def inspect(
         options=dict(assignments(option or [], {})),
         svd_rank=svd_rank,
         device=device,
+        allow_different_bases=allow_different_bases,
+        allow_zero=allow_zero,
     )
+    check_kind(run, adapters=True)
     if not run.adapters:
         raise OptionError("found no adapters to inspect: expected directories or Hub ids; see dc-merge inspect --help")
     target: str | MergedAdapter | None = merged
     if merged is None and (on_the_fly or config is not None):
-        target = _merge(run, allow_different_bases=allow_different_bases, allow_zero=allow_zero)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)  # the findings say it
+            target = merged_in_memory(run)
     before = inspect_adapters(run.adapters, device=run.device)
     after = None if target is None else inspect_merge(target, run.adapters, device=run.device)
     files = _plot(before, after, plot, kinds) if plot is not None else []
@@ -124,14 +126,6 @@ def _formats(name: str) -> tuple[str, ...]:
     if name not in (*FORMATS, "both"):
         raise OptionError(unknown_name("format", name, (*FORMATS, "both")))
     return FORMATS if name == "both" else (name,)
-
-
-def _merge(run: RunConfig, **allowed: Any) -> MergedAdapter:
-    """The merge in memory; what it would warn of, the findings say."""
-    merger = DCMergeAdapter(method_named(run.method, run.options).config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)
-        return merger.merge(run.adapters, run.weights, svd_rank=run.svd_rank, device=run.device, **allowed)
 
 
 def _plot(before: Inspection, after: MergeInspection | None, folder: Path, kinds: tuple[str, ...]) -> list[Path]:

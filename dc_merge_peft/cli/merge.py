@@ -12,7 +12,7 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
 from dc_merge_peft.cli.processes import work_place
-from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.merged import MergedAdapter
@@ -82,12 +82,15 @@ def merge(
         base=base,
         dora_rank=dora_rank,
         extras=extras,
+        max_memory=max_memory,
+        allow_different_bases=allow_different_bases,
+        allow_zero=allow_zero,
     )
+    check_kind(run, adapters=True)
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge merge --help")
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
-        max_memory=max_memory,
     )  # fmt: skip
     if report:
         require_matplotlib()
@@ -95,7 +98,7 @@ def merge(
     settings: dict[str, Any] = {
         "svd_rank": run.svd_rank,
         "dtype": run.dtype,
-        "allow_different_bases": allow_different_bases,
+        "allow_different_bases": run.allow_different_bases,
         "rename": run.rename,
         "base": run.base,
         "dora_rank": run.dora_rank,
@@ -108,8 +111,8 @@ def merge(
         warnings.simplefilter("ignore", MergeWarning)  # remarks are printed below
         settings |= {
             "device": here.device,
-            "max_memory": max_memory,
-            "allow_zero": allow_zero,
+            "max_memory": run.max_memory,
+            "allow_zero": run.allow_zero,
             "resume": place,
             "out": run.output,
         }

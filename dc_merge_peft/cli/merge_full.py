@@ -12,12 +12,11 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
 from dc_merge_peft.cli.processes import one_process
-from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
 
 # What else a configuration may say, of adapters alone.
-_FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras")
 
 
 @reports_errors
@@ -89,6 +88,7 @@ def merge_full(
         average=tuple(average) if average else None,
         lora_rank=lora_rank,
         device=device,
+        max_memory=max_memory,
     )
     if run.base is None:
         raise OptionError("found no base model: expected a directory or Hub id first; see dc-merge merge-full --help")
@@ -97,14 +97,10 @@ def merge_full(
             f"found no models to merge beside '{run.base}': expected directories or Hub ids after the base model; see dc-merge "
             "merge-full --help"
         )
-    if odd := next((name for name in _FOR_ADAPTERS if getattr(run, name) not in (None, ())), None):
-        raise OptionError(
-            f"the configuration has {odd}: {getattr(run, odd)!r}, which is for adapters: expected models; use dc-merge merge or fuse"
-        )
+    check_kind(run, adapters=False)
     one_process("merge-full")
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
-        max_memory=max_memory,
     )  # fmt: skip
     merger = DCMergeAdapter(method=run.method, **run.options)
     settings: dict[str, Any] = {
@@ -120,7 +116,7 @@ def merge_full(
             print_full_plan(merger.plan_full(run.base, run.models, run.weights, **settings), run, as_json=as_json)
             return
         merged = merger.merge_full(
-            run.base, run.models, run.output, run.weights, device=run.device, max_memory=max_memory,
+            run.base, run.models, run.output, run.weights, device=run.device, max_memory=run.max_memory,
             overwrite=overwrite, push_to=push_to, **push, **settings,
         )  # fmt: skip
     print_full(merged, run.output, time.perf_counter() - start, as_json=as_json)

@@ -172,7 +172,6 @@ def checked_destination(
     create_pr: bool,
     overwrite: bool,
     dry_run: bool,
-    max_memory: str | None,
 ) -> dict[str, Any]:
     """Everything about where a result is made and goes, before any work: an output or an upload, its place, the device and its
     memory; returns the options of the upload.
@@ -181,8 +180,8 @@ def checked_destination(
         OptionError: nowhere to go, an upload as :func:`checked_push` refuses it, no such device, or no size of memory.
         OutputError: something stands in the output's way.
     """
-    if max_memory is not None:
-        checked_size(max_memory, "max_memory")
+    if run.max_memory is not None:
+        checked_size(run.max_memory, "max_memory")
     push = checked_push(push_to, private=private, commit_message=commit_message, create_pr=create_pr)
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")

@@ -10,17 +10,14 @@ from typing import Annotated
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
+from dc_merge_peft.cli.settings import check_kind, merged_in_memory, run_settings
 from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, say
 from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.inspection.data import plain
-from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.methods import method_named
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.report.gather import gather
 from dc_merge_peft.report.write import check_place, write_report
-from dc_merge_peft.runconfig import RunConfig
 
 
 @reports_errors
@@ -73,8 +70,13 @@ def report(
         warnings.simplefilter("ignore", MergeWarning)  # the page says them
         target = merged
         if config is not None:
-            run = RunConfig.read(config)
-            target = _merged(run, base, device, allow_different_bases=allow_different_bases, allow_zero=allow_zero)
+            run = run_settings(config, options={}, allow_different_bases=allow_different_bases, allow_zero=allow_zero)
+            check_kind(run, adapters=True)
+            if not run.adapters:
+                raise OptionError(
+                    "the configuration names no adapters: expected lines such as 'adapters: [math-lora, code-lora]'"
+                )
+            target = merged_in_memory(run, base=base, device=device)
         assert target is not None
         found = gather(target, adapters or None, base=base, device=device)
     file = write_report(found, output, overwrite=overwrite)
@@ -86,27 +88,4 @@ def report(
     say(
         console(),
         f"written to {output} ({bytes_in_words(file.stat().st_size)}): {warned} warning{'s' * (warned != 1)} in it",
-    )
-
-
-def _merged(
-    run: RunConfig, base: str | None, device: str | None, *, allow_different_bases: bool, allow_zero: bool
-) -> MergedAdapter:
-    """The merge of a configuration, in memory."""
-    if not run.adapters:
-        raise OptionError(
-            "the configuration names no adapters: expected lines such as 'adapters: [math-lora, code-lora]'"
-        )
-    return DCMergeAdapter(method_named(run.method, run.options).config).merge(
-        run.adapters,
-        run.weights,
-        svd_rank=run.svd_rank,
-        dtype=run.dtype,
-        device=device or run.device,
-        allow_different_bases=allow_different_bases,
-        allow_zero=allow_zero,
-        rename=run.rename,
-        base=base or run.base,
-        dora_rank=run.dora_rank,
-        extras=run.extras,
     )

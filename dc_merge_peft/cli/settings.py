@@ -7,15 +7,75 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.errors import OptionError
-from dc_merge_peft.runconfig import RunConfig
+import typer
+
+from dc_merge_peft.adapter import DCMergeAdapter
+from dc_merge_peft.errors import OptionError, printable
+from dc_merge_peft.merged import MergedAdapter
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.runconfig import RunConfig, read_record
+
+# Settings of one kind of input alone.
+FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras", "allow_different_bases", "allow_zero")
+FOR_MODELS = ("models", "average", "lora_rank")
 
 
 def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any) -> RunConfig:
-    """The YAML file's settings, overruled by what was given on the command line."""
+    """The YAML file's settings, overruled by what was given on the command line; flags that are off are not given.
+
+    What belongs to something else that is given is left out with a note: weights, to other adapters, and the options of an earlier
+    merge, to another method.
+    """
     base = RunConfig.read(path) if path else RunConfig()
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    adapters, method = given.get("adapters", base.adapters), given.get("method", base.method)
+    if base.weights is not None and base.adapters and adapters != base.adapters and "weights" not in given:
+        _note(f"the weights of '{path}' are those of its own adapters, and left out")
+        base = dataclasses.replace(base, weights=None)
+    if path and base.options and method != base.method and "record" in read_record(path):
+        _note(f"the options of '{path}' are those of its method '{base.method}', and left out")
+        base = dataclasses.replace(base, options={})
     return dataclasses.replace(base, **given, options={**base.options, **options})
+
+
+def check_kind(run: RunConfig, *, adapters: bool) -> None:
+    """Refuse settings that are for full models where adapters are merged, or the other way round.
+
+    Raises:
+        OptionError: there are such.
+    """
+    strange, kind, instead = (
+        (FOR_MODELS, "full models", "dc-merge merge-full")
+        if adapters
+        else (FOR_ADAPTERS, "adapters", "dc-merge merge or fuse")
+    )
+    if odd := next((name for name in strange if getattr(run, name) not in (None, (), False)), None):
+        expected = "adapters" if adapters else "models"
+        raise OptionError(
+            f"the configuration has {odd}: {getattr(run, odd)!r}, which is for {kind}: expected {expected}; use {instead}"
+        )
+
+
+def merged_in_memory(run: RunConfig, *, base: str | None = None, device: str | None = None) -> MergedAdapter:
+    """The merge of a configuration, written nowhere."""
+    return DCMergeAdapter(method_named(run.method, run.options).config).merge(
+        run.adapters,
+        run.weights,
+        svd_rank=run.svd_rank,
+        dtype=run.dtype,
+        device=device or run.device,
+        max_memory=run.max_memory,
+        allow_different_bases=run.allow_different_bases,
+        allow_zero=run.allow_zero,
+        rename=run.rename,
+        base=base or run.base,
+        dora_rank=run.dora_rank,
+        extras=run.extras,
+    )
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {printable(text)}", err=True)
 
 
 def numbers(text: str) -> tuple[float, ...]:

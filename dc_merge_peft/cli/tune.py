@@ -12,7 +12,7 @@ import typer
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.processes import one_process
-from dc_merge_peft.cli.settings import assignments, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.cli.tune_outcome import print_search, print_tuned
 from dc_merge_peft.errors import OptionError
@@ -134,7 +134,10 @@ def tune(
         base=base,
         dora_rank=dora_rank,
         extras=extras,
+        allow_different_bases=allow_different_bases,
+        allow_zero=allow_zero,
     )
+    check_kind(run, adapters=True)
     if not run.adapters:
         raise OptionError("found no adapters to merge: expected directories or Hub ids; see dc-merge tune --help")
     evaluate = _evaluation(command, output, timeout, dry_run=dry_run)
@@ -144,7 +147,7 @@ def tune(
     _check_outputs(output, save, plot, overwrite=replace, dry_run=dry_run)
     prepared = _prepared(
         run, _space(space, tried or []), alphas=alphas.split(",") if alphas is not None else None, minimize=minimize,
-        search=search, trials=trials, seed=seed, allow_different_bases=allow_different_bases, allow_zero=allow_zero,
+        search=search, trials=trials, seed=seed, allow_different_bases=run.allow_different_bases, allow_zero=run.allow_zero,
     )  # fmt: skip
     if dry_run or evaluate is None or output is None:
         print_search(prepared, as_json=as_json)

@@ -57,14 +57,17 @@ def save(statistics: Statistics, path: str | Path) -> Path:
     Raises:
         OutputError: it can't be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     about = {"kind": statistics.kind, "examples": statistics.examples, "rule": statistics.rule}
     tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            save_file(tensors, Path(folder) / path.name, {HEADER: json.dumps(about)})
-            os.replace(Path(folder) / path.name, path)
+            new, ordinary = Path(folder) / path.name, Path(folder) / ".ordinary"
+            save_file(tensors, new, {HEADER: json.dumps(about)})
+            ordinary.touch()
+            new.chmod(ordinary.stat().st_mode & 0o777)  # safetensors makes its files private
+            os.replace(new, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"the statistics can't be written to '{path}' ({first_line(error)}): expected a file in a folder with room"

@@ -148,6 +148,8 @@ def run_config(recipe: Recipe, settings: Settings) -> RunConfig:
         base=None if base is None else base.location,
         dora_rank=extra.get("dora_rank"),
         extras=extra.get("extras"),
+        allow_different_bases=bool(extra.get("allow_different_bases")),
+        allow_zero=bool(extra.get("allow_zero")),
     )
 
 

@@ -119,7 +119,7 @@ def test_an_adapter(workspace: Path) -> None:
         ([*ALL, "-o", "out", "--average", "xyz"], ["average is 'xyz'", "no parameter"]),
         ([*ALL, "-o", "out", "--device", "warp:9"], ["warp:9", "device"]),
         ([*ALL, "-o", "out", "--weights", "1"], ["1 weights for 2"]),
-        ([*ALL, "nowhere", "-o", "out"], ["the model 'nowhere' can't be read"]),
+        ([*ALL, "nowhere", "-o", "out"], ["the model 'nowhere' is not there"]),
         ([*ALL, "base", "-o", "out"], ["model 'base' is equal to the base model", "--allow-identical"]),
         ([*ALL, "-o", "out", "--config", "for-adapters.yaml"], ["the configuration has svd_rank: 4", "for adapters"]),
         ([*ALL, "-o", "out", "--config", "no-list.yaml"], ["has average: 'q_proj'", "expected a list, as in [q_proj]"]),
@@ -135,10 +135,11 @@ def test_wrong_input_is_one_line(workspace: Path, arguments: list[str], words: l
 
 
 def test_a_record_of_models_is_none_of_adapters(workspace: Path) -> None:
-    """The other commands find no adapters in it."""
+    """The other commands refuse it, and say which one takes it."""
     assert run("merge-full", *ALL, "-o", "out").exit_code == 0
-    failed(run("merge", "--config", "out/dc_merge.yaml", "-o", "two"), "no adapters")
-    failed(run("fuse", "--config", "out/dc_merge.yaml", "-o", "two"), "no adapters")
+    for command in ("merge", "fuse", "tune", "inspect"):
+        output = ["-o", "two"] if command != "inspect" else []
+        failed(run(command, "--config", "out/dc_merge.yaml", *output), "for full models", "dc-merge merge-full")
 
 
 def test_the_page_names_every_flag() -> None:

@@ -89,6 +89,8 @@ def test_files_hold_what_was_collected(prepared: Prepared, tmp_path: Path) -> No
     (found, _), target = prepared.loaded("fisher"), tmp_path / "new" / "copy.safetensors"
     for _ in range(2):
         copy = statistics.load(statistics.save(found, target))
+        (tmp_path / "ordinary").touch()
+        assert target.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
     assert (copy.kind, copy.examples, copy.rule) == (found.kind, 6, found.rule) and "drawn" in copy.rule
     assert copy.tensors.keys() == found.tensors.keys() and len(copy.tensors) == 4
     assert all(torch.equal(copy.tensors[path], values) for path, values in found.tensors.items())

@@ -192,9 +192,9 @@ def test_places_that_are_no_models(llamas: tuple[Path, list[Path]]) -> None:
     """A name that is nothing, an adapter, pickles."""
     base, places = llamas
     merge_refused(
-        (base, [Path("nowhere")]), SourceError, "the model 'nowhere' can't be read tensor by tensor", "safetensors"
+        (base, [Path("nowhere")]), SourceError, "the model 'nowhere' is not there", "existing model directory"
     )
-    merge_refused((Path(base.parent / "none"), places), SourceError, "the base model", "can't be read tensor by tensor")
+    merge_refused((Path(base.parent / "none"), places), SourceError, "the base model", "is not there")
     (places[0] / "adapter_config.json").write_text("{}")
     merge_refused(llamas, SourceError, "the model", "is an adapter: expected full models", "dc-merge fuse")
     (places[0] / "adapter_config.json").unlink()

@@ -53,7 +53,9 @@ def test_unknown_settings_are_said(tmp_path: Path) -> None:
     """A field that a newer PEFT may have written: its meaning is unknown here. Unset, it means nothing."""
     one = write_checkpoint(tmp_path / "one", use_foo_lora=True, foo_config={"a": 1}, other=None, more=False, empty=[])
     two = write_checkpoint(tmp_path / "two", use_foo_lora=False)
-    with pytest.warns(MergeWarning, match=r"config of adapter 'one' sets .*foo_config.*use_foo_lora.*, unknown to this version"):
+    with pytest.warns(
+        MergeWarning, match=r"config of adapter 'one' sets .*foo_config.*use_foo_lora.*, unknown to this version"
+    ):
         merged = TA.merge([one, two])
     assert len(merged.remarks) == 1
     config = json.loads((one / "adapter_config.json").read_text())
