@@ -98,6 +98,27 @@ def base_place(info: AdapterInfo) -> str:
     return name.rstrip("/")
 
 
+def another_base(base: object, infos: Sequence[AdapterInfo]) -> str | None:
+    """A remark where adapters name another base model than the one that they are added to, as far as names tell: a directory that
+    is called as a repository of the Hub is taken for a copy of it. A rename leads to another model in any case."""
+    if not isinstance(base, (str, Path)):
+        return None
+    for info in infos:
+        if info.base_model and not info.rename and not _same_model(str(base), info):
+            return (
+                f"adapter '{info.name}' was trained on '{info.base_model}', and is added to '{base}': expected the same weights under "
+                "another name; give the base model that the adapters name if they are not"
+            )
+    return None
+
+
+def _same_model(base: str, info: AdapterInfo) -> bool:
+    ours, theirs = (base_place(dataclasses.replace(info, base_model=name)) for name in (base, info.base_model))
+    if ours == theirs or Path(theirs).is_dir():
+        return ours == theirs
+    return Path(ours).name.lower().partition("@")[0] == Path(theirs).name.lower()
+
+
 def unknown_settings(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:
     """A remark on every adapter whose config file has settings that nothing here knows."""
     for source, info in zip(sources, infos, strict=True):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import typer
@@ -12,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
-from dc_merge_peft.errors import MergeError, printable
+from dc_merge_peft.errors import MergeError, first_line, printable
 from dc_merge_peft.memory import memory_in_words
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +51,17 @@ def reports_errors(command: F) -> F:
         except MergeError as error:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
+        except OSError as error:
+            # Files have names, and words of their own where they can't be written: this is standard output.
+            if error.filename is not None or error.errno == errno.EPIPE:  # whose reader may have seen enough
+                raise
+            typer.secho(
+                f"error: the outcome can't be printed ({first_line(error)}); what was written is whole",
+                err=True,
+                fg=typer.colors.RED,
+            )
+            _print_no_more()
+            raise typer.Exit(2) from error
         except Stopped as stop:
             left = (
                 "what is finished is kept for the next run" if kwargs.get("resume") else "nothing unfinished was left"
@@ -55,6 +70,12 @@ def reports_errors(command: F) -> F:
             raise typer.Exit(stop.exit_code) from stop
 
     return wrapped  # type: ignore[return-value]
+
+
+def _print_no_more() -> None:
+    """Python prints what is left when it ends, and would fail once more."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def say(out: Console, text: object) -> None:

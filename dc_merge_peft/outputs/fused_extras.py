@@ -94,8 +94,9 @@ def _replacement(model: _Finder, name: str, spec: ExtraSpec, shared: Mapping[str
     path = full_name.rpartition(".")[0]
     if spec.kind == "module" and path in shared:
         raise OutputError(
-            f"'{name}' is shared by the modules {preview(shared[path])} of the base model, of which the adapters have trained "
-            "one: fusing would change all; untie them first, or keep the merged adapter"
+            f"'{name}' is shared by the modules {preview(shared[path])} of the base model, and the merged adapter "
+            "holds a value of its own for each: in a fused model they would be one; untie them first (tie_word_embeddings=False in the config, "
+            "and the weight saved for each), or keep the merged adapter"
         )
     return ExtraChange(name, full_name, Tensor.copy_)
 

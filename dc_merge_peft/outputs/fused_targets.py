@@ -120,7 +120,8 @@ def find_targets(
             )
         if others := [other for other in shared.get(path, ()) if other != path]:
             raise OutputError(
-                f"'{name}' shares its weight with {preview(others)}: fusing "
-                "would change both, the adapter changes one; untie them first, or keep the merged adapter"
+                f"'{name}' shares its weight with {preview(others)}, and the merged adapter changes each by itself: in a fused model "
+                "they would be one; untie them first (tie_word_embeddings=False in the config, and the weight saved for each), or keep the "
+                "merged adapter"
             )
         yield target

@@ -248,7 +248,7 @@ FUSED: dict[str, tuple[Any, dict[str, Any], Any, type[Exception], tuple[str, ...
     ),
     "tied embedding": (
         models.gpt2, TIED, models.gpt2, OutputError,
-        ("'transformer.wte.weight' is shared by the modules", "'lm_head'", "have trained one", "untie them"),
+        ("'transformer.wte.weight' is shared by the modules", "'lm_head'", "they would be one", "untie them"),
     ),
     "few tokens": (
         models.bert, WORDS, lambda: few_tokens(models.bert()), OutputError,

@@ -124,7 +124,7 @@ def test_tied_weights(tmp_path: Path, name: str) -> None:
     words = (
         "shares its weight with",
         "'lm_head'" if name == "wte" else "'transformer.wte'",
-        "change both",
+        "they would be one",
         "untie them",
     )
     with refused(OutputError, *words):
@@ -197,8 +197,8 @@ def test_refusals_come_before_any_change(tmp_path: Path) -> None:
 def test_bases_that_are_none(tmp_path: Path) -> None:
     """A missing directory, an adapter directory, and a quantised weight."""
     folder = write_checkpoint(tmp_path / "task")
-    for base in (tmp_path / "nowhere", folder):
-        with refused(SourceError, f"the base model '{base}' can't be loaded", "expected a transformers model"):
+    for base, words in ((tmp_path / "nowhere", "there is no directory"), (folder, "can't be loaded")):
+        with refused(SourceError, words, f"'{base}'", "transformers model"):
             DCMergeAdapter(method="ta").fuse(base, [folder], tmp_path / "out")
     model = nn.Module()
     model.add_module("enc", nn.Module())

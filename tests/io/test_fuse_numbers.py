@@ -100,5 +100,5 @@ def test_configurations_that_unfold_without_end(tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text("a: &a [*a]")
     with refused(SourceError, "self.yaml", "too many values"):
         RunConfig.read(tmp_path / "self.yaml")
-    (tmp_path / "fine.yaml").write_text("x: &x [1, 2]\nweights: *x\nadapters: [one, two]\noptions: {}\n")
-    assert RunConfig.read(tmp_path / "fine.yaml").weights == (1, 2)
+    (tmp_path / "fine.yaml").write_text("adapters: &x [one, two]\nmodels: *x\noptions: {}\n")
+    assert RunConfig.read(tmp_path / "fine.yaml").models == ("one", "two")

@@ -197,7 +197,11 @@ BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "403": ("org/base", {"status": 403}, ("'org/base'", "403")),
     "500": ("org/base", {"status": 500}, ("could not deliver 'org/base' (status 500)", "try again later")),
     "no model": ("org/one", {}, ("'org/one' can't be loaded", "expected a transformers model directory or a Hub id")),
-    "no id": ("org/a/b/c d", {}, ("'org/a/b/c d' can't be loaded", "expected a transformers model directory")),
+    "no id": (
+        "org/a/b/c d",
+        {},
+        ("there is no directory 'org/a/b/c d'", "expected an existing transformers model directory"),
+    ),
 }
 
 

@@ -18,9 +18,10 @@ def merged(tmp_path: Path) -> MergedAdapter:
     return DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "runs" / name) for name in ("one", "two")])
 
 
-def test_an_earlier_output_and_an_input_are_replaced(merged: MergedAdapter, tmp_path: Path) -> None:
-    """A merged adapter, and an adapter that was merged, may be overwritten."""
-    for target in (tmp_path / "out", tmp_path / "out", tmp_path / "runs" / "one"):
+def test_an_earlier_output_and_another_adapter_are_replaced(merged: MergedAdapter, tmp_path: Path) -> None:
+    """A merged adapter, and one that took no part in the merge, may be overwritten."""
+    write_checkpoint(tmp_path / "runs" / "three")
+    for target in (tmp_path / "out", tmp_path / "out", tmp_path / "runs" / "three"):
         merged.save_pretrained(target, overwrite=True)
         assert (target / "dc_merge.yaml").is_file()
 

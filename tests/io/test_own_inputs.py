@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,51 @@ def test_base_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         TA.fuse_to_disk("nope", [adapter], "out")
     with refused(SourceError, "'nope' is not there", "existing model directory"):
         TA.merge_full("nope", ["one"], "out")
+
+
+@needs_v5
+def test_another_base_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where adapters name another one than the one they are fused into; a copy that is called the same is the same."""
+    monkeypatch.chdir(tmp_path)
+    models.bert().save_pretrained("llama")
+    models.bert().save_pretrained("other")
+    for name, base in (("one", "org/llama"), ("two", "./other/")):
+        model = models.with_lora(models.bert(), {"task": BERT})
+        model.save_pretrained(name, selected_adapters=["task"])
+        file = Path(name, "task", "adapter_config.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+    folders = {name: Path(name, "task") for name in ("one", "two")}
+    words = r"adapter 'task' was trained on 'org/llama', and is added to 'other'"
+    with pytest.warns(MergeWarning, match=words):
+        fused = TA.fuse_to_disk("other", [folders["one"]], "out")
+    assert len(fused.remarks) == 1 and TA.plan_fused("other", [folders["one"]]).remarks == fused.remarks
+    with pytest.warns(MergeWarning, match=words):
+        TA.fuse("other", [folders["one"]])
+    assert TA.fuse_to_disk("llama", [folders["one"]], "same").remarks == ()
+    assert TA.fuse_to_disk(tmp_path / "other", [folders["two"]], "path").remarks == ()
+    with pytest.warns(MergeWarning, match="is added to"):
+        TA.fuse_to_disk("llama", [folders["two"]], "wrong")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_output_that_can_not_be_printed(tmp_path: Path) -> None:
+    """Is one line; what was merged is there."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    command = [
+        sys.executable,
+        "-m",
+        "dc_merge_peft",
+        "merge",
+        *map(str, folders),
+        "-m",
+        "ta",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and "can't be printed (No space left on device)" in lines[0], (
+        done.stderr
+    )
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()

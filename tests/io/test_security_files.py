@@ -123,7 +123,7 @@ def test_a_repository_of_hostile_paths(server: HubServer, tmp_path: Path, evil: 
 
 def test_links_of_an_adapter(tmp_path: Path) -> None:
     """An adapter directory may be a link and consist of links, as the Hub's cache does: files are parsed, not copied."""
-    real = write_checkpoint(tmp_path / "real", license="x")
+    real = write_checkpoint(tmp_path / "real")
     (tmp_path / "linked").mkdir()
     for file in real.iterdir():
         (tmp_path / "linked" / file.name).symlink_to(file)

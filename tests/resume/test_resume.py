@@ -278,3 +278,18 @@ def test_without_it_nothing_is_made(tmp_path: Path) -> None:
     sources = memory_sources({"q": random_tasks(0, (6, 5), (2, 2))})
     run_merge(plan_merge(sources, method_named("ta")), sources, method_named("ta"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``resume=True`` keeps modules beside the output that is named, as fusing does."""
+    sources, merger = many_modules(tmp_path, COUNT), DCMergeAdapter(method="ties")
+    with pytest.raises(KeyboardInterrupt), merger.merging(sources, resume=True, out=tmp_path / "out"):
+        raise KeyboardInterrupt
+    said = pytest.warns(MergeWarning, match="holds an unfinished merge to this output")
+    with said, merger.merging(sources, out=tmp_path / "out"):
+        pass
+    count = reads(monkeypatch)
+    with merger.merging(sources, resume=True, out=tmp_path / "out") as merged:
+        assert not count
+        merged.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))

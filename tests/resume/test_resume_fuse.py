@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError
-from dc_merge_peft.outputs import fused_stream
+from dc_merge_peft.outputs import directory, fused_stream
 from dc_merge_peft.outputs.fused_stream import Piece
 from dc_merge_peft.work.place import WorkPlace
 from tests.support import models
@@ -180,3 +181,22 @@ def test_a_left_work_folder_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.warns(MergeWarning, match="unfinished merge to this output: --resume"):
         DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out")
     assert WorkPlace.beside(tmp_path / "out", resume=True).folder.is_dir()
+
+
+def test_a_last_step_that_fails_keeps_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is kept where it can't be put in its place, and the next run puts it there."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    merger, place = DCMergeAdapter(), directory.place
+
+    def refused_place(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(directory, "place", refused_place)
+    with refused(OutputError, "No space left"):
+        merger.fuse_to_disk(base, folders, tmp_path / "out", resume=True)
+    monkeypatch.setattr(directory, "place", place)
+    touched = stop_in(monkeypatch, None)
+    merger.fuse_to_disk(base, folders, tmp_path / "out", resume=True)
+    assert not touched
+    merger.fuse_to_disk(base, folders, tmp_path / "plain")
+    assert listing(tmp_path / "out") == listing(tmp_path / "plain")

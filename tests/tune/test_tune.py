@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dc_merge_peft import DCMergeAdapter, EvaluationError, MergedAdapter, OptionError, TuneResult, tune
+from dc_merge_peft import DCMergeAdapter, EvaluationError, MergedAdapter, OptionError, TuneResult, inspect_merge, tune
 from dc_merge_peft.errors import MergeError, MergeWarning, OutputError
 from dc_merge_peft.methods import METHODS
+from dc_merge_peft.sources import CheckpointSource
 from dc_merge_peft.tuning import ALPHAS
 from tests.support.evaluating import NAMES, combined, count_merges, distance
 from tests.support.program import run
@@ -227,3 +228,17 @@ def test_arguments(workspace: Path) -> None:
         tune(NAMES, alpha_of, weights=[1])
     with refused(OptionError, "device 'warp' can't be used"):
         tune(NAMES, alpha_of, device="warp")
+
+
+def test_open_sources_and_a_directory_called_model(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that a caller has opened is merged as often as the search wants; no name of a directory is a special one."""
+    monkeypatch.setattr("dc_merge_peft.tuning.merges.KEPT", 1)
+    Path(NAMES[0]).rename("model")
+    source = CheckpointSource("model")
+    space = {"svd_rank": [1, 2, 3]}
+    result = tune([source, NAMES[1]], alpha_of, space, merger=SUM, alphas=[0.5, 1.0, 1.5])
+    assert result.best.alpha == 1.0 and len(result.merge().modules)
+    assert source.factors(next(iter(source.modules))).rank
+    again = tune(["model", NAMES[1]], alpha_of, space, merger=SUM, journal="trials.jsonl")
+    again.to_yaml("tuned.yaml")
+    assert inspect_merge(again.merge()).adapters
