@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dc_merge_peft.errors import OptionError, SourceError, unknown_name
 from dc_merge_peft.extras import POLICIES
 from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.together import base_place
 
 FILE_NAME = "dc_merge.yaml"
@@ -103,6 +104,28 @@ def _refuse_unknown(path: str | Path, names: Iterable[str], method: str, setting
         if name not in anywhere and method in options:
             valid = [*sorted(settings), *sorted(options[method])]
             raise OptionError(f"the configuration '{path}' has an {unknown_name('setting or option', name, valid)}")
+
+
+def check_adapters(path: str | Path, adapters: Sequence[str]) -> None:
+    """Refuse adapters that are not those a record was made from: its paths are relative to the directory of that merge, and an
+    adapter may have been trained again.
+
+    Args:
+        path: Of the record, or of another configuration, which has no fingerprints.
+        adapters: As the record names them; those of the Hub have their commit.
+
+    Raises:
+        SourceError: one has other weights.
+    """
+    marks = (read_record(path).get("record") or {}).get("fingerprints") or []
+    for place, mark in zip(adapters, marks, strict=False):
+        folder = Path(place).expanduser()
+        found = fingerprint(folder) if folder.is_dir() else None
+        if None not in (mark, found) and found != mark:
+            raise SourceError(
+                f"adapter '{place}' is not the one that '{path}' was made from: its weights are others. Paths there are relative to the "
+                "directory of that merge: expected the same adapters; run from there, or name adapters beside it to take these"
+            )
 
 
 def read_record(path: str | Path) -> dict[Any, Any]:
@@ -196,6 +219,8 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         "rank": result.max_rank,
         "truncation_error": result.truncation_error,
     }
+    if any(marks := [info.fingerprint for info in result.adapters]):
+        record["fingerprints"] = marks
     if full:
         record["tensors"] = {"merged": full.merged, "averaged": full.averaged, "copied": full.copied}
     if extras := result.extras.record(result.adapters):

@@ -13,7 +13,7 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.runconfig import RunConfig, read_record
+from dc_merge_peft.runconfig import RunConfig, check_adapters, read_record
 
 # Settings of one kind of input alone.
 FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras", "allow_different_bases", "allow_zero")
@@ -28,6 +28,8 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
     """
     base = RunConfig.read(path) if path else RunConfig()
     given = {name: value for name, value in given.items() if value is not None and value is not False}
+    if path and "adapters" not in given:
+        check_adapters(path, base.adapters)
     adapters, method = given.get("adapters", base.adapters), given.get("method", base.method)
     if base.weights is not None and base.adapters and adapters != base.adapters and "weights" not in given:
         _note(f"the weights of '{path}' are those of its own adapters, and left out")

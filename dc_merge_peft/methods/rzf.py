@@ -88,10 +88,8 @@ class RegularisedZeroForcing(Method):
 
     def _apart(self, U: Tensor, V: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Y_u and Y_v, each side with the lambda of its load."""
-        m, n = shape
-        return zero_forcing(U, self.config.ridge * U.shape[-1] / m), zero_forcing(
-            V, self.config.ridge * V.shape[-1] / n
-        )
+        (m, n), k, ridge = shape, U.shape[-1], self.config.ridge
+        return zero_forcing(U, ridge * k / m), zero_forcing(V, ridge * k / n)
 
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         return crowding(shape, ranks, self.config.rank)

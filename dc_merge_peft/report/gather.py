@@ -17,7 +17,7 @@ from dc_merge_peft.inspection.merged import inspect_merge, sources_of
 from dc_merge_peft.outputs.public import public_copy
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME, RunConfig, read_record, run_record
+from dc_merge_peft.runconfig import FILE_NAME, RunConfig, check_adapters, read_record, run_record
 from dc_merge_peft.sources.base import AdapterInfo, Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
@@ -93,6 +93,8 @@ def _of_directory(merged: str | Path, sources: Sequence[str | Path | Source] | N
         raise OptionError(f"'{merged}' was made from full models: expected a merge of LoRA adapters")
     if sources is None and not run.adapters:
         raise OptionError(f"the {FILE_NAME} of '{merged}' names no adapters: name them behind it")
+    if sources is None:
+        check_adapters(file, run.adapters)
     return _Origin(read_record(file), run, run.adapters if sources is None else sources)
 
 

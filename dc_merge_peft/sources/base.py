@@ -144,6 +144,7 @@ class AdapterInfo:
     target_parameters: frozenset[str] = frozenset()  # names of parameters that have LoRA of their own: MoE experts
     card: CardFacts = field(default_factory=CardFacts)
     rename: str | None = None  # the rename under which its modules are read
+    fingerprint: str | None = None  # of its weights, where they are in files
     same_base: bool = True  # whether the modules are those of base_model itself, and not of a converted copy
 
     @property

@@ -21,6 +21,7 @@ from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
 from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
+from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import open_trainables
@@ -264,4 +265,5 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         targets=Targets.from_config(config),
         target_parameters=target_parameters(config),
         card=read_card(files.directory),
+        fingerprint=fingerprint(files.directory),
     )

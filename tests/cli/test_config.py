@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,25 @@ def test_other_adapters_beside_a_record(workspace: Path) -> None:
     assert record("two")["weights"] == [1.0, 1.0]
     made("merge", "code-lora", "math-lora", "--config", "one/dc_merge.yaml", "-o", "three", "--weights", "3,1")
     assert record("three")["weights"] == [3.0, 1.0]
+
+
+def test_other_adapters_of_the_same_names(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record's paths are relative: in another directory, or after a training, they may lead to other adapters."""
+    made("merge", "math-lora", "code-lora", "-o", "one")
+    elsewhere = workspace / "elsewhere"
+    for name in ("math-lora", "code-lora"):
+        shutil.copytree(name, elsewhere / name)
+    monkeypatch.chdir(elsewhere)
+    made("merge", "--config", "../one/dc_merge.yaml", "-o", "same")
+    file = Path("code-lora/adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + bytes([1]))
+    for command in (
+        ["merge", "--config", "../one/dc_merge.yaml", "-o", "two"],
+        ["inspect", "--config", "../one/dc_merge.yaml"],
+        ["report", "../one", "-o", "one.html"],
+        ["report", "--config", "../one/dc_merge.yaml", "-o", "two.html"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 2 and "'code-lora' is not the one that" in result.stderr, result.output
+    assert "note" not in made("merge", "math-lora", "code-lora", "--config", "../one/dc_merge.yaml", "-o", "three")
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["code-lora", "math-lora", "same", "three"]
