@@ -30,13 +30,19 @@ MethodName = Annotated[
 ]
 Smoothing = Annotated[
     str | None,
-    typer.Option(help="Of singular values: linear, average or none. Default: linear.", rich_help_panel=METHOD),
+    typer.Option(
+        help="Of singular values: linear, average or none. Default: the method's, of dc linear.", rich_help_panel=METHOD
+    ),
 ]
 Rho = Annotated[
-    str | None, typer.Option(help="Largest ratio after linear smoothing. Default: 5.", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(help="Largest ratio of singular values after linear smoothing. Default: 5.", rich_help_panel=METHOD),
 ]
 Density = Annotated[
-    str | None, typer.Option(help="Share of entries TIES keeps, or auto. Default: auto.", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(
+        help="Share of entries that are kept, or auto. Default: the method's, of dc auto.", rich_help_panel=METHOD
+    ),
 ]
 Alpha = Annotated[
     str | None,
@@ -104,7 +110,12 @@ CreatePr = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUT)]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, merge and write nothing.", rich_help_panel=OUT)
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check settings, configs and shapes, and say what would come out; nothing is merged or written.",
+        rich_help_panel=OUT,
+    ),
 ]
 MaxMemory = Annotated[
     str | None,

@@ -25,7 +25,7 @@ SUITES = ("text8", "vision", "language")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the lines where they are wanted."""
     options = parse(arguments)
-    from accuracy.alpha_study import alpha_study, table
+    from accuracy.alpha_study import APART, alpha_study, table
     from accuracy.evaluate import Rows, own_hits
     from accuracy.plan import Settings
     from common.tables import markdown
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = alpha_study(suite, settings, rows.found, own, workers=options.workers)
     if options.out:
         options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-    print(markdown(*table({options.suite: lines}, ["rzf"])))
+    print(markdown(*table({options.suite: lines}, APART)))
     return 0
 
 

@@ -18,11 +18,13 @@ from accuracy.suite import Suite
 from accuracy.workers import say, shared_out
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods import METHODS
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
 
 ORDERS = (2.0, 3.0, 4.0, 8.0)  # of the Schatten norms that are tried; 2 is the Frobenius norm
 LIBRARY, INSIDE = "the library's", "inside the tasks' directions"
 LABELS = ("dc", "dc, none", "dc, average", "ta", "ties", "tsvm", "iso_c", "iso_cts", "knots_ties", "rzf")
+APART = tuple(label for label in LABELS if METHODS[label.partition(",")[0]].takes_apart)  # whose size says little
 
 
 class AlphaBench(FactorBench):

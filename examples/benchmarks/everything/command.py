@@ -29,7 +29,7 @@ from everything.drawn import figures_page
 from everything.found import saved
 from everything.guide import with_guide
 from everything.page import section, with_section
-from everything.tables import NEW, glance
+from everything.tables import glance
 from everything.texts import glance_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -128,11 +128,11 @@ def studies(docs: Path) -> list[str]:
 
 def alphas_studied(docs: Path) -> str:
     """The table of rules for alpha of all benchmarks that have one; nothing where none has."""
-    from accuracy.alpha_study import table
+    from accuracy.alpha_study import APART, table
     from common.tables import markdown
 
     found = _saved(docs, ALPHA_STUDY)
-    return markdown(*table(found, [NEW])) if found else ""
+    return markdown(*table(found, APART)) if found else ""
 
 
 def _saved(docs: Path, file: str) -> dict[str, list[dict[str, Any]]]:
