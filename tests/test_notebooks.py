@@ -18,6 +18,7 @@ from tests.support import models
 from tests.support.hub_server import hub_server, point_client_at
 from tests.support.llava import llava, make_llava_workspace
 from tests.support.refused import listing
+from tests.support.versions import needs_safe_pickles
 from tests.support.words import llava_processor, tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -117,7 +118,7 @@ def relative_difference(text: str) -> float:
     return float(found)
 
 
-@models.needs_safe_pickles
+@needs_safe_pickles
 def test_llava(execute: Execute, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters of the original layout and their base come from a Hub by id; inspected, merged, asked, fused, pushed."""
     made = make_llava_workspace(folder.parent / "made")

@@ -18,12 +18,12 @@ from accuracy.training import MADE, FullTraining, is_made, train_model
 from torch import Tensor, nn
 
 from dc_merge_peft import DCMergeAdapter
-from tests.support.families import V5
 from tests.support.full import write_models
 from tests.support.full_suites import FullSmallSuite, answers, load
 from tests.support.models import bert
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 MATRIX = "encoder.layer.0.attention.self.query.weight"
 VECTORS = ("encoder.layer.1.output.LayerNorm.weight", "encoder.layer.1.intermediate.dense.bias")
 SETTINGS = Settings(counts=(4,), precision="float32", validation=10, test=20)

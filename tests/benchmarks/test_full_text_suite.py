@@ -19,11 +19,11 @@ from text8_fft import command
 from text8_fft.suite import FullTextSuite
 
 from dc_merge_peft.demo import encoder
-from tests.support.families import V5
 from tests.support.models import bert
+from tests.support.versions import needs_v5
 from tests.support.words import tokenizer
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 
 
 def texts(folder: Path) -> list[Example]:

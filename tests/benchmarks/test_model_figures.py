@@ -17,10 +17,10 @@ from figures.kind import AGREES, DIFFERS, OPEN, PARTLY, chosen, read_lines
 from figures.page import section
 from figures.scope import scope_of
 
-from tests.support.families import V5
 from tests.support.full_suites import FullSmallSuite
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 MATRIX = "encoder.layer.0.attention.self.query.weight"
 NAMED = {kind.name: kind for kind in MODEL_FIGURES}
 

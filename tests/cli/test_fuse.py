@@ -15,12 +15,12 @@ from transformers import AutoModel
 from dc_merge_peft import DCMergeAdapter
 from tests.cli.test_merge import failed, run
 from tests.support import models
-from tests.support.families import V5
 from tests.support.fused import nothing_is_loaded, tensors, weight_files
 from tests.support.refused import listing
+from tests.support.versions import needs_v5
 from tests.support.workspace import make_workspace
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 ALL = ("base-model", "math-lora", "code-lora")
 
 

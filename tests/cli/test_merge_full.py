@@ -15,12 +15,12 @@ from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.cli import app
 from tests.cli.test_merge import failed, run
 from tests.support import models
-from tests.support.families import V5
 from tests.support.full import write_models
 from tests.support.fused import nothing_is_loaded, tensors, weight_files
 from tests.support.refused import listing
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 ALL = ("base", "tuned-0", "tuned-1")
 
 

@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter, OutputError
-from tests.support.families import FAMILIES, V5
+from tests.support.families import FAMILIES
 from tests.support.models import difference, factors, write_checkpoint
 from tests.support.refused import refused
+from tests.support.versions import V5
 
 pytestmark = [
     pytest.mark.skipif(not V5, reason="experts are modules of their own before transformers 5"),

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter
 from tests.support import models
-from tests.support.families import FAMILIES, V5, Family, answer
+from tests.support.families import FAMILIES, Family, answer
 from tests.support.fused import changed, nothing_is_loaded
 from tests.support.models import difference
+from tests.support.versions import needs_v5
 
 WEIGHTS = [1.0, -0.5]
 TA = DCMergeAdapter(method="ta")
@@ -84,7 +85,7 @@ def test_disk_memory_and_fused_agree(trained: Trained, tmp_path: Path, method: s
     assert difference(trained.answer(trained.base), answer) > 1e-3
 
 
-@pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+@needs_v5
 def test_fused_without_loading(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written from the base's files into several new ones, under the names that they have there: the answer of the PEFT model
     with the merged adapter, nothing missing and nothing left over, and no tensor changed that no adapter changes."""

@@ -20,9 +20,10 @@ from torch import nn
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OutputError
 from dc_merge_peft.sources.renames import RENAMES, new_path
 from tests.support import models
-from tests.support.families import FAMILIES, IMAGE, V5, WIDTH
+from tests.support.families import FAMILIES, IMAGE, WIDTH
 from tests.support.models import difference
 from tests.support.refused import refused
+from tests.support.versions import V5
 
 pytestmark = pytest.mark.skipif(not V5, reason="the new names are those of transformers 5")
 TA = DCMergeAdapter(method="ta")

@@ -20,13 +20,14 @@ from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import full_match
 from dc_merge_peft.sources.stored import StoredTensor
 from tests.support import models
-from tests.support.families import FAMILIES, V5, answer
+from tests.support.families import FAMILIES, answer
 from tests.support.full import tune, write_models
 from tests.support.fused import changed, tensors
 from tests.support.models import difference
 from tests.support.refused import listing
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 TA = DCMergeAdapter(method="ta", alpha=1.0)
 
 

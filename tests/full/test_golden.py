@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from tests.support.families import V5
 from tests.support.fused import tensors
 from tests.support.golden import FFT_KEYS, golden_file
 from tests.support.models import seeded
 from tests.support.program import run
 from tests.support.strategies import relative
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 WEIGHT = "bert.encoder.layer.0.intermediate.dense.weight"
 # The parameters of a BERT that have the shapes of the file's, and the sizes that make them so.
 VECTORS = {"fft_4": "bert.encoder.layer.0.intermediate.dense.bias", "fft_6": "cls.predictions.bias"}

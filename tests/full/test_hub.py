@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from dc_merge_peft import DCMergeAdapter, OutputError, SourceError
 from tests.support import models
-from tests.support.families import V5
 from tests.support.full import write_models
 from tests.support.fused import tensors
 from tests.support.hub_adapters import MERGED, adapter_hub
 from tests.support.hub_server import HubServer
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 TA = DCMergeAdapter(method="ta", alpha=0.5)
 
 

@@ -15,12 +15,13 @@ import transformers
 from dc_merge_peft import METHODS, DCMergeAdapter, DCMergeConfig
 from dc_merge_peft.outputs import fused_stream
 from tests.support import models, oracle, oracle_elementwise, oracle_factors
-from tests.support.families import FAMILIES, TEXT, TOKENS, V5, WIDTH, answer
+from tests.support.families import FAMILIES, TEXT, TOKENS, WIDTH, answer
 from tests.support.full import Rule, expected, write_models
 from tests.support.fused import nearest, nothing_is_loaded, tensors, weight_files
 from tests.support.models import difference
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 PROJECTIONS = r"(q|k|v|o|gate|up|down)_proj\.weight$"
 CLIP = r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2|patch_embedding|visual_projection)\.weight$"
 WEIGHTS = [1.0, 0.5, 2.0]

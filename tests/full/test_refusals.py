@@ -21,12 +21,13 @@ from dc_merge_peft import (
 )
 from tests.full.test_numbers import gpt_oss, tied_llama
 from tests.support import models
-from tests.support.families import FAMILIES, V5
+from tests.support.families import FAMILIES
 from tests.support.full import tune, write_models
 from tests.support.fused import tensors
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 

@@ -12,8 +12,8 @@ from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.sources import checkpoint
 from tests.fuzz.cases import Case, make_pristine, run_inside
 from tests.fuzz.peft_reads import differs_from_peft
-from tests.support.models import needs_safe_pickles
 from tests.support.refused import refused
+from tests.support.versions import needs_safe_pickles
 
 ADAPTERS = ("math-lora", "code-lora")
 

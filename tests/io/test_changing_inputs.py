@@ -16,8 +16,9 @@ from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import CheckpointSource
 from tests.support import models
 from tests.support.fused import BERT, saved
-from tests.support.models import needs_safe_pickles, write_checkpoint
+from tests.support.models import write_checkpoint
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_safe_pickles
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -17,7 +17,8 @@ from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.sources import CheckpointSource
 from dc_merge_peft.sources.files import PickleFile, SafetensorsFile
-from tests.support.models import factors, needs_safe_pickles, write_checkpoint
+from tests.support.models import factors, write_checkpoint
+from tests.support.versions import needs_safe_pickles
 
 A, B = factors(6, 5, 2)
 EMBEDDING_A, EMBEDDING_B = factors(6, 5, 2, seed=1)  # of 5 tokens and dimension 6

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from dc_merge_peft import DCMergeAdapter, OutputError, SourceError
 from dc_merge_peft.runconfig import RunConfig
 from tests.support import models
-from tests.support.families import V5
 from tests.support.fused import BERT, saved
 from tests.support.refused import listing, refused
+from tests.support.versions import V5, needs_v5
 
 TA = DCMergeAdapter(method="ta")
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -38,7 +38,7 @@ def test_a_base_model_that_lacks_a_weight(tmp_path: Path, lost: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+@needs_v5
 def test_a_lost_weight_that_an_adapter_changes_is_not_streamed(tmp_path: Path) -> None:
     """The stream finds none to add to, and what is loaded instead lacks it as well."""
     base, folders = saved(tmp_path, models.bert(), BERT)

@@ -20,12 +20,13 @@ from dc_merge_peft.outputs import fused_stream
 from tests.support import models
 from tests.support.dora import save_dora
 from tests.support.extras import IGNORE, KINDS, save_extras
-from tests.support.families import FAMILIES, TEXT, TOKENS, V5, WIDTH, answer
+from tests.support.families import FAMILIES, TEXT, TOKENS, WIDTH, answer
 from tests.support.fused import BERT, changed, headers, nearest, nothing_is_loaded, saved, tensors, weight_files
 from tests.support.models import difference
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 
-pytestmark = [pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads"), *IGNORE]
+pytestmark = [needs_v5, *IGNORE]
 TA = DCMergeAdapter(method="ta")
 
 

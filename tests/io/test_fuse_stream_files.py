@@ -17,12 +17,13 @@ from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import base_names
 from tests.support import models
-from tests.support.families import FAMILIES, V5
+from tests.support.families import FAMILIES
 from tests.support.fused import BERT, changed, nothing_is_loaded, saved, weight_files
-from tests.support.models import difference, needs_safe_pickles, write_checkpoint
+from tests.support.models import difference, write_checkpoint
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_safe_pickles, needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 TA = DCMergeAdapter(method="ta")
 SHARDS = {"max_shard_size": "10KB"}
 

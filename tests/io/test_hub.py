@@ -25,10 +25,10 @@ from dc_merge_peft import (
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources import CheckpointSource, base_model
 from tests.support import models
-from tests.support.families import V5
 from tests.support.hub_server import HubServer, hub_server, point_client_at
 from tests.support.models import difference, write_checkpoint
 from tests.support.refused import listing, refused
+from tests.support.versions import V5
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "dc_merge.yaml"}
 ONE, TWO = "org/one", "org/two"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft import SourceError, UnsupportedAdapterError
-from tests.support.models import factors, needs_safe_pickles, write_checkpoint
+from tests.support.models import factors, write_checkpoint
 from tests.support.refused import merge_refused
+from tests.support.versions import needs_safe_pickles
 
 A, B = factors(6, 5, 2)
 GOOD = {"enc.q.lora_A.weight": A, "enc.q.lora_B.weight": B}

@@ -20,8 +20,9 @@ from torch.torch_version import TorchVersion
 
 from dc_merge_peft import SourceError
 from dc_merge_peft.sources import CheckpointSource
-from tests.support.models import factors, needs_safe_pickles, write_checkpoint
+from tests.support.models import factors, write_checkpoint
 from tests.support.refused import merge_refused, refused
+from tests.support.versions import needs_safe_pickles
 
 A, B = factors(6, 5, 2)
 GOOD = {"enc.q.lora_A.weight": A, "enc.q.lora_B.weight": B}

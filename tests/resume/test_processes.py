@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support.families import V5
 from tests.support.fused import BERT, saved
 from tests.support.many import finished, many_modules, program, started, wait_until
 from tests.support.models import bert
 from tests.support.refused import listing
+from tests.support.versions import needs_v5
 
 COUNT = 12
 
@@ -60,7 +60,7 @@ def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path, method:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-@pytest.mark.skipif(not V5, reason="older transformers needs the whole model")
+@needs_v5
 def test_fusing(tmp_path: Path) -> None:
     """The same for a full model, by a method of full rank."""
     base, adapters = saved(tmp_path, bert(), BERT)

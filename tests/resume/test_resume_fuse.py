@@ -13,11 +13,11 @@ from dc_merge_peft.outputs import directory, fused_stream
 from dc_merge_peft.outputs.fused_stream import Piece
 from dc_merge_peft.work.place import WorkPlace
 from tests.support import models
-from tests.support.families import V5
 from tests.support.fused import BERT, saved, weight_files
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 
-pytestmark = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+pytestmark = needs_v5
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from tests.support.models import VOCAB, seeded
 from tests.support.unet import UNet
-
-# Version 5 of transformers spells the modules of some vision models in another way.
-V5 = int(transformers.__version__.split(".")[0]) >= 5
+from tests.support.versions import V5
 
 IDS = torch.tensor([[5, 9, 2, 30, 7, 1]])
 PIXELS = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))

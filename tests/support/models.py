@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -27,11 +26,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-
-from dc_merge_peft.sources.files import SAFE_PICKLES
-
-# An older PyTorch can't read pickles safely, and then they are refused.
-needs_safe_pickles = pytest.mark.skipif(torch.__version__ < SAFE_PICKLES, reason="pickles are refused as a whole")
 
 VOCAB = 40
 IDS = torch.tensor([[1, 5, 9, 2, 30, 7]])

@@ -1,0 +1,18 @@
+"""What older versions of the dependencies can't do: the package refuses it there, and the tests of it are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from dc_merge_peft.sources.files import SAFE_PICKLES
+
+# Version 5 of transformers spells the modules of some vision models in another way.
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+
+# A full model is read tensor by tensor only where transformers tells it.
+needs_v5 = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+
+# An older PyTorch can't read pickles safely, and then they are refused.
+needs_safe_pickles = pytest.mark.skipif(torch.__version__ < SAFE_PICKLES, reason="pickles are refused as a whole")
