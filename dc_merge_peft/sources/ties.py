@@ -33,7 +33,21 @@ def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:
     if ties is not None:
         yield from ((target, source) for target, source in ties.items())
     elif getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
         paths = {id(module): path for path, module in model.named_modules()}
-        names = tuple(f"{paths[id(module)]}.weight" for module in embeddings if module is not None)
-        yield names
+        names = tuple(f"{paths[id(module)]}.weight" for module in _embeddings(model) if id(module) in paths)
+        if len(names) == 2:
+            yield names
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers before and after a transformers model that ``tie_word_embeddings`` makes one.
+
+    It is True by default, also where there are no words: then transformers 4 raises an error, or gives a layer of patches.
+    """
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)()
+        except NotImplementedError:
+            continue
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            yield module

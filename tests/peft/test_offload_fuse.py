@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError, SourceError, UnsupportedAdapterError
 from dc_merge_peft.outputs.fused import save_fused
+from dc_merge_peft.sources.ties import sharing_parameters
 from tests.peft.test_offload import OFFLOADS, device_map
 from tests.support import models
 from tests.support.refused import listing, refused
@@ -109,6 +111,47 @@ def test_tied_weights(tmp_path: Path, offload: Any) -> None:
     with refused(OutputError, "'transformer.wte' shares its weight with 'lm_head'", "untie them"):
         fused(model, merged)
     assert torch.equal(models.output(model), before)
+
+
+class Patches(nn.Module):
+    """The embedding of an image: a layer without a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(4, 4)
+
+
+class Declaring(nn.Module):
+    """A model that says of itself what models of transformers 4 say: that its embeddings are one, whatever they are."""
+
+    def __init__(self, before: nn.Module | None, after: nn.Module | None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+        self.before, self.after, self.other = before, after, nn.Linear(4, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.before is None:
+            raise NotImplementedError("`get_input_embeddings` not auto-handled for this model")
+        return self.before
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.after
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shared"),
+    [
+        (nn.Embedding(4, 4), nn.Linear(4, 4, bias=False), [["before.weight", "after.weight"]]),
+        (nn.Embedding(4, 4), None, []),
+        (Patches(), None, []),
+        (Patches(), nn.Linear(4, 4), []),
+        (None, None, []),
+        (None, nn.Linear(4, 4), []),
+    ],
+)
+def test_what_transformers_4_declares(before: nn.Module | None, after: nn.Module | None, shared: list[Any]) -> None:
+    """A tie is one of two embeddings with weights: a model of images has none, and says nevertheless that it ties them."""
+    assert sharing_parameters(Declaring(before, after).to("meta")) == shared
 
 
 def test_weights_that_can_not_be_had(tmp_path: Path) -> None:
