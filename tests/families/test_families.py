@@ -19,10 +19,12 @@ from tests.support import models
 from tests.support.families import FAMILIES, Family, answer
 from tests.support.fused import changed, nothing_is_loaded
 from tests.support.models import difference
-from tests.support.versions import needs_v5
+from tests.support.versions import V5, needs_v5
 
 WEIGHTS = [1.0, -0.5]
 TA = DCMergeAdapter(method="ta")
+# The weights that transformers 4 draws make CLIP's one number small beside what it is the sum of.
+ROUNDING = 1e-5 if V5 else 1e-4
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ def test_disk_memory_and_fused_agree(trained: Trained, tmp_path: Path, method: s
     in_memory = trained.answer(trained.peft)
     trained.peft.set_adapter("topic")
     trained.peft.delete_adapter("merged")
-    assert difference(in_memory, answer) < 1e-5
+    assert difference(in_memory, answer) < ROUNDING
     fused = trained.answer(fuse_and_load(trained, merger, tmp_path))
-    assert difference(fused, answer) < 1e-5
+    assert difference(fused, answer) < ROUNDING
     assert difference(trained.answer(trained.base), answer) > 1e-3
 
 

@@ -115,7 +115,7 @@ FAMILIES: dict[str, Family] = {
         _model("ViTForImageClassification", _config("ViTConfig", **WIDTH, **IMAGE)),
         {"pixel_values": PIXELS},
         {"target_modules": [*_VIT, "projection"]},
-        9,
+        9 if V5 else 11,  # "output.dense" is the end of "attention.output.dense", too
     ),
     "dinov2": Family(
         _model("Dinov2Model", _config("Dinov2Config", **WIDTH, **IMAGE)),
