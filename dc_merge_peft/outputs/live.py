@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
 from dc_merge_peft.layers import place_of
@@ -26,6 +28,9 @@ from dc_merge_peft.sources.base import Targets
 from dc_merge_peft.sources.live import factor_holders
 from dc_merge_peft.sources.live_model import LiveModel, plain_path
 from dc_merge_peft.sources.renames import fitting_rename
+
+# Before version 0.19 PEFT moves the new layers of a MixedModel to the base's device, which factors without numbers can't.
+_FILLED = TorchVersion(peft.__version__) < "0.19"
 
 
 def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activate: bool) -> nn.Module:
@@ -89,7 +94,8 @@ def install_in_tuner(
         tuner.peft_config[adapter_name] = config
         with _readable_refusals(config):
             # Random numbers for factors that are replaced at once take as long as the merge. What stands outside them is copied.
-            tuner.inject_adapter(tuner.model, adapter_name, low_cpu_mem_usage=not result.extras.values)
+            empty = not result.extras.values and not (_FILLED and isinstance(tuner, MixedModel))
+            tuner.inject_adapter(tuner.model, adapter_name, low_cpu_mem_usage=empty)
         write_factors(result, tuner.model, adapter_name)
         write_extras(result, tuner.model, adapter_name)
 

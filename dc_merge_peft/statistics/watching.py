@@ -45,7 +45,7 @@ def watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, Watche
         OptionError: no such modules, or none named for a model without adapters; several active adapters, or none.
         UnsupportedAdapterError: a layer that is neither Linear, Conv1D nor a convolution.
     """
-    layers = adapted_layers(model) if hasattr(model, "peft_config") else None
+    layers = adapted_layers(model) if has_adapters(model) else None
     if layers is None:
         if modules is None:
             raise OptionError(
@@ -64,6 +64,19 @@ def watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, Watche
             raise OptionError(unknown_name("module of the model", unmatched[0], _leaves(layers)))
         layers = {path: layer for path, layer in layers.items() if any(ends_in(path, name) for name in modules)}
     return {path: _watched(path, layer) for path, layer in layers.items()}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model is one of PEFT, or has adapters injected. Before version 0.19 PEFT leaves its ``peft_config`` on a model
+    that it takes the adapters off."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    return isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)) or any(
+        isinstance(module, BaseTunerLayer) for module in model.modules()
+    )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -141,10 +141,13 @@ def test_some_examples_and_some_layers() -> None:
     assert statistics.fisher(model, loader(), examples=1, modules=["query"]).examples == 3
 
 
-def test_a_model_without_adapters() -> None:
-    """The merged weights in a frozen model: the same statistics under the same names."""
+@pytest.mark.parametrize("left", [False, True])
+def test_a_model_without_adapters(left: bool) -> None:
+    """The merged weights in a frozen model: the same statistics under the same names, also where PEFT has left a trace."""
     model = classifier()
-    merged = plain(model).requires_grad_(False)
+    merged: Any = plain(model).requires_grad_(False)
+    if left:
+        merged.peft_config = model.peft_config
     for collect in (
         lambda m, **o: statistics.fisher(m, loader(), labels="given", **o),
         lambda m, **o: statistics.input_grams(m, loader(), **o),
