@@ -13,7 +13,7 @@ from torch import Tensor
 from dc_merge_peft import statistics
 from tests.support import models
 
-NAMES = ("math", "code")
+NAMES = ("math", "prose")
 FIELDS = {"r": 2, "target_modules": ["query", "value"]}
 
 

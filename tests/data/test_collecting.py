@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, int], Tensor]
 
 def classifier() -> Any:
     """A BERT under a head, with one active adapter of two, in float64."""
-    model = models.with_lora(models.bert_classifier(), {"math": TARGETS, "code": TARGETS}).double()
+    model = models.with_lora(models.bert_classifier(), {"math": TARGETS, "prose": TARGETS}).double()
     model.set_adapter("math")
     return model
 

@@ -61,7 +61,7 @@ def test_every_door_gives_the_same(name: str, prepared: Prepared, tmp_path: Path
     )
 
     prepared.model.add_weighted_adapter(
-        ["math", "code"], [1.0, 1.0], name, combination_type=name, svd_rank=4, statistics=paths
+        ["math", "prose"], [1.0, 1.0], name, combination_type=name, svd_rank=4, statistics=paths
     )
     live = models.deltas(prepared.model, name)
     prepared.model.delete_adapter(name)

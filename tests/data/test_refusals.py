@@ -38,7 +38,7 @@ def test_no_statistics(name: str, prepared: Prepared) -> None:
     with pytest.raises(OptionError, match=expected):
         DCMergeAdapter(method=name).plan(prepared.adapters)
     with pytest.raises(OptionError, match=expected):
-        prepared.model.add_weighted_adapter(["math", "code"], [1.0, 1.0], "both", combination_type=name)
+        prepared.model.add_weighted_adapter(["math", "prose"], [1.0, 1.0], "both", combination_type=name)
     assert "both" not in prepared.model.peft_config
 
 
@@ -126,9 +126,9 @@ def model() -> Any:
 def with_two_active() -> Any:
     """In a tuner that allows it."""
     both = models.with_lora(
-        models.bert_classifier(), {name: {"r": 2, "target_modules": ["query"]} for name in ("math", "code")}
+        models.bert_classifier(), {name: {"r": 2, "target_modules": ["query"]} for name in ("math", "prose")}
     )
-    both.base_model.set_adapter(["math", "code"])
+    both.base_model.set_adapter(["math", "prose"])
     return both
 
 

@@ -1,6 +1,7 @@
 """Tiny random models of several architectures, and LoRA adapters on them, in memory and on disk.
 
-Names of adapters must not be contained in "lora_" (PEFT warns about them), so they are words here.
+Names of adapters must not be contained in "lora_" (PEFT warns about them), so they are words here; nor in names of modules, as
+"code" is in "encoder": older PEFT then saves all adapters as that one.
 """
 
 from __future__ import annotations
