@@ -151,9 +151,9 @@ def test_beside_conv1d(tmp_path: Path) -> None:
     """``fan_in_fan_out`` is one setting for a whole adapter: PEFT then adds the transposed delta to an output projection, and
     takes no experts. Refused on disk and in memory; a wrong setting, without Conv1D, can be corrected."""
     targets: dict[str, dict[str, Any]] = {
-        "attention": {"target_modules": ["attention"]},
+        "heads": {"target_modules": ["attention"]},
         "both": {"target_modules": ["c", "attention"]},
-        "experts": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        "mixture": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
     }
     models: dict[str, Any] = {}
     for name, fields in targets.items():
@@ -165,10 +165,10 @@ def test_beside_conv1d(tmp_path: Path) -> None:
         "'attention.out_proj'",
         "where there are no Conv1D layers",
     )
-    merge_refused(tmp_path, [tmp_path / "both", tmp_path / "attention"], UnsupportedAdapterError, "'both' has", *words)
-    config = tmp_path / "experts" / "adapter_config.json"
+    merge_refused(tmp_path, [tmp_path / "both", tmp_path / "heads"], UnsupportedAdapterError, "'both' has", *words)
+    config = tmp_path / "mixture" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": True}))
-    words = ("'experts' has fan_in_fan_out=True, with which PEFT has no LoRA on parameters", "'experts[0]'", "expected")
-    merge_refused(tmp_path, [tmp_path / "experts"], UnsupportedAdapterError, *words)
+    words = ("'mixture' has fan_in_fan_out=True, with which PEFT has no LoRA on parameters", "'experts[0]'", "expected")
+    merge_refused(tmp_path, [tmp_path / "mixture"], UnsupportedAdapterError, *words)
     with refused(UnsupportedAdapterError, "'attention.base_layer.out_proj'", "Conv1D layers", "transposes", "expected"):
         models["both"].add_weighted_adapter(["both"], [1.0], "new", combination_type="ta")

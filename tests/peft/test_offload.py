@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.utils import align_module_device
-from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -22,6 +20,7 @@ from dc_merge_peft.sources.live import LiveSource
 from tests.support import models
 from tests.support.laws import methods_that
 from tests.support.refused import listing, refused
+from tests.support.versions import PEFT
 
 # Different targets and ranks: q_proj belongs to both, in layer 1 too, which is the offloaded one below.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -209,7 +208,7 @@ def test_add_to(tmp_path: Path, plain: Any, saved: Path, offload: str) -> None:
     assert torch.equal(logits(full, "math"), logits(plain, "math"))
 
 
-@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="older PEFT fails to load onto such a base")
+@pytest.mark.skipif(PEFT < "0.21", reason="older PEFT fails to load onto such a base")
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
 def test_base_loaded_with_a_device_map(
     tmp_path: Path, plain: Any, saved: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import transformers
+from torch.torch_version import TorchVersion
 
 from dc_merge_peft.sources.files import SAFE_PICKLES
 
 # Version 5 of transformers spells the modules of some vision models in another way.
 V5 = int(transformers.__version__.split(".")[0]) >= 5
+
+# For comparisons with text, as PEFT < "0.19".
+PEFT = TorchVersion(peft.__version__)
 
 # A full model is read tensor by tensor only where transformers tells it.
 needs_v5 = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
