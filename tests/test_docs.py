@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.runconfig import RunConfig
 from tests.support.llava import make_llava_workspace
 from tests.support.program import run
+from tests.support.versions import needs_safe_pickles, needs_v5
 from tests.support.workspace import make_data_workspace, make_full_workspace, make_tune_workspace, make_workspace
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,8 @@ WORKSPACES = {
     "merge-full.md": make_full_workspace,
     "tune.md": make_tune_workspace,
 }
+# Those whose examples older versions of the dependencies refuse.
+NEEDS = {"llava.md": needs_safe_pickles, "merge-full.md": needs_v5}
 SEARCH_SPACE = "# space.yaml\n"  # how a YAML block begins that is no configuration
 
 
@@ -52,10 +56,14 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     return tmp_path
 
 
-def with_blocks(language: str) -> list[Path]:
+def with_blocks(language: str) -> list[Any]:
     """The pages that have such blocks, so that no page counts as tested that has none. The page on the Hub has a test with
     a Hub: tests/io/test_hub_docs.py."""
-    return [page for page in PAGES if blocks(page, language) and page.name != "hub.md"]
+    return [
+        pytest.param(page, marks=NEEDS.get(page.name, ()))
+        for page in PAGES
+        if blocks(page, language) and page.name != "hub.md"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:kept outside B and A")  # where an example asks for it

@@ -19,6 +19,7 @@ from tests.support.models import bert, save_adapters, with_lora, write_checkpoin
 from tests.support.pages import Node, parsed
 from tests.support.program import run
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 from tests.support.workspace import ADAPTERS
 
 
@@ -163,6 +164,7 @@ def test_refusals(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed("merge", "math-lora", "code-lora", "-o", "out", "--report", words=("matplotlib", "dc-merge-peft[plots]"))
 
 
+@needs_v5
 @pytest.mark.filterwarnings("ignore:.*averaged tensors can't be in a LoRA")
 def test_full_models_have_no_report(tmp_path: Path) -> None:
     """It is about adapters."""

@@ -11,6 +11,7 @@ from transformers import BertModel
 from dc_merge_peft import DCMergeAdapter, OptionError, statistics
 from tests.support.full import write_models
 from tests.support.models import bert, difference
+from tests.support.versions import needs_v5
 
 pytestmark = pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")
 IDS = torch.tensor([[1, 5, 9, 2, 30, 7], [4, 4, 11, 20, 3, 8]])
@@ -21,6 +22,7 @@ def logits(model: BertModel, batch: torch.Tensor) -> torch.Tensor:
     return model(batch).pooler_output[:, :3]
 
 
+@needs_v5
 @pytest.mark.parametrize("name", ["fisher", "regmean"])
 def test_full_models(name: str, tmp_path: Path) -> None:
     """Linear layers by the rule, embeddings averaged when asked; without statistics the dry run is refused."""

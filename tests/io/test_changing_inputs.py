@@ -18,7 +18,7 @@ from tests.support import models
 from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
 from tests.support.refused import listing, refused
-from tests.support.versions import needs_safe_pickles
+from tests.support.versions import needs_safe_pickles, needs_v5
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -120,6 +120,7 @@ def test_a_pickle(tmp_path: Path, change: Callable[[Path], None]) -> None:
     assert torch.equal(source.factors(module).dense(), before)
 
 
+@needs_v5
 @pytest.mark.parametrize("change", [*IN_PLACE, *BESIDE])
 def test_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
     """The files of a base model are opened piece by piece, so that a new one is noticed as well."""

@@ -19,6 +19,7 @@ from tests.support import llava as tiny
 from tests.support import models
 from tests.support.families import answer
 from tests.support.models import difference
+from tests.support.versions import needs_safe_pickles
 
 WEIGHTS = [1.0, -0.5]
 SEEDS = (40, 41)
@@ -66,6 +67,7 @@ def summed_model() -> Any:
     return model
 
 
+@needs_safe_pickles
 def test_original_adapters_into_transformers(originals: list[Path], tmp_path: Path) -> None:
     """Renamed, the merge loads by plain PEFT without a warning: exact deltas in the Llama, none in CLIP's layers of the
     same names, and the logits of a model into which the sums were added by hand."""
@@ -80,6 +82,7 @@ def test_original_adapters_into_transformers(originals: list[Path], tmp_path: Pa
     assert difference(answer(base(), tiny.INPUTS), expected) > 1e-3
 
 
+@needs_safe_pickles
 def test_original_adapters_fused(originals: list[Path], tmp_path: Path) -> None:
     """Fused into the base model's directory, plain transformers loads it with the same logits."""
     base().save_pretrained(tmp_path / "base")
@@ -89,6 +92,7 @@ def test_original_adapters_fused(originals: list[Path], tmp_path: Path) -> None:
     assert difference(answer(loaded.eval(), tiny.INPUTS), answer(summed_model(), tiny.INPUTS)) < 1e-5
 
 
+@needs_safe_pickles
 def test_dc_of_original_adapters_in_every_place(originals: list[Path], tmp_path: Path) -> None:
     """DC-Merge with its defaults: from disk, added to the model and fused, one answer."""
     merged = DCMergeAdapter().merge(originals, rename="llava-hf")
@@ -100,6 +104,7 @@ def test_dc_of_original_adapters_in_every_place(originals: list[Path], tmp_path:
     assert difference(answer(fused, tiny.INPUTS), expected) < 1e-5
 
 
+@needs_safe_pickles
 def test_original_in_original_out(originals: list[Path], tmp_path: Path) -> None:
     """Without a rename the paths stay, with a remark; the result loads into a model of the original layout."""
     with pytest.warns(MergeWarning, match="named as in the original LLaVA .*rename='llava-hf'"):
@@ -114,6 +119,7 @@ def test_original_in_original_out(originals: list[Path], tmp_path: Path) -> None
     assert set(found) == set(sums) and all(difference(delta, sums[path]) < 1e-6 for path, delta in found.items())
 
 
+@needs_safe_pickles
 def test_original_and_transformers_adapters_together(tmp_path: Path) -> None:
     """An original adapter and one of transformers' layout meet in the same modules; their base models have two names."""
     original = tiny.write_original(tmp_path / "original", SEEDS[0], with_projector=False)
@@ -140,6 +146,7 @@ def test_transformers_layout(tmp_path: Path, method: str) -> None:
     assert all(difference(delta, merged.delta(module)) < 1e-6 for module, delta in found.items())
 
 
+@needs_safe_pickles
 def test_renamed_adapters_are_inspected_as_they_were_read(tmp_path: Path) -> None:
     """Under the rename of the merge, in memory or from its record on disk, and under the names of the merge."""
     tiny.make_llava_workspace(tmp_path)

@@ -23,6 +23,7 @@ from tests.support import models
 from tests.support.families import answer
 from tests.support.models import difference
 from tests.support.refused import merge_refused
+from tests.support.versions import needs_safe_pickles
 
 SEEDS = (40, 41)
 FILE = "non_lora_trainables.bin"
@@ -34,7 +35,7 @@ POLICIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "first": lambda first, _: first,
     "LLaVA_41": lambda _, second: second,
 }
-pytestmark = pytest.mark.filterwarnings("ignore:(kept|left out) outside B and A")
+pytestmark = [needs_safe_pickles, pytest.mark.filterwarnings("ignore:(kept|left out) outside B and A")]
 
 
 @cache

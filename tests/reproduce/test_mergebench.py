@@ -24,6 +24,7 @@ from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
 from dc_merge_peft import DCMergeAdapter, MergeWarning
 from tests.support.llava import llava as tiny_llava
 from tests.support.llava import write_original
+from tests.support.versions import needs_safe_pickles
 from tests.support.words import llava_processor
 
 SHORT = {name: dataclasses.replace(task, tokens=2) for name, task in TASKS.items()}
@@ -134,6 +135,7 @@ def test_answers_in_batches(bench: Path, base: Path) -> None:
     assert together == list(llava.answered(model, processor, asked, bench / "images", 1)) and any(together)
 
 
+@needs_safe_pickles
 def test_adapters_are_in_the_model(base: Path, adapters: Path) -> None:
     """Weights and projector are those of the library's own way into a model, alpha on the deltas alone."""
     places = sorted(adapters.iterdir())[:3]
@@ -160,6 +162,7 @@ def line(base: Path, adapters: Path, bench: Path, cache: Path, *more: str) -> li
     ]  # fmt: skip
 
 
+@needs_safe_pickles
 def test_from_questions_to_the_report(
     base: Path,
     adapters: Path,

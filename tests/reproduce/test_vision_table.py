@@ -26,6 +26,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from dc_merge_peft import DCMergeAdapter
 from tests.support.clip import SIDE, stored_encoder, tiny_clip, write_adapter, write_images
+from tests.support.versions import needs_v5
 
 TASKS = ("RenderedSST2", "EuroSAT", "FER2013")
 CLASSES = {"RenderedSST2": 2, "EuroSAT": 10, "FER2013": 7}
@@ -170,6 +171,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs_v5
 def test_table_of_towers(
     clip_folder: Path,
     data: Path,
@@ -214,6 +216,7 @@ def test_labels_in_another_order_stop_a_run(clip_folder: Path, adapters: Path, t
         ClipSuite(made, ("RenderedSST2",)).head("RenderedSST2")
 
 
+@needs_v5
 def test_every_method_merges_towers(clip_folder: Path, towers: Path, tmp_path: Path) -> None:
     """All rows of Table 2, on the files that the programs keep; data-free alpha where it has a solution."""
     base = from_clip(load_clip(clip_folder))

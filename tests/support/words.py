@@ -26,6 +26,7 @@ def tokenizer(*, image: bool = False) -> PreTrainedTokenizerFast:
     made = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     named: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    named["model_input_names"] = ["input_ids", "attention_mask"]  # as that of Llama has them
     return PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=[IMAGE] if image else None, **named)
 
 
