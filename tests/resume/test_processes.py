@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,19 @@ def launched(arguments: Sequence[object], place: Path) -> subprocess.Popen[str]:
         "--mixed_precision",
         "no",
     ]
-    options = ["--num_processes", "2", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "dc_merge_peft"]
+    with socket.socket() as free:  # older accelerate does not look for one itself
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--num_processes",
+        "2",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(port),
+        "-m",
+        "dc_merge_peft",
+    ]
     return started([*launcher, *options, *map(str, arguments)], place, CUDA_VISIBLE_DEVICES="")
 
 
