@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 BATCH = 32
@@ -51,7 +52,8 @@ class Batch:
 
     def logits(self, model: Any) -> Tensor:  # (answer tokens, vocabulary)
         """What a causal language model expects at the answers' tokens; the vocabulary is looked at nowhere else."""
-        hidden = model.get_decoder()(input_ids=self.ids, use_cache=False).last_hidden_state
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        hidden = inner.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[self.rows, self.places])
 
 
