@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from dc_merge_peft import DCMergeAdapter
-from dc_merge_peft.outputs import adapter, fused_stream
+from dc_merge_peft.outputs import adapter, fused, fused_stream
 from dc_merge_peft.work.workshop import settle
 from tests.support.program import run
 from tests.support.refused import listing
+from tests.support.versions import needs_v5
 from tests.support.workspace import make_workspace
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -24,16 +25,17 @@ SETTLE = settle
 ADAPTERS = ("math-lora", "code-lora")
 MERGE = ("merge", *ADAPTERS, "-o", "out")
 FUSE = ("fuse", "base-model", *ADAPTERS, "-o", "out")
+FUSED = (fused_stream, fused)  # older transformers needs the whole model
 
 # The program, which stops in the middle of writing until a signal comes.
 WAITING = """
 import sys, time
-from dc_merge_peft.outputs import adapter, fused_stream
+from dc_merge_peft.outputs import adapter, fused, fused_stream
 from dc_merge_peft.work.workshop import settle
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
-adapter.adapter_card = fused_stream.write_papers = wait
+adapter.adapter_card = fused_stream.write_papers = fused.write_papers = wait
 from dc_merge_peft.cli import main
 main()
 """
@@ -71,7 +73,8 @@ def test_signals(workspace: Path, monkeypatch: pytest.MonkeyPatch, command: tupl
     before = listing(workspace)
     handlers = [signal.getsignal(each) for each in SIGNALS]
     send_at(monkeypatch, adapter, "adapter_card", number)
-    send_at(monkeypatch, fused_stream, "write_papers", number)
+    for written in FUSED:
+        send_at(monkeypatch, written, "write_papers", number)
     for out in (("--overwrite",), ("-o", "new/out")):
         done = run(*command, *out)
         assert done.exit_code == 128 + number, done.output
@@ -93,6 +96,7 @@ def test_the_demo(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.exit_code, listing(workspace)) == (143, before)
 
 
+@needs_v5
 def test_full_rank_deltas_on_disk(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deltas that wait on disk for the model to be written go, too."""
     before = listing(workspace)
@@ -125,7 +129,8 @@ def test_interrupts_in_python(workspace: Path, monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(adapter, "adapter_card", interrupt)
-    monkeypatch.setattr(fused_stream, "write_papers", interrupt)
+    for written in FUSED:
+        monkeypatch.setattr(written, "write_papers", interrupt)
     with pytest.raises(KeyboardInterrupt):
         DCMergeAdapter().merge(ADAPTERS).save_pretrained("out", overwrite=True)
     with pytest.raises(KeyboardInterrupt):

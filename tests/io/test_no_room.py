@@ -22,6 +22,7 @@ from dc_merge_peft.outputs import room
 from tests.support.models import write_checkpoint
 from tests.support.program import run
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 from tests.support.workspace import make_workspace
 
 ADAPTERS = ("math-lora", "code-lora")
@@ -84,7 +85,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=needs_v5)])
 def test_refused_before_any_work(workspace: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
     """Where the size is known and the disk is asked: no factor is read, and the error has both numbers."""
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1_001_000, 1_001_000))
