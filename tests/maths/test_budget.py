@@ -44,23 +44,23 @@ def test_what_is_kept() -> None:
     assert kept_bytes(plan, lazily=True, dense=False) == 0
 
 
-# Merges, and prints the largest resident size of the process while that lasts, and what it was before.
+# Merges with so much memory beyond what the process has before, and prints how far it grows: its libraries differ in size.
 MEASURED = """
 import sys, threading
 import psutil
 import torch
 from dc_merge_peft import DCMergeAdapter
 torch.set_num_threads(4)
-process, peak, ended = psutil.Process(), [0], threading.Event()
+process, room, peak, ended = psutil.Process(), int(sys.argv[2]), [0], threading.Event()
 def watch():
     while not ended.wait(0.002):
         peak[0] = max(peak[0], process.memory_info().rss)
-watcher = threading.Thread(target=watch)
+watcher, before = threading.Thread(target=watch, daemon=True), process.memory_info().rss
 watcher.start()
-DCMergeAdapter(method=sys.argv[1]).merge(["lora-0", "lora-1"], svd_rank=4, max_memory=int(sys.argv[2]) or None)
+DCMergeAdapter(method=sys.argv[1]).merge(["lora-0", "lora-1"], svd_rank=4, max_memory=before + room if room else None)
 ended.set()
 watcher.join()
-print(peak[0])
+print(peak[0] - before)
 """
 
 
@@ -70,14 +70,14 @@ def test_measured(tmp_path: Path) -> None:
     many_modules(tmp_path, 6, size=1100, rank=2)
     environment = {"MALLOC_ARENA_MAX": "1"}  # each arena keeps its freed memory to itself
 
-    def peak(memory: int) -> int:
-        process = started([sys.executable, "-c", MEASURED, "ties", str(memory)], tmp_path, **environment)
+    def growth(room: int) -> int:
+        process = started([sys.executable, "-c", MEASURED, "ties", str(room)], tmp_path, **environment)
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         return int(output)
 
-    limit = 480_000_000
-    assert peak(limit) < limit < peak(0)
+    room = 240_000_000 if torch.__version__ >= "2.10" else 190_000_000  # older PyTorch takes less for a module
+    assert growth(room) < room < growth(0)
 
 
 def test_the_same_bytes(tmp_path: Path) -> None:
