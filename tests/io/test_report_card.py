@@ -16,6 +16,7 @@ from tests.support.models import bert, write_checkpoint
 from tests.support.pages import parsed
 from tests.support.program import run
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_hub_client
 from tests.support.workspace import ADAPTERS, make_workspace
 
 NAMES = {"report.html", "dirsim.png", "spectrum.png", "overlap.png"}
@@ -86,6 +87,7 @@ def test_a_report_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
         merged.save_pretrained(sources[0], report=True)
 
 
+@needs_hub_client
 def test_what_is_published_names_no_place_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One commit with the folder in it; adapters from disk by the last part of their name, those of the Hub as links."""
     with adapter_hub(monkeypatch, tmp_path) as server:

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from torch.torch_version import TorchVersion
 
 from dc_merge_peft.sources.files import SAFE_PICKLES
@@ -21,3 +22,8 @@ needs_v5 = pytest.mark.skipif(not V5, reason="older transformers does not say ho
 
 # An older PyTorch can't read pickles safely, and then they are refused.
 needs_safe_pickles = pytest.mark.skipif(torch.__version__ < SAFE_PICKLES, reason="pickles are refused as a whole")
+
+# The loopback Hub speaks with the client of today.
+needs_hub_client = pytest.mark.skipif(
+    not hasattr(constants, "HF_URL_HOSTS"), reason="the loopback Hub speaks with a newer client"
+)
