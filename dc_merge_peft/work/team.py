@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from dc_merge_peft.errors import MergeError, OptionError, first_line
 from dc_merge_peft.work.whole import write_whole
@@ -28,6 +29,9 @@ BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one, after which a process counts as dead; a network's file system may be that slow to show it
 MEETING = timedelta(minutes=10)  # in which the processes of one launch have to come together
 _POLL = 0.05
+# Older PyTorch ends a group of Gloo with Python's lock in its hands, which a thread of the group may wait for to let go of the
+# last message: then for ever. Left alone, the group ends with the process.
+_HANGS = TorchVersion(torch.__version__) < "2.9"
 # As launchers say how many processes there are: torch's, and those of MPI.
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -85,7 +89,7 @@ class Team:
             state = PartialState(cpu=cpu, timeout=MEETING)
             token = broadcast_object_list([secrets.token_hex(8)], from_process=0)[0]
             state.wait_for_everyone()
-            if torch.distributed.is_initialized():
+            if torch.distributed.is_initialized() and not (_HANGS and torch.distributed.get_backend() == "gloo"):
                 torch.distributed.destroy_process_group()  # all else goes through files
         except (RuntimeError, ValueError) as error:
             raise MergeError(
