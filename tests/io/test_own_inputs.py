@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError, SourceError
 from dc_merge_peft.cli import app
 from tests.support import models
-from tests.support.families import V5
 from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
 from tests.support.refused import listing, refused
+from tests.support.versions import needs_v5
 
 TA = DCMergeAdapter(method="ta")
-needs_v5 = pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
 
 
 @pytest.mark.parametrize("written", ["two", "./two", "two/"])

@@ -14,9 +14,9 @@ from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.frames import SCRATCH
 from dc_merge_peft.parallel import one_thread
 from tests.support import models
-from tests.support.families import V5
 from tests.support.fused import BERT, saved
 from tests.support.refused import listing
+from tests.support.versions import needs_v5
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def test_same_numbers(tmp_path: Path, setting: str, method: str) -> None:
     assert listing(tmp_path / "found") == listing(tmp_path / "expected")
 
 
-@pytest.mark.skipif(not V5, reason="older transformers does not say how it names what it loads")
+@needs_v5
 @pytest.mark.parametrize("method", ["dc", "ties"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_same_fused_files(tmp_path: Path, setting: str, method: str) -> None:
