@@ -13,7 +13,7 @@ from everything.drawn import dir_sims, figures_page, figures_text
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
 from everything.page import section, with_section
-from everything.tables import beyond, losses
+from everything.tables import beyond, costs, losses
 from everything.texts import losses_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -220,3 +220,12 @@ def test_results_name_their_kind() -> None:
     """Results from before there were full models are of adapters."""
     data = json.loads((DOCS / "text8/results.json").read_text(encoding="utf-8"))
     assert Found("text8", {key: value for key, value in data.items() if key != "kind"}).kind == "adapter"
+
+
+def test_costs_add_up() -> None:
+    """Hours by benchmark and of all, of those that say what they took."""
+    took = {"trained": 8, "training_seconds": 1800, "merges": 20, "measuring_seconds": 5400}
+    one, other = results("a", 0.0), results("b", 0.0)
+    assert costs([one, other]) == ""
+    lines = costs([Found("a", one.data, took), other, Found("c", one.data, took)]).splitlines()
+    assert lines[2:] == ["| a | 8 | 0.5 | 20 | 1.5 |", "| c | 8 | 0.5 | 20 | 1.5 |", "| all | 16 | 1.0 | 40 | 3.0 |"]

@@ -48,6 +48,8 @@ def test_numbers_are_those_of_the_rows(out: Path) -> None:
     """Averages of a line are averages of its rows' hits, normalised by own adapters; the reference differs from nobody."""
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = Rows(out / "rows-float32.jsonl").found
+    merges = sum("seconds" in row for row in rows.values())
+    assert json.loads((out / "cost.json").read_text(encoding="utf-8"))["merges"] == merges > 0
     line = next(line for line in found["merged"] if (line["tasks"], line["label"], line["rule"]) == (2, "ta", "auto"))
     ratios = []
     for pair in ("ab", "cd", "ef", "gh"):

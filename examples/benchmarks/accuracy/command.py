@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accuracy.carrier import PRECISIONS
+from accuracy.cost import write_cost
 from accuracy.evaluate import Rows, evaluate
 from accuracy.making import make_adapters
 from accuracy.plan import Settings
@@ -107,6 +108,7 @@ def _run_stage(
     results = results_of(suite, settings, rows.found)
     out = options.out or options.cache / "results"
     write(results, out)
+    write_cost(suite, rows.found, out)
     if options.page:
         options.page.write_text(with_tables(options.page.read_text(encoding="utf-8"), results), encoding="utf-8")
         return f"results.json and results.csv in {out}, the tables in {options.page}"

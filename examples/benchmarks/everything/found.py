@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accuracy.cost import FILE as COST
 from accuracy.results import REFERENCE
 
 from dc_merge_peft.methods import DATA_METHODS
@@ -25,6 +26,7 @@ class Found:
 
     name: str  # of the suite, of its page and of the folder beside it
     data: Mapping[str, Any]
+    cost: Mapping[str, int] | None = None  # what it took to make, where that is known
 
     @property
     def kind(self) -> str:
@@ -78,7 +80,9 @@ def _saved(docs: Path, names: Sequence[str]) -> Iterator[Found]:
     for name in names:
         file = docs / name / "results.json"
         if file.is_file():
-            yield Found(name, json.loads(file.read_text(encoding="utf-8")))
+            took = file.with_name(COST)
+            cost = json.loads(took.read_text(encoding="utf-8")) if took.is_file() else None
+            yield Found(name, json.loads(file.read_text(encoding="utf-8")), cost)
 
 
 def value(line: Line) -> float:

@@ -11,9 +11,10 @@ from accuracy.results import RULES
 
 from everything.drawn import dir_sims, figures_text
 from everything.found import Found
-from everything.tables import all_methods, alphas, beyond, defaults, glance, losses
+from everything.tables import all_methods, alphas, beyond, costs, defaults, glance, losses
 from everything.texts import (
     ALPHA_STUDY_TEXT,
+    COST_TEXT,
     DEFAULTS_TEXT,
     HEADINGS,
     METHODS_TEXT,
@@ -70,6 +71,8 @@ def section(
         parts += [f"### Options, {RULE_NAMES[rule]}", defaults(found, rule)]
     if studied:
         parts += ["## Beyond the paper", STUDY_TEXT, beyond_text(found), beyond(found), STUDY_TABLES_TEXT, *studied]
+    if cost := costs(found):
+        parts += ["## What it costs to make", COST_TEXT, cost]
     parts += ["## The tables of each benchmark", pages(found)]
     if figures:
         parts += ["## The paper's figures", figures_text(figures)]

@@ -139,3 +139,27 @@ def beyond(found: Sequence[Found]) -> str:
                     row.append(f"{100 * (value(line) - value(published[best])):+.1f} (`{best}`)")
                 rows.append(row)
     return table(head, rows) if rows else "It is not measured there yet."
+
+
+def costs(found: Sequence[Found]) -> str:
+    """What each benchmark has cost, and all of them; nothing where it is not known."""
+    known = [(one.name, one.cost) for one in found if one.cost is not None]
+    if not known:
+        return ""
+    total = {key: sum(cost[key] for _, cost in known) for key in known[0][1]}
+    rows = [
+        [
+            name,
+            str(cost["trained"]),
+            _hours(cost["training_seconds"]),
+            str(cost["merges"]),
+            _hours(cost["measuring_seconds"]),
+        ]
+        for name, cost in [*known, ("all", total)]
+    ]
+    head = ["benchmark", "adapters or models trained", "hours", "merges measured", "hours"]
+    return table(head, rows)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f}"
