@@ -64,7 +64,7 @@ def one_thread() -> Iterator[int]:
             if torch.is_inference_mode_enabled():
                 settings.enter_context(torch.inference_mode(False))
                 settings.enter_context(torch.no_grad())
-            if torch.get_default_device().type != "cpu":
+            if torch.empty(0).device.type != "cpu":
                 settings.enter_context(torch.device("cpu"))
             yield threads
     finally:
