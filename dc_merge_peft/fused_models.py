@@ -77,7 +77,7 @@ class ModelFuser:
         merge = partial(self.merge, sources, weights, token=token)
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
         model, merged, _ = fuse_in_memory(merge, found, destination, **merge_options)
-        if other := another_base(base, merged.adapters):
+        if (other := another_base(base, merged.adapters)) and other not in merged.remarks:
             warnings.warn(other, MergeWarning, stacklevel=2)
         return model
 

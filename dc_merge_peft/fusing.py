@@ -179,7 +179,8 @@ def fuse_to_disk(
             path = None if destination.out is None else Path(destination.out).expanduser()
             fused = FusedModel(path, url, merged, (*merged.remarks, reason))
             warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
-    if (other := another_base(base, fused.merged.adapters)) is None:
+    other = another_base(base, fused.merged.adapters)
+    if other is None or other in fused.remarks:
         return fused
     warnings.warn(other, MergeWarning, stacklevel=3)
     return dataclasses.replace(fused, remarks=(*fused.remarks, other))
@@ -220,7 +221,7 @@ def plan_fused(
 def _other(base: str | Path, planned: MergePlan) -> tuple[str, ...]:
     """A remark on adapters that name another base model."""
     remark = another_base(base, planned.adapters)
-    return () if remark is None else (remark,)
+    return () if remark is None or remark in planned.remarks else (remark,)
 
 
 def _fuse_streamed(

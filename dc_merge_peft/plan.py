@@ -15,11 +15,13 @@ from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import plain
 from dc_merge_peft.sources.base import AdapterInfo, Source
+from dc_merge_peft.sources.dora import DoraSource
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
 from dc_merge_peft.statistics.opening import with_statistics
 from dc_merge_peft.together import (
+    another_base,
     check_weights,
     refuse_different_bases,
     refuse_repeated,
@@ -122,10 +124,19 @@ def plan_merge(
             *rename_remarks(sources),
             *planned.remarks(infos),
             *unknown_settings(sources, infos),
+            *_bases(sources, infos),
             *_remarks(method, modules),
         ),
         extras=planned,
     )
+
+
+def _bases(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:
+    """A remark on DoRA adapters that are read with another base model than the one they name."""
+    for source, info in zip(sources, infos, strict=True):
+        if isinstance(source, DoraSource) and (remark := another_base(source.base, [info])):
+            yield remark
+            return
 
 
 def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:

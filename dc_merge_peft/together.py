@@ -99,14 +99,14 @@ def base_place(info: AdapterInfo) -> str:
 
 
 def another_base(base: object, infos: Sequence[AdapterInfo]) -> str | None:
-    """A remark where adapters name another base model than the one that they are added to, as far as names tell: a directory that
-    is called as a repository of the Hub is taken for a copy of it. A rename leads to another model in any case."""
+    """A remark where adapters name another base model than the one that is given, as far as names tell: a directory that is called
+    as a repository of the Hub, or lies in the Hub's cache, is taken for a copy of it. A rename leads to another model in any case."""
     if not isinstance(base, (str, Path)):
         return None
     for info in infos:
         if info.base_model and not info.rename and not _same_model(str(base), info):
             return (
-                f"adapter '{info.name}' was trained on '{info.base_model}', and is added to '{base}': expected the same weights under "
+                f"adapter '{info.name}' was trained on '{info.base_model}', and the base model is '{base}': expected the same weights under "
                 "another name; give the base model that the adapters name if they are not"
             )
     return None
@@ -116,7 +116,9 @@ def _same_model(base: str, info: AdapterInfo) -> bool:
     ours, theirs = (base_place(dataclasses.replace(info, base_model=name)) for name in (base, info.base_model))
     if ours == theirs or Path(theirs).is_dir():
         return ours == theirs
-    return Path(ours).name.lower().partition("@")[0] == Path(theirs).name.lower()
+    cached = (part.rpartition("--")[2] for part in Path(ours).parts if part.startswith("models--"))
+    name = next(cached, Path(ours).name.partition("@")[0])
+    return name.lower() == Path(theirs).name.lower()
 
 
 def unknown_settings(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_another_base_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file = Path(name, "task", "adapter_config.json")
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
     folders = {name: Path(name, "task") for name in ("one", "two")}
-    words = r"adapter 'task' was trained on 'org/llama', and is added to 'other'"
+    words = r"adapter 'task' was trained on 'org/llama', and the base model is 'other'"
     with pytest.warns(MergeWarning, match=words):
         fused = TA.fuse_to_disk("other", [folders["one"]], "out")
     assert len(fused.remarks) == 1 and TA.plan_fused("other", [folders["one"]]).remarks == fused.remarks
@@ -107,7 +108,10 @@ def test_another_base_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         TA.fuse("other", [folders["one"]])
     assert TA.fuse_to_disk("llama", [folders["one"]], "same").remarks == ()
     assert TA.fuse_to_disk(tmp_path / "other", [folders["two"]], "path").remarks == ()
-    with pytest.warns(MergeWarning, match="is added to"):
+    cached = Path("hub/models--org--llama/snapshots/0123abcd")
+    shutil.copytree("llama", cached)
+    assert TA.fuse_to_disk(cached, [folders["one"]], "from-cache").remarks == ()
+    with pytest.warns(MergeWarning, match="and the base model is"):
         TA.fuse_to_disk("llama", [folders["two"]], "wrong")
 
 
