@@ -37,9 +37,8 @@ STUDY_TABLES_TEXT = """### On validation examples
 
 In brackets the difference from `dc` with its interval. Alpha is picked on the examples that are measured, which favours all rules alike, or is the data-free
 one."""
-COST_TEXT = """Hours of one processor of the machine on which it was made; the work is shared out to all of them, so that two take half. Beside it the study,
-figures and pages take some twenty minutes of two processors. What is kept is not made again: with all measurements a run takes two minutes, after a change of the library
-the merges are made again and measured only where they came out differently."""
+COST_TEXT = """Hours of one processor of the machine on which it was made, beside a second one at work; the work is shared out to all of them. Study, figures and
+pages come on top. What is kept is not made again: after a change of the library merges are made again, and measured only where they came out differently."""
 ALPHA_STUDY_TEXT = """How the rule was chosen: what sizes in several norms lose on **validation** examples against the best alpha there, in points, mean over
 four and eight tasks and nine methods and options, seed 0. `rzf`, which takes directions apart, stands by itself. The library's rule was taken
 for its loss on the mean of the three."""
