@@ -22,6 +22,7 @@ from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.finetuned import open_model, open_models
+from dc_merge_peft.sources.opening import listed
 
 
 class FullModelMerger:
@@ -92,6 +93,7 @@ class FullModelMerger:
         """
         if out is None and push_to is None:
             raise OutputError("found no output: expected a directory, or a Hub repository to push to")
+        models = listed(models)
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
             create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *models],

@@ -17,6 +17,7 @@ from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.opening import listed
 from dc_merge_peft.together import another_base
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class ModelFuser:
                 the model can't be saved or pushed.
             SourceError: the base model can't be loaded.
         """
+        sources = listed(sources)
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
             create_pr=create_pr, token=token, inputs=[base, *sources],
@@ -77,7 +79,8 @@ class ModelFuser:
         merge = partial(self.merge, sources, weights, token=token)
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
         model, merged, _ = fuse_in_memory(merge, found, destination, **merge_options)
-        if (other := another_base(base, merged.adapters)) and other not in merged.remarks:
+        allowed = merge_options.get("allow_different_bases")
+        if not allowed and (other := another_base(base, merged.adapters)) and other not in merged.remarks:
             warnings.warn(other, MergeWarning, stacklevel=2)
         return model
 
@@ -115,6 +118,7 @@ class ModelFuser:
             progress: Show progress bars; by default on a terminal only.
             overwrite: As for :meth:`fuse`, and so are all others; ``resume=True`` keeps finished modules and files beside ``out``.
         """
+        sources = listed(sources)
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
             create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *sources],

@@ -179,7 +179,7 @@ def fuse_to_disk(
             path = None if destination.out is None else Path(destination.out).expanduser()
             fused = FusedModel(path, url, merged, (*merged.remarks, reason))
             warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
-    other = another_base(base, fused.merged.adapters)
+    other = None if options.get("allow_different_bases") else another_base(base, fused.merged.adapters)
     if other is None or other in fused.remarks:
         return fused
     warnings.warn(other, MergeWarning, stacklevel=3)
@@ -203,7 +203,14 @@ def plan_fused(
     except NotStreamable as found:
         planned = plan(**{"base": BaseModel(base, token=destination.token), **_planning(options)})
         return FusePlan(
-            str(base), planned, 0, 0, 0, 0, 0, (*planned.remarks, _in_memory(base, found), *_other(base, planned))
+            str(base),
+            planned,
+            0,
+            0,
+            0,
+            0,
+            0,
+            (*planned.remarks, _in_memory(base, found), *_other(base, planned, options)),
         )
     tensors = model.files.tensors
     return FusePlan(
@@ -214,13 +221,13 @@ def plan_fused(
         changed_bytes=sum(tensors[key].size for key in changes.keys),
         total_bytes=sum(tensor.size for tensor in tensors.values()),
         shards=len(plan_shards(tensors, destination.max_shard_size)),
-        remarks=(*planned.remarks, *_other(base, planned)),
+        remarks=(*planned.remarks, *_other(base, planned, options)),
     )
 
 
-def _other(base: str | Path, planned: MergePlan) -> tuple[str, ...]:
-    """A remark on adapters that name another base model."""
-    remark = another_base(base, planned.adapters)
+def _other(base: str | Path, planned: MergePlan, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A remark on adapters that name another base model, unless that is said to be right."""
+    remark = None if options.get("allow_different_bases") else another_base(base, planned.adapters)
     return () if remark is None or remark in planned.remarks else (remark,)
 
 

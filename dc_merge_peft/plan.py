@@ -124,7 +124,7 @@ def plan_merge(
             *rename_remarks(sources),
             *planned.remarks(infos),
             *unknown_settings(sources, infos),
-            *_bases(sources, infos),
+            *(() if allow_different_bases else _bases(sources, infos)),
             *_remarks(method, modules),
         ),
         extras=planned,

@@ -54,12 +54,12 @@ class RunConfig:
             SourceError: the file is missing or no YAML mapping.
             OptionError: a name that is neither a setting nor an option of any method, one given twice, or a value of the wrong type.
         """
-        values = {str(name).replace("-", "_"): value for name, value in read_record(path).items()}
+        values = _underscored(path, read_record(path))
         values.pop("record", None)
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
             raise OptionError(f"the configuration '{path}' has options: {options!r}: expected lines such as 'rho: 5'")
-        options = {str(name): value for name, value in options.items()}
+        options = _underscored(path, options)
         known = {field.name for field in dataclasses.fields(cls)}
         loose = {name: values.pop(name) for name in list(values) if name not in known}
         _refuse_unknown(path, [*loose, *options], str(values.get("method") or cls.method), known)
@@ -96,6 +96,17 @@ class RunConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def _underscored(path: str | Path, values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same values under names with underscores, as flags may be written with dashes."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        plain = str(name).replace("-", "_")
+        if plain in found:
+            raise OptionError(f"the configuration '{path}' gives '{plain}' twice: expected it once")
+        found[plain] = value
+    return found
+
+
 def _refuse_unknown(path: str | Path, names: Iterable[str], method: str, settings: Iterable[str]) -> None:
     """Names that no method knows as an option. One of another method may be meant for a method that is named elsewhere."""
     options = {name: {field.name for field in dataclasses.fields(kind.Config)} for name, kind in EVERY_METHOD.items()}
@@ -117,14 +128,17 @@ def check_adapters(path: str | Path, adapters: Sequence[str]) -> None:
     Raises:
         SourceError: one has other weights.
     """
-    marks = (read_record(path).get("record") or {}).get("fingerprints") or []
-    for place, mark in zip(adapters, marks, strict=False):
-        folder = Path(place).expanduser()
+    record = read_record(path).get("record")
+    marks = record.get("fingerprints") if isinstance(record, dict) else None
+    if not isinstance(marks, dict):
+        return
+    for place in adapters:
+        mark, folder = marks.get(place), Path(place).expanduser()
         found = fingerprint(folder) if folder.is_dir() else None
         if None not in (mark, found) and found != mark:
             raise SourceError(
                 f"adapter '{place}' is not the one that '{path}' was made from: its weights are others. Paths there are relative to the "
-                "directory of that merge: expected the same adapters; run from there, or name adapters beside it to take these"
+                "directory of that merge: expected the same adapters; run from there, or name the adapters on the command line"
             )
 
 
@@ -165,12 +179,18 @@ def _loaded(path: Path) -> object:
     tree = yaml.compose(text, Loader=yaml.SafeLoader)
     if _unfolded(tree, {}) > LARGEST:
         raise ValueError("its aliases stand for too many values")
-    names = (
-        [key.value for key, _ in tree.value if isinstance(key.value, str)] if isinstance(tree, yaml.MappingNode) else []
-    )
-    if twice := sorted({name for name in names if names.count(name) > 1 and name != "<<"}):
-        raise ValueError(f"it gives '{twice[0]}' twice")
+    if twice := _repeated(tree):
+        raise ValueError(f"it gives '{twice}' twice")
     return yaml.safe_load(text)
+
+
+def _repeated(node: yaml.Node | None) -> str | None:
+    """A name that a mapping gives twice, of which YAML would take the last; mappings in mappings, too."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    names = [key.value for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return twice or next(filter(None, (_repeated(value) for _, value in node.value)), None)
 
 
 def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
@@ -219,7 +239,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         "rank": result.max_rank,
         "truncation_error": result.truncation_error,
     }
-    if any(marks := [info.fingerprint for info in result.adapters]):
+    if marks := {info.whole_location: info.fingerprint for info in result.adapters if info.fingerprint}:
         record["fingerprints"] = marks
     if full:
         record["tensors"] = {"merged": full.merged, "averaged": full.averaged, "copied": full.copied}

@@ -15,6 +15,7 @@ import torch
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.methods.options import plain
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.hub import HubId
 from dc_merge_peft.sources.refusals import unknown_fields
 
 
@@ -106,19 +107,26 @@ def another_base(base: object, infos: Sequence[AdapterInfo]) -> str | None:
     for info in infos:
         if info.base_model and not info.rename and not _same_model(str(base), info):
             return (
-                f"adapter '{info.name}' was trained on '{info.base_model}', and the base model is '{base}': expected the same weights under "
-                "another name; give the base model that the adapters name if they are not"
+                f"adapter '{info.name}' was trained on '{info.base_model}', and the base model is '{base}': expected the same weights, "
+                "under another name or before they were quantised; give the base model that the adapters name if they are not, or say "
+                "that they are (allow_different_bases=True, --allow-different-bases)"
             )
     return None
 
 
 def _same_model(base: str, info: AdapterInfo) -> bool:
     ours, theirs = (base_place(dataclasses.replace(info, base_model=name)) for name in (base, info.base_model))
-    if ours == theirs or Path(theirs).is_dir():
+    if ours == theirs or (Path(ours).is_dir() and Path(theirs).is_dir()):
         return ours == theirs
-    cached = (part.rpartition("--")[2] for part in Path(ours).parts if part.startswith("models--"))
-    name = next(cached, Path(ours).name.partition("@")[0])
-    return name.lower() == Path(theirs).name.lower()
+    if HubId.parse(ours) and HubId.parse(theirs):
+        return ours.partition("@")[0].lower() == theirs.partition("@")[0].lower()
+    return _short(ours) == _short(theirs)
+
+
+def _short(place: str) -> str:
+    """The last part of a repository's name, also of its place in the Hub's cache."""
+    cached = (part.rpartition("--")[2] for part in Path(place).parts if part.startswith("models--"))
+    return next(cached, Path(place).name.partition("@")[0]).lower()
 
 
 def unknown_settings(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:

@@ -16,8 +16,6 @@ from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_set
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
 
-# What else a configuration may say, of adapters alone.
-
 
 @reports_errors
 def merge_full(

@@ -30,9 +30,10 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if path and "adapters" not in given:
         check_adapters(path, base.adapters)
-    adapters, method = given.get("adapters", base.adapters), given.get("method", base.method)
-    if base.weights is not None and base.adapters and adapters != base.adapters and "weights" not in given:
-        _note(f"the weights of '{path}' are those of its own adapters, and left out")
+    method, own = given.get("method", base.method), base.adapters or base.models
+    merged = given.get("adapters") or given.get("models") or own
+    if base.weights is not None and own and merged != own and "weights" not in given:
+        _note(f"the weights of '{path}' are those of its own {'adapters' if base.adapters else 'models'}, and left out")
         base = dataclasses.replace(base, weights=None)
     if path and base.options and method != base.method and "record" in read_record(path):
         _note(f"the options of '{path}' are those of its method '{base.method}', and left out")

@@ -52,14 +52,10 @@ def reports_errors(command: F) -> F:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
         except OSError as error:
-            # Files have names, and words of their own where they can't be written: this is standard output.
-            if error.filename is not None or error.errno == errno.EPIPE:  # whose reader may have seen enough
+            if error.filename is not None or error.errno != errno.ENOSPC:
                 raise
-            typer.secho(
-                f"error: the outcome can't be printed ({first_line(error)}); what was written is whole",
-                err=True,
-                fg=typer.colors.RED,
-            )
+            # Files have names, and words of their own where there is no room for them: this is standard output.
+            typer.secho(f"error: the outcome can't be printed ({first_line(error)})", err=True, fg=typer.colors.RED)
             _print_no_more()
             raise typer.Exit(2) from error
         except Stopped as stop:

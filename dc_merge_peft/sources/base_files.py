@@ -30,6 +30,10 @@ class NotStreamable(Exception):
     """A base model that has to be loaded as a whole, with the reason in words."""
 
 
+class NotThere(NotStreamable):
+    """No directory, and no id of the Hub but one of a single name, as old models have."""
+
+
 @dataclass(frozen=True)
 class BaseTensor(StoredTensor):
     """One tensor of a base model, whose errors name the file."""
@@ -74,7 +78,7 @@ def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFi
     folder = Path(base).expanduser()
     hub_id = None if folder.is_dir() else HubId.parse(str(base))
     if hub_id is None and not folder.is_dir():
-        raise NotStreamable(f"there is no directory '{base}'")
+        raise NotThere(f"there is no directory '{base}'")
     if hub_id is not None:
         folder = _fetched(hub_id, (CONFIG, SINGLE, INDEX, *COMPANIONS), token)
     config = _json(folder / CONFIG)

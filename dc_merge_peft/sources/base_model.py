@@ -83,11 +83,12 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     """
     import transformers
 
-    hub_id = None if Path(base).is_dir() else HubId.parse(str(base))
+    folder = Path(base).expanduser()
+    hub_id = None if folder.is_dir() else HubId.parse(str(base))
     options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
     if hub_id is not None and hub_id.revision:
         options["revision"] = hub_id.revision
-    place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(base)
+    place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(folder if folder.is_dir() else base)
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
         model, found = model_class(config).from_pretrained(place, dtype="auto", output_loading_info=True, **options)
@@ -128,10 +129,10 @@ def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known:
         )
     if hub_id is not None and failed_at_the_hub(error):
         return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
-    if hub_id is None and not Path(base).is_dir():
+    if hub_id is None and not Path(base).expanduser().is_dir():
         return (
-            f"there is no directory '{base}', and no such model could be fetched from the Hub: expected an existing transformers model "
-            "directory or a Hub id such as 'org/name'"
+            f"there is no directory '{base}', and as a model of the Hub it can't be loaded ({in_words(error, known)}): expected an existing "
+            "transformers model directory or a Hub id such as 'org/name'"
         )
     return (
         f"the base model '{base}' can't be loaded ({in_words(error, known)}): expected a transformers model directory or a "

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.checkpoint import CheckpointSource
 from dc_merge_peft.sources.renamed import RenamedSource
 from dc_merge_peft.sources.renames import rename_named
+
+S = TypeVar("S")
 
 
 def open_sources(
@@ -57,7 +59,7 @@ def sources_opened(
     keep_extras: bool = True,
 ) -> Iterator[list[Source]]:
     """:func:`open_sources` for the length of a ``with`` block. Sources that were open before stay their owner's, and open."""
-    given = sources if isinstance(sources, (str, Path, Mapping, AbstractSet)) else list(sources)  # some are refused
+    given = listed(sources)
     opened = open_sources(given, token, rename, keep_extras=keep_extras)
     ours = [source for source, one in zip(opened, given, strict=True) if not isinstance(one, Source)]
     try:
@@ -67,13 +69,20 @@ def sources_opened(
             source.close()
 
 
+def listed(sources: S) -> S | list[Any]:
+    """Any iterable as a list, which can be gone through more than once; what :func:`open_sources` refuses as it is."""
+    if isinstance(sources, Iterable) and not isinstance(sources, (str, Mapping, set, frozenset)):
+        return list(sources)
+    return sources
+
+
 def check_order(adapters: object) -> None:
     """Refuse adapters in a dict, whose values would be left out, or in a set, whose order and so whose weights would be chance.
 
     Raises:
         OptionError: they are.
     """
-    if isinstance(adapters, (Mapping, AbstractSet)):
+    if isinstance(adapters, (Mapping, set, frozenset)):
         raise OptionError(
             f"found a {type(adapters).__name__} of adapters: expected a list, with their weights as another one (weights=[...]) in the "
             "same order"

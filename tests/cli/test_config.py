@@ -114,4 +114,12 @@ def test_other_adapters_of_the_same_names(workspace: Path, monkeypatch: pytest.M
         result = run(*command)
         assert result.exit_code == 2 and "'code-lora' is not the one that" in result.stderr, result.output
     assert "note" not in made("merge", "math-lora", "code-lora", "--config", "../one/dc_merge.yaml", "-o", "three")
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["code-lora", "math-lora", "same", "three"]
+    edited = (
+        Path("../one/dc_merge.yaml").read_text(encoding="utf-8").replace("- code-lora\n", "").replace("- 1.0\n", "", 1)
+    )
+    Path("edited.yaml").write_text(edited, encoding="utf-8")
+    made("merge", "--config", "edited.yaml", "-o", "alone")
+    for odd in ("some text", "{fingerprints: 5}"):
+        Path("edited.yaml").write_text(f"adapters: [math-lora, code-lora]\nrecord: {odd}\n", encoding="utf-8")
+        made("merge", "--config", "edited.yaml", "-o", "odd", "--overwrite")
+    assert not Path("two").exists() and not list(Path().glob("*.html"))

@@ -97,6 +97,8 @@ def test_config_options_may_stand_alone(workspace: Path) -> None:
         ("5: 5\nadapters: [math-lora, code-lora]", ["unknown setting or option", "'5'", "svd_rank", "smoothing"]),
         ("wieghts: [1, 2]\nadapters: [math-lora, code-lora]", ["'wieghts'", "did you mean 'weights'?"]),
         ("adapters: [math-lora]\nadapters: [code-lora]", ["gives 'adapters' twice"]),
+        ("svd_rank: 2\nsvd-rank: 4\nadapters: [math-lora, code-lora]", ["gives 'svd_rank' twice"]),
+        ("options:\n  rho: 2\n  rho: 4\nadapters: [math-lora, code-lora]", ["gives 'rho' twice"]),
         ("allow_zero: maybe\nadapters: [math-lora, code-lora]", ["allow_zero", "true or false"]),
         ("lora_rank: 2\nadapters: [math-lora, code-lora]", ["lora_rank: 2", "for full models"]),
         ("svd_rank: many\nadapters: [math-lora, code-lora]", ["svd_rank", "'many'", "whole number"]),

@@ -134,6 +134,15 @@ def test_wrong_input_is_one_line(workspace: Path, arguments: list[str], words: l
     assert sorted(workspace.rglob("*")) == before
 
 
+def test_weights_are_those_of_the_models_beside_them(workspace: Path) -> None:
+    """Those of a record are left out with a note where other models are given."""
+    assert run("merge-full", *ALL, "-o", "out", "--weights", "2,0.5").exit_code == 0
+    base, one, other = ALL
+    result = run("merge-full", base, other, one, "--config", "out/dc_merge.yaml", "-o", "two")
+    assert result.exit_code == 0 and "are those of its own models" in result.stderr, result.output
+    assert yaml.safe_load(Path("two/dc_merge.yaml").read_text())["weights"] == [1.0, 1.0]
+
+
 def test_a_record_of_models_is_none_of_adapters(workspace: Path) -> None:
     """The other commands refuse it, and say which one takes it."""
     assert run("merge-full", *ALL, "-o", "out").exit_code == 0

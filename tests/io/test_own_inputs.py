@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError, SourceError
 from dc_merge_peft.cli import app
+from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.together import another_base
 from tests.support import models
 from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
@@ -113,6 +116,27 @@ def test_another_base_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert TA.fuse_to_disk(cached, [folders["one"]], "from-cache").remarks == ()
     with pytest.warns(MergeWarning, match="and the base model is"):
         TA.fuse_to_disk("llama", [folders["two"]], "wrong")
+    allowed = TA.fuse_to_disk("other", iter([folders["one"]]), "allowed", allow_different_bases=True)
+    assert allowed.remarks == () and isinstance(TA.fuse("llama", iter([folders["one"]])), torch.nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "same"),
+    [
+        ("Qwen/Qwen2", "qwen/qwen2", True),
+        ("Qwen/Qwen2@main", "Qwen/Qwen2", True),
+        ("Qwen/Qwen2", "/cache/models--Qwen--Qwen2/snapshots/abc", True),
+        ("/cache/models--Qwen--Qwen2/snapshots/abc", "Qwen/Qwen2", True),
+        ("./Qwen2", "Qwen/Qwen2", True),
+        ("gpt2", "openai-community/gpt2", True),
+        ("me/Qwen2", "Qwen/Qwen2", False),
+        ("Qwen/Qwen2-Instruct", "Qwen/Qwen2", False),
+    ],
+)
+def test_names_of_base_models(base: str, named: str, same: bool) -> None:
+    """Two repositories are the same by their whole name, a directory and a repository by its last part."""
+    remark = another_base(base, [AdapterInfo("one", "one", base_model=named)])
+    assert (remark is None) == same
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")

@@ -196,6 +196,7 @@ def test_adapters_without_an_order(tmp_path: Path) -> None:
     """The values of a dict would be left out, and in a set it would be chance whose weight is whose."""
     folders = [str(write_checkpoint(tmp_path / name)) for name in ("one", "two")]
     merge_refused(tmp_path, dict.fromkeys(folders, 2.0), OptionError, "found a dict of adapters", "weights=[...]")  # type: ignore[arg-type]
+    assert DCMergeAdapter(method="ta").merge(dict.fromkeys(folders).keys()).modules  # type: ignore[arg-type]
     merge_refused(tmp_path, set(folders), OptionError, "found a set of adapters", "expected a list")  # type: ignore[arg-type]
 
 
