@@ -179,13 +179,15 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
         token: str | bool | None = None,
     ) -> MergePlan:
         """Everything :meth:`merge` checks before it reads factors, and what would come out: a dry run."""
+        model = BaseModel.of(base, token)
         with sources_opened(sources, token, rename, keep_extras=extras not in (None, "drop")) as opened:
             return plan_merge(
-                with_base(opened, BaseModel.of(base, token), DoraReading(dora_rank)),
+                with_base(opened, model, DoraReading(dora_rank)),
                 self.method,
                 weights,
                 svd_rank=svd_rank,
                 dtype=dtype,
                 allow_different_bases=allow_different_bases,
                 extras=extras,
+                base=None if model is None else model.location,
             )

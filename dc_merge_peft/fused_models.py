@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dc_merge_peft.errors import MergeWarning
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
@@ -18,7 +16,6 @@ from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.opening import listed
-from dc_merge_peft.together import another_base
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,11 +75,7 @@ class ModelFuser:
         )  # fmt: skip
         merge = partial(self.merge, sources, weights, token=token)
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
-        model, merged, _ = fuse_in_memory(merge, found, destination, **merge_options)
-        allowed = merge_options.get("allow_different_bases")
-        if not allowed and (other := another_base(base, merged.adapters)) and other not in merged.remarks:
-            warnings.warn(other, MergeWarning, stacklevel=2)
-        return model
+        return fuse_in_memory(merge, found, destination, **merge_options)[0]
 
     @memory_in_words()
     def fuse_to_disk(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +19,6 @@ from dc_merge_peft.progress import Progress
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import NotStreamable, open_base_files
 from dc_merge_peft.sources.base_model import BaseModel
-from dc_merge_peft.together import another_base
 from dc_merge_peft.work.place import WorkPlace, work_place
 
 
@@ -171,19 +169,14 @@ def fuse_to_disk(
     with work_place(options.pop("resume", None), destination.out) as place:
         options["resume"] = place
         try:
-            fused = _fuse_streamed(merging, plan, base, destination, progress, trust_remote_code, options)
+            return _fuse_streamed(merging, plan, base, destination, progress, trust_remote_code, options)
         except NotStreamable as found:
             reason = _in_memory(base, found)
-            whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
-            _, merged, url = fuse_in_memory(merge, whole, destination, **options)
-            path = None if destination.out is None else Path(destination.out).expanduser()
-            fused = FusedModel(path, url, merged, (*merged.remarks, reason))
-            warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
-    other = None if options.get("allow_different_bases") else another_base(base, fused.merged.adapters)
-    if other is None or other in fused.remarks:
-        return fused
-    warnings.warn(other, MergeWarning, stacklevel=3)
-    return dataclasses.replace(fused, remarks=(*fused.remarks, other))
+        whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
+        _, merged, url = fuse_in_memory(merge, whole, destination, **options)
+    warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
+    path = None if destination.out is None else Path(destination.out).expanduser()
+    return FusedModel(path, url, merged, (*merged.remarks, reason))
 
 
 def plan_fused(
@@ -202,16 +195,7 @@ def plan_fused(
         model, changes, planned = _located(plan, base, destination.token, trust_remote_code, options)
     except NotStreamable as found:
         planned = plan(**{"base": BaseModel(base, token=destination.token), **_planning(options)})
-        return FusePlan(
-            str(base),
-            planned,
-            0,
-            0,
-            0,
-            0,
-            0,
-            (*planned.remarks, _in_memory(base, found), *_other(base, planned, options)),
-        )
+        return FusePlan(str(base), planned, 0, 0, 0, 0, 0, (*planned.remarks, _in_memory(base, found)))
     tensors = model.files.tensors
     return FusePlan(
         base=str(base),
@@ -221,14 +205,8 @@ def plan_fused(
         changed_bytes=sum(tensors[key].size for key in changes.keys),
         total_bytes=sum(tensor.size for tensor in tensors.values()),
         shards=len(plan_shards(tensors, destination.max_shard_size)),
-        remarks=(*planned.remarks, *_other(base, planned, options)),
+        remarks=planned.remarks,
     )
-
-
-def _other(base: str | Path, planned: MergePlan, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """A remark on adapters that name another base model, unless that is said to be right."""
-    remark = None if options.get("allow_different_bases") else another_base(base, planned.adapters)
-    return () if remark is None or remark in planned.remarks else (remark,)
 
 
 def _fuse_streamed(

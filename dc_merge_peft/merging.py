@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def merging(
     method: Method,
     sources: Sequence[str | Path | Source],
-    planned: Callable[[Sequence[Source]], MergePlan],
+    planned: Callable[..., MergePlan],
     *,
     device: Devices = None,
     allow_zero: bool = False,
@@ -50,7 +50,7 @@ def merging(
     Args:
         method: The method.
         sources: What to merge.
-        planned: Plans the merge of opened sources.
+        planned: Plans the merge of opened sources, given the base model as ``base``.
         out: Where the result will be written.
     """
     devices = checked_devices(device)
@@ -58,7 +58,7 @@ def merging(
         model = BaseModel.of(base, token)
         joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
         with work_place(resume, out) as place:
-            plan = planned(joined)
+            plan = planned(joined, base=model)
             if out is not None:
                 check_room(out, plan.summary()["largest_bytes"])
             settings = {"devices": devices, "allow_zero": allow_zero, "keep_dense": bool(keep_dense)}

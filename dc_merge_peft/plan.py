@@ -15,7 +15,6 @@ from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import plain
 from dc_merge_peft.sources.base import AdapterInfo, Source
-from dc_merge_peft.sources.dora import DoraSource
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
@@ -86,8 +85,12 @@ def plan_merge(
     dtype: torch.dtype | str | None = None,
     allow_different_bases: bool = False,
     extras: str | None = None,
+    base: str | None = None,
 ) -> MergePlan:
     """Check everything that can be checked without factors.
+
+    Args:
+        base: Directory or Hub id of the base model that DoRA adapters are read with, or the merge is added to.
 
     Raises:
         OptionError: no adapters, wrong weights, rank, dtype or policy for extras, or statistics that a method needs and lacks.
@@ -124,19 +127,11 @@ def plan_merge(
             *rename_remarks(sources),
             *planned.remarks(infos),
             *unknown_settings(sources, infos),
-            *(() if allow_different_bases else _bases(sources, infos)),
+            *(() if allow_different_bases or base is None else another_base(base, infos)),
             *_remarks(method, modules),
         ),
         extras=planned,
     )
-
-
-def _bases(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:
-    """A remark on DoRA adapters that are read with another base model than the one they name."""
-    for source, info in zip(sources, infos, strict=True):
-        if isinstance(source, DoraSource) and (remark := another_base(source.base, [info])):
-            yield remark
-            return
 
 
 def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:

@@ -99,19 +99,17 @@ def base_place(info: AdapterInfo) -> str:
     return name.rstrip("/")
 
 
-def another_base(base: object, infos: Sequence[AdapterInfo]) -> str | None:
+def another_base(base: str, infos: Sequence[AdapterInfo]) -> Iterator[str]:
     """A remark where adapters name another base model than the one that is given, as far as names tell: a directory that is called
     as a repository of the Hub, or lies in the Hub's cache, is taken for a copy of it. A rename leads to another model in any case."""
-    if not isinstance(base, (str, Path)):
-        return None
     for info in infos:
-        if info.base_model and not info.rename and not _same_model(str(base), info):
-            return (
+        if info.base_model and not info.rename and not _same_model(base, info):
+            yield (
                 f"adapter '{info.name}' was trained on '{info.base_model}', and the base model is '{base}': expected the same weights, "
                 "under another name or before they were quantised; give the base model that the adapters name if they are not, or say "
                 "that they are (allow_different_bases=True, --allow-different-bases)"
             )
-    return None
+            return
 
 
 def _same_model(base: str, info: AdapterInfo) -> bool:
