@@ -147,7 +147,7 @@ def tune(
     _check_outputs(output, save, plot, overwrite=replace, dry_run=dry_run)
     prepared = _prepared(
         run, _space(space, tried or []), alphas=alphas.split(",") if alphas is not None else None, minimize=minimize,
-        search=search, trials=trials, seed=seed, allow_different_bases=run.allow_different_bases, allow_zero=run.allow_zero,
+        search=search, trials=trials, seed=seed,
     )  # fmt: skip
     if dry_run or evaluate is None or output is None:
         print_search(prepared, as_json=as_json)
@@ -199,8 +199,11 @@ def _space(path: Path | None, tried: list[str]) -> dict[str, Any]:
 def _prepared(run: RunConfig, space: Mapping[str, Any], **asked: Any) -> Search:
     settings = {
         name: getattr(run, name)
-        for name in ("weights", "svd_rank", "dtype", "device", "rename", "base", "dora_rank", "extras")
-    }
+        for name in (
+            "weights", "svd_rank", "dtype", "device", "rename", "base", "dora_rank", "extras", "max_memory",
+            "allow_different_bases", "allow_zero",
+        )
+    }  # fmt: skip
     merger = DCMergeAdapter(method_named(run.method, run.options).config)
     return prepare(run.adapters, space, merger=merger, **settings, **asked)
 

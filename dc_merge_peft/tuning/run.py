@@ -64,7 +64,7 @@ def tune(
         resume: Go on with the trials of a journal of the same inputs and settings.
         overwrite: Replace a journal.
         progress: Show a progress bar; by default on a terminal only.
-        **merge_options: ``dtype``, ``device``, ``allow_different_bases``, ``allow_zero``, ``rename``, ``base``, ``dora_rank``,
+        **merge_options: ``dtype``, ``device``, ``max_memory``, ``allow_different_bases``, ``allow_zero``, ``rename``, ``base``, ``dora_rank``,
             ``extras`` and ``token``, as for :meth:`DCMergeAdapter.merge`.
 
     Returns:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # What merging takes beyond a plan.
-_ENGINE = ("device", "allow_zero")
+_ENGINE = ("device", "allow_zero", "max_memory")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def prepare(
     token = merge_options.get("token")
     options = {**merge_options, "base": BaseModel.of(merge_options.get("base"), token)}
     checked_devices(options.get("device"))
-    reading = {name: options[name] for name in ("dora_rank", *_ENGINE) if name in options}
+    reading = {name: options[name] for name in ("dora_rank", "device", "allow_zero") if name in options}
     opened_sources = from_model(sources, model, **reading)
     planned = {name: value for name, value in options.items() if name not in _ENGINE}
     plan = merger.plan(opened_sources, weights, svd_rank=svd_rank, **planned)
@@ -168,6 +168,7 @@ def journal_of(
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
     known = {
         "dtype", "device", "allow_different_bases", "allow_zero", "rename", "base", "dora_rank", "extras", "token",
+        "max_memory",
     }  # fmt: skip
     for name in options:
         if name not in known:

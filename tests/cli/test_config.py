@@ -36,6 +36,8 @@ def test_dashes_are_underscores(workspace: Path) -> None:
     Path("run.yaml").write_text("adapters: [math-lora, code-lora]\nsvd-rank: 3\nmax-memory: 8GB\n", encoding="utf-8")
     made("merge", "--config", "run.yaml", "-o", "out")
     assert record("out")["svd_rank"] == 3
+    planned = run("tune", "--config", "run.yaml", "--dry-run")
+    assert planned.exit_code == 0, planned.output
 
 
 def test_what_was_allowed_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
