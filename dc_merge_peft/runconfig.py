@@ -54,7 +54,12 @@ class RunConfig:
             SourceError: the file is missing or no YAML mapping.
             OptionError: a name that is neither a setting nor an option of any method, one given twice, or a value of the wrong type.
         """
-        values = _underscored(path, read_record(path))
+        return cls.of(read_record(path), path)
+
+    @classmethod
+    def of(cls, found: Mapping[Any, Any], path: str | Path) -> RunConfig:
+        """From what :func:`read_record` has found in a file; errors are those of :meth:`read`."""
+        values = _underscored(path, found)
         values.pop("record", None)
         options = values.pop("options", None) or {}
         if not isinstance(options, dict):
@@ -117,25 +122,26 @@ def _refuse_unknown(path: str | Path, names: Iterable[str], method: str, setting
             raise OptionError(f"the configuration '{path}' has an {unknown_name('setting or option', name, valid)}")
 
 
-def check_adapters(path: str | Path, adapters: Sequence[str]) -> None:
+def check_adapters(path: str | Path, found: Mapping[Any, Any], adapters: Sequence[str]) -> None:
     """Refuse adapters that are not those a record was made from: its paths are relative to the directory of that merge, and an
     adapter may have been trained again.
 
     Args:
         path: Of the record, or of another configuration, which has no fingerprints.
+        found: What :func:`read_record` has found there.
         adapters: As the record names them; those of the Hub have their commit.
 
     Raises:
         SourceError: one has other weights.
     """
-    record = read_record(path).get("record")
+    record = found.get("record")
     marks = record.get("fingerprints") if isinstance(record, dict) else None
     if not isinstance(marks, dict):
         return
     for place in adapters:
         mark, folder = marks.get(place), Path(place).expanduser()
-        found = fingerprint(folder) if folder.is_dir() else None
-        if None not in (mark, found) and found != mark:
+        own = fingerprint(folder) if folder.is_dir() else None
+        if None not in (mark, own) and own != mark:
             raise SourceError(
                 f"adapter '{place}' is not the one that '{path}' was made from: its weights are others. Paths there are relative to the "
                 "directory of that merge: expected the same adapters; run from there, or name the adapters on the command line"

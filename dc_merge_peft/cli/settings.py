@@ -26,16 +26,17 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
     What belongs to something else that is given is left out with a note: weights, to other adapters, and the options of an earlier
     merge, to another method.
     """
-    base = RunConfig.read(path) if path else RunConfig()
+    found = read_record(path) if path else {}
+    base = RunConfig.of(found, path) if path else RunConfig()
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if path and "adapters" not in given:
-        check_adapters(path, base.adapters)
+        check_adapters(path, found, base.adapters)
     method, own = given.get("method", base.method), base.adapters or base.models
     merged = given.get("adapters") or given.get("models") or own
     if base.weights is not None and own and merged != own and "weights" not in given:
         _note(f"the weights of '{path}' are those of its own {'adapters' if base.adapters else 'models'}, and left out")
         base = dataclasses.replace(base, weights=None)
-    if path and base.options and method != base.method and "record" in read_record(path):
+    if base.options and method != base.method and "record" in found:
         _note(f"the options of '{path}' are those of its method '{base.method}', and left out")
         base = dataclasses.replace(base, options={})
     return dataclasses.replace(base, **given, options={**base.options, **options})

@@ -12,7 +12,7 @@ import yaml
 from dc_merge_peft.outputs.beside import Beside
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
-from dc_merge_peft.outputs.directory import check_target, whole_directory
+from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.extras import extra_tensors, without_trainables
 from dc_merge_peft.outputs.files import PlannedTensor, bytes_of, early_to_disk, lay_out, write_at
 from dc_merge_peft.outputs.lora_config import StoredLayer, lora_fields, stored_layers
@@ -45,8 +45,8 @@ def write_adapter(
         OutputError: the directory exists and is not to be overwritten, can't be written, or the dtype can't hold the
             numbers.
     """
-    check_target(directory, overwrite=overwrite, inputs=[info.location for info in result.adapters])
-    with whole_directory(directory, overwrite=overwrite) as building:
+    inputs = [info.location for info in result.adapters]
+    with whole_directory(directory, overwrite=overwrite, inputs=inputs) as building:
         _write_files(result, building, base=base_facts(result), beside=beside, progress=progress)
     return Path(directory).expanduser()
 

@@ -99,7 +99,9 @@ def _refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path])
 
 
 @contextmanager
-def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | None = None) -> Iterator[Path]:
+def whole_directory(
+    path: str | Path, *, overwrite: bool = False, kept: Path | None = None, inputs: Iterable[str | Path] = ()
+) -> Iterator[Path]:
     """A new directory to write into, hidden beside ``path``; put in the place of ``path`` on success, removed on failure.
 
     Of two that are written to one path at a time the first is there as if it were alone; the other one is refused, or with
@@ -109,12 +111,13 @@ def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | N
         path: Where it belongs in the end.
         overwrite: Replace what stands there.
         kept: A directory on the same file system to write into instead, which may hold something and stays on failure.
+        inputs: As for :func:`check_target`.
 
     Raises:
         OutputError: see :func:`check_target`, or the file system refuses.
     """
     tidy_up(path)
-    target = check_target(path, overwrite=overwrite)
+    target = check_target(path, overwrite=overwrite, inputs=inputs)
     with hidden_beside(path, target) as hidden:
         building = kept or hidden / NEW
         building.mkdir(exist_ok=kept is not None)
@@ -129,10 +132,9 @@ def whole_directory(path: str | Path, *, overwrite: bool = False, kept: Path | N
         try:
             place(moved, target, _MARKS)
         except BaseException:
-            if (
-                moved.exists() and moved.stat().st_ino == itself
-            ):  # and not what stood in its place, with which it changed
-                moved.rename(kept)  # before the hidden folder goes
+            # Before the hidden folder goes; what has changed places with it already is another one.
+            if moved.exists() and moved.stat().st_ino == itself:
+                moved.rename(kept)
             raise
 
 

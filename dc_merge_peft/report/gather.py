@@ -88,14 +88,15 @@ def _of_directory(merged: str | Path, sources: Sequence[str | Path | Source] | N
                 "written; name the adapters behind it"
             )
         return _Origin({}, RunConfig(), sources)
-    run = RunConfig.read(file)
+    record = read_record(file)
+    run = RunConfig.of(record, file)
     if run.models:
         raise OptionError(f"'{merged}' was made from full models: expected a merge of LoRA adapters")
     if sources is None and not run.adapters:
         raise OptionError(f"the {FILE_NAME} of '{merged}' names no adapters: name them behind it")
     if sources is None:
-        check_adapters(file, run.adapters)
-    return _Origin(read_record(file), run, run.adapters if sources is None else sources)
+        check_adapters(file, record, run.adapters)
+    return _Origin(record, run, run.adapters if sources is None else sources)
 
 
 @contextmanager
