@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, RunConfig
-from dc_merge_peft.sources import CheckpointSource, Source
+from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base import IN_MEMORY
-from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.sources.opening import sources_opened
 from dc_merge_peft.together import uniquely_named
 
 NOTHING = Kept(projected_dir_sim=0.0, projected_cos_sim=0.0, retained_energy=0.0, strength=0.0)
@@ -55,16 +56,20 @@ def inspect_merge(
     given = sources_of(merged) if sources is None else sources
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
-    opened = open_sources(given, rename=rename_of(merged))
-    found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
-    names = [info.name for info in uniquely_named(found)]
-    target = merged if isinstance(merged, (MergeResult, Source)) else CheckpointSource(merged)
-    try:
+    with sources_opened(given, rename=rename_of(merged)) as opened, _target(merged) as target:
+        found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
+        names = [info.name for info in uniquely_named(found)]
         return _inspect(target, opened, names, where, progress)
-    finally:
-        for source in (*opened, target):
-            if isinstance(source, Source) and source is not merged and source not in given:
-                source.close()
+
+
+@contextmanager
+def _target(merged: MergeResult | str | Path | Source) -> Iterator[MergeResult | Source]:
+    """The merge, opened where it is a directory or Hub id."""
+    if isinstance(merged, MergeResult):
+        yield merged
+        return
+    with sources_opened([merged]) as (target,):
+        yield target
 
 
 def sources_of(merged: MergeResult | str | Path | Source) -> list[str]:

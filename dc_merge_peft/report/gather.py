@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from dc_merge_peft.sources.base import AdapterInfo, Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.hub import locate
-from dc_merge_peft.sources.opening import open_sources
+from dc_merge_peft.sources.opening import sources_opened
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,20 +105,16 @@ def _opened(
 ) -> Iterator[list[Source]]:
     """The adapters as they were merged: renamed, DoRA with its base model, under the names of the merge."""
     reading = DoraReading(origin.run.dora_rank, None if device is None else torch.device(device), allow_zero=True)
-    try:
-        opened = open_sources(origin.adapters, token, origin.run.rename, keep_extras=False)
-    except SourceError as error:
-        raise SourceError(
-            f"the report needs the adapters that were merged, and {error}; if they have moved, name them behind the merge"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(sources_opened(origin.adapters, token, origin.run.rename, keep_extras=False))
+        except SourceError as error:
+            raise SourceError(
+                f"the report needs the adapters that were merged, and {error}; if they have moved, name them behind the merge"
+            ) from error
         joined = with_base(opened, BaseModel.of(base, token), reading)
         infos = origin.infos or [source.info for source in joined]
         yield [_named(source, info) for source, info in zip(joined, infos, strict=True)]
-    finally:
-        for source in opened:
-            if source not in origin.adapters:
-                source.close()
 
 
 def _named(source: Source, info: AdapterInfo) -> Source:

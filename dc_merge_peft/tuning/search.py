@@ -14,6 +14,7 @@ from dc_merge_peft.errors import MergeError, OptionError, OutputError
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
 from dc_merge_peft.reading import checked_devices
+from dc_merge_peft.sizes import checked_size
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.base_model import BaseModel
@@ -129,6 +130,8 @@ def prepare(
     token = merge_options.get("token")
     options = {**merge_options, "base": BaseModel.of(merge_options.get("base"), token)}
     checked_devices(options.get("device"))
+    if options.get("max_memory") is not None:
+        checked_size(options["max_memory"], "max_memory")
     reading = {name: options[name] for name in ("dora_rank", "device", "allow_zero") if name in options}
     opened_sources = from_model(sources, model, **reading)
     planned = {name: value for name, value in options.items() if name not in _ENGINE}

@@ -14,7 +14,7 @@ from everything.found import Found, saved
 from everything.guide import guide, with_guide
 from everything.page import section, with_section
 from everything.tables import beyond, costs, losses
-from everything.texts import losses_text
+from everything.texts import default_text, losses_text, own_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -229,3 +229,20 @@ def test_costs_add_up() -> None:
     assert costs([one, other]) == ""
     lines = costs([Found("a", one.data, took), other, Found("c", one.data, took)]).splitlines()
     assert lines[2:] == ["| a | 8 | 0.5 | 20 | 1.5 |", "| c | 8 | 0.5 | 20 | 1.5 |", "| all | 16 | 1.0 | 40 | 3.0 |"]
+
+
+def test_words_about_our_method() -> None:
+    """Its range is from the least to the most, and a goal is reached or missed by the worse rule for alpha."""
+    one = results("some", -0.1)
+    for count in (4, 8):
+        for rule, mine in (("validation", 0.95), ("auto", 0.93 if count == 4 else 0.91)):
+            lines = [line(count, "dc", rule, 0.9), line(count, "tsvm", rule, 0.8, (-0.1, -0.12, -0.08))]
+            gain = mine - 0.9
+            one.data["merged"].extend([*lines, line(count, "rzf", rule, mine, (gain, gain - 0.01, gain + 0.01))])
+    one.data["settings"]["counts"] = [2, 4, 8]
+    assert "some +1.0 (8 adapters) to +3.0 (4 adapters)" in own_text([one])
+    assert "misses it on some with 8 (+1.0), so that `dc` stays" in default_text([one])
+    for found in one.data["merged"]:
+        if (found["tasks"], found["label"], found["rule"]) == (8, "rzf", "auto"):
+            found["normalized"]["value"] = 0.94
+    assert default_text([one]).endswith("by both ways to alpha. `rzf` reaches it.")

@@ -19,6 +19,7 @@ from dc_merge_peft.errors import MergeError, MergeWarning, OutputError
 from dc_merge_peft.methods import METHODS
 from dc_merge_peft.sources import CheckpointSource
 from dc_merge_peft.tuning import ALPHAS
+from dc_merge_peft.tuning.search import prepare
 from tests.support.evaluating import NAMES, combined, count_merges, distance
 from tests.support.program import run
 from tests.support.refused import listing, refused
@@ -220,6 +221,8 @@ def test_arguments(workspace: Path) -> None:
     """Nothing is merged before everything is checked."""
     with refused(OptionError, "tune has no argument 'smooth': expected one of allow_different_bases, allow_zero, base"):
         tune(NAMES, alpha_of, smooth=1)
+    with refused(OptionError, "max_memory is 'much': expected"):
+        prepare(NAMES, max_memory="much")
     with refused(OptionError, "found resume without a journal: expected the file of the earlier search"):
         tune(NAMES, alpha_of, resume=True)
     with refused(OptionError, "found resume and overwrite: expected one of them"):

@@ -30,12 +30,13 @@ from everything.found import saved
 from everything.guide import with_guide
 from everything.page import section, with_section
 from everything.tables import glance
-from everything.texts import glance_text
+from everything.texts import glance_text, own_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = ("text8", "vision", "text8_fft")  # of which figures are drawn
+CHOSEN = "load 0.375"  # of the study's rules: what the method `rzf` became
 STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
 
@@ -111,19 +112,22 @@ def pages(docs: Path) -> dict[Path, str]:
     return {
         page: with_section(text[page], section(found, drawn, studies(docs), alphas_studied(docs))),
         guide: with_guide(text[guide], found),
-        readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found, 'auto')}"),
+        readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found, 'auto')}\n\n{own_text(found)}"),
         **{folder.with_suffix(".md"): figures_page(name, folder) for name, folder in drawn.items()},
     }
 
 
 def studies(docs: Path) -> list[str]:
-    """A table of all benchmarks whose study is saved, and one for each."""
+    """How the rule that was chosen does, a table of all benchmarks whose study is saved, and one for each."""
     from accuracy.study import summary, table
     from common.tables import markdown
 
     found = _saved(docs, STUDY)
+    lines = [line for one in found.values() for line in one if line["label"] == CHOSEN]
+    won = sum(line["above_first"]["value"] > 0 for line in lines)
+    chosen = f"The rule that was chosen, {CHOSEN}, is ahead of `dc` on {won} of {len(lines)} rows."
     tables = [f"#### {name}\n\n{markdown(*table(lines))}" for name, lines in found.items()]
-    return [markdown(*summary(found)), *tables] if found else []
+    return [chosen, markdown(*summary(found)), *tables] if found else []
 
 
 def alphas_studied(docs: Path) -> str:

@@ -132,13 +132,23 @@ def beyond(found: Sequence[Found]) -> str:
                 row = [one.name, str(count)]
                 for rule in RULES:
                     line = one.lines[count, NEW, rule]
-                    published = {**one.rivals(count, rule), REFERENCE: one.lines[count, REFERENCE, rule]}
-                    best = max(published, key=lambda name: value(published[name]))
                     mean, low, high = ahead(line)
                     row += [percent(value(line)), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"]
-                    row.append(f"{100 * (value(line) - value(published[best])):+.1f} (`{best}`)")
+                    row.append(f"{lead(one, count, rule):+.1f} (`{best_published(one, count, rule)}`)")
                 rows.append(row)
     return table(head, rows) if rows else "It is not measured there yet."
+
+
+def best_published(one: Found, count: int, rule: str) -> str:
+    """Of the published methods without data the best one, the reference among them."""
+    published = {**one.rivals(count, rule), REFERENCE: one.lines[count, REFERENCE, rule]}
+    return max(published, key=lambda name: value(published[name]))
+
+
+def lead(one: Found, count: int, rule: str) -> float:
+    """Points by which our method is ahead of the best published one."""
+    best = one.lines[count, best_published(one, count, rule), rule]
+    return 100 * (value(one.lines[count, NEW, rule]) - value(best))
 
 
 def costs(found: Sequence[Found]) -> str:
