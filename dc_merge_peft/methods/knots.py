@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import as_lowrank
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModuleTasks
 from dc_merge_peft.methods.dare import DROP_HELP, SEED_HELP, dropping
@@ -18,6 +19,8 @@ from dc_merge_peft.methods.ties import DENSITY_HELP, REDUCE_HELP, SCOPE_HELP, Sc
 
 # Singular values up to this one are dropped, as in the official code: an absolute number.
 NULL = 1e-5
+# What rounding leaves of null singular values relative to the largest one, by the Gram matrix in float64: sqrt(eps64), and room.
+NOISE = 1e-7
 
 
 class KnotsMethod(ElementwiseMethod):
@@ -36,20 +39,33 @@ class KnotsMethod(ElementwiseMethod):
         return False  # the columns of dW stay as they are
 
     def view(self, module: ModuleTasks) -> View:
-        tasks = [as_lowrank(task).scaled(weight) for task, weight in zip(module.tasks, module.weights, strict=True)]
+        tasks = [task.scaled(weight) for task, weight in zip(module.tasks, module.weights, strict=True)]
         U = common_basis(tasks)
 
         def matrix(index: int) -> Tensor:  # (k, n)
-            return ((U.mT @ tasks[index].B) @ tasks[index].A).to(torch.float32)
+            task = tasks[index]
+            own = U.mT @ task.W.to(U.dtype) if isinstance(task, Dense) else (U.mT @ task.B) @ task.A
+            return own.to(torch.float32)
 
         return View(module, matrix, lambda merged: LowRank(U, merged.to(U.dtype)))
 
 
 def common_basis(
-    tasks: list[LowRank],  # (m, n) each, weights inside
+    tasks: Sequence[Delta],  # (m, n) each, weights inside
 ) -> Tensor:  # (m, k), orthonormal columns
-    """U of ``[dW_1 .. dW_T]``: with ``A_i^T = Q_i R_i`` it is that of ``[B_1 R_1^T .. B_T R_T^T]``, m x k."""
-    stack = torch.cat([task.B @ torch.linalg.qr(task.A.mT).R.mT for task in tasks], dim=1)
+    """U of ``[dW_1 .. dW_T]``. Of LoRA, with ``A_i^T = Q_i R_i``, it is that of ``[B_1 R_1^T .. B_T R_T^T]``, m x k; of full models the
+    eigenvectors of ``sum_i dW_i dW_i^T`` (m, m), where those are fewer and what rounding leaves of it lies below :data:`NULL`."""
+    (m, n), factors = tasks[0].shape, [task for task in tasks if isinstance(task, LowRank)]
+    if len(factors) == len(tasks):
+        stack = torch.cat([task.B @ torch.linalg.qr(task.A.mT).R.mT for task in factors], dim=1)
+    else:
+        dense = [task.dense().to(torch.float64) for task in tasks]
+        if m <= n * len(tasks):
+            eigenvalues, U = torch.linalg.eigh(sum((W @ W.mT for W in dense), dense[0].new_zeros(m, m)))
+            S = eigenvalues.clamp(min=0).sqrt()
+            if NOISE * S[-1] < NULL:
+                return U[:, S > NULL].flip(1)
+        stack = torch.cat(dense, dim=1)
     U, S, _ = torch.linalg.svd(stack, full_matrices=False)
     return U[:, : int((S > NULL).sum())]
 

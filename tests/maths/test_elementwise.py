@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
+from dc_merge_peft.methods.knots import common_basis
 from dc_merge_peft.methods.selection import order_statistics
 from dc_merge_peft.methods.spaces import SwitchedMethod
 from dc_merge_peft.plan import plan_merge
@@ -131,6 +133,23 @@ def test_knots(options: dict[str, Any], rule: oracle.Rule) -> None:
     modules = model()
     check(merge("knots_ties", modules, **options), oracle.knots(rule, weighted(modules)))
     check(merge("knots_dare_ties", modules, drop=0.0), oracle.knots(oracle.elect, weighted(modules)))
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (40, 12)], ids=["by Gram matrix", "by SVD"])
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=["usual", "too large for a Gram matrix"])
+def test_knots_of_full_deltas(shape: tuple[int, int], scale: float) -> None:
+    """The basis of three dense deltas is that of the matrices side by side, and reaches as far as its singular values count."""
+    rng = np.random.default_rng(5)
+    tasks = [scale * rng.standard_normal(shape) for _ in range(3)]
+    if shape[0] == 9:  # two directions that do not count, one that just does
+        for task in tasks:
+            task[6:] *= np.array([[3e-5], [1e-7], [1e-9]]) / scale
+    U, S, _ = np.linalg.svd(np.concatenate(tasks, axis=1), full_matrices=False)
+    expected = U[:, S > 1e-5]
+    found = common_basis([Dense(torch.from_numpy(task)) for task in tasks]).numpy()
+    assert found.shape == expected.shape and found.shape[1] == (7 if shape[0] == 9 else 36)
+    signs = np.sign((found * expected).sum(axis=0))
+    np.testing.assert_allclose(found * signs, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ties", "magnitude_prune", "knots_ties"])
