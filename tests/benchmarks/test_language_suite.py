@@ -6,13 +6,15 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from accuracy.carrier import Carrier
+from accuracy.contenders import with_data
 from accuracy.making import make_adapters
 from accuracy.merging import by_method
+from accuracy.statistics import Wanted, collect_all
 from accuracy.training import Training
 from language import backbone
 from language.answers import Batch, Encoded, answer_loss, encode, exact_matches
@@ -20,6 +22,7 @@ from language.suite import LanguageSuite, drawn
 from language.tasks import Task
 from peft import PeftModel
 
+from dc_merge_peft import statistics
 from tests.support.causal import LETTERS, tiny_model, tiny_tokenizer
 
 
@@ -127,6 +130,29 @@ def test_training_learns_and_hits_are_generated_answers(suite: LanguageSuite) ->
     questions = encode(tiny_tokenizer(), ECHO.template, echo(Path())["validation"][:20], None)
     expected = [generated(peft, question.prompt, len(question.answer)) == question.answer for question in questions]
     assert found.tolist() == expected and sum(expected) >= 15
+
+
+def test_statistics_are_those_of_single_questions(suite: LanguageSuite) -> None:
+    """With the task's own adapter, question by question: inputs without what batches are filled up with, gradients of whole answers."""
+    wants = [Wanted("echo", 0, kind, "key") for kind in ("fisher", "gram")]
+    assert with_data(suite) and collect_all(suite, wants, 1) == 2
+    fisher, gram = (statistics.load(want.file(suite)) for want in wants)
+    model = Carrier(suite.model(), "float32").carry(suite.kind.own(suite.adapter("echo", 0)), 1.0)
+    path = "model.layers.1.self_attn.k_proj"
+    layer = cast(torch.nn.Linear, model.get_submodule(path))
+    layer.weight.requires_grad_(True)
+    seen: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach()[0]))
+    squares = torch.zeros_like(layer.weight)
+    questions = encode(tiny_tokenizer(), ECHO.template, echo(Path())["train"], None)
+    for question in questions:
+        batch = Batch.of([question])
+        loss = answer_loss(model, batch) * len(batch.targets)
+        squares += torch.autograd.grad(loss, layer.weight)[0] ** 2
+    rows = torch.cat(seen)
+    assert fisher.examples == gram.examples == len(questions) == 30
+    torch.testing.assert_close(gram.tensors[path], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fisher.tensors[path], squares / len(questions), rtol=1e-3, atol=1e-9)
 
 
 def test_content_follows_questions_and_instruction(suite: LanguageSuite) -> None:

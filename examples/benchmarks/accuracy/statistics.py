@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from accuracy.carrier import Carrier
 from accuracy.keys import content_key
-from accuracy.suite import Informed, Suite
+from accuracy.suite import Informed, Scored, Suite
 from accuracy.workers import say, shared_out
 from dc_merge_peft.methods import DATA_METHODS
 from dc_merge_peft.statistics import Statistics, fisher, input_grams, save
@@ -95,10 +95,17 @@ class Collector:
         def logits(model: nn.Module, batch: Any) -> Tensor:
             return self.suite.logits(model, want.task, batch)
 
-        count = EXAMPLES[want.kind]
-        batches = self.suite.batches(want.task, count)
-        collect = {"fisher": fisher, "gram": input_grams}[want.kind]
-        return collect(model, batches, modules=modules, forward=logits, examples=count)
+        suite, count = self.suite, EXAMPLES[want.kind]
+        batches = suite.batches(want.task, count)
+        if want.kind == "gram":
+            return input_grams(model, batches, modules=modules, forward=logits, examples=count)
+        if not isinstance(suite, Scored):
+            return fisher(model, batches, modules=modules, forward=logits, examples=count)
+
+        def losses(model: nn.Module, batch: Any) -> Tensor:
+            return suite.losses(model, want.task, batch)
+
+        return fisher(model, batches, modules=modules, loss=losses, examples=count)
 
 
 def collect_all(suite: Suite, wants: Iterable[Wanted], workers: int) -> int:

@@ -54,7 +54,17 @@ class Informed(Protocol):
         ...
 
     def logits(self, model: nn.Module, task: str, batch: Any) -> Tensor:
-        """(examples, classes) of one batch with the task's frozen head, scaled as in training, with gradients where they are on."""
+        """(examples, classes) of one batch with the task's frozen head, scaled as in training, with gradients where they are on; of a
+        :class:`Scored` suite those of any places, which nothing but a pass of the model is wanted of."""
+        ...
+
+
+@runtime_checkable
+class Scored(Informed, Protocol):
+    """A suite whose examples have no single label: Fisher merging asks for the likelihood of their whole answers instead of logits."""
+
+    def losses(self, model: nn.Module, task: str, batch: Any) -> Tensor:
+        """(examples,) negative log-likelihoods of the reference answers, with gradients where they are on."""
         ...
 
 

@@ -17,7 +17,7 @@ from accuracy.training import Training, is_made, train_adapter
 from torch import Tensor, nn
 
 from language import backbone
-from language.answers import Batch, Encoded, answer_loss, encode, exact_matches
+from language.answers import BATCH, Batch, Encoded, answer_loss, encode, exact_matches
 from language.made_up import QA
 from language.tasks import TASKS, Task
 
@@ -51,6 +51,22 @@ class LanguageSuite:
         if (task, part, count) not in self._encoded:
             self._encoded[task, part, count] = self._encode(task, self._read(task)[part][:count])
         return exact_matches(model, self._encoded[task, part, count])
+
+    def batches(self, task: str, count: int) -> Iterator[dict[str, Tensor]]:
+        """Questions with their answers, those of like length together; the mask leaves out what they are filled up with."""
+        questions = sorted(self._encode(task, self._read(task)["train"][:count]), key=len)
+        for start in range(0, len(questions), BATCH):
+            batch = Batch.of(chosen := questions[start : start + BATCH])
+            lengths = torch.tensor([len(question) - 1 for question in chosen])
+            yield {**vars(batch), "attention_mask": (torch.arange(batch.ids.shape[1]) < lengths[:, None]).long()}
+
+    def logits(self, model: nn.Module, task: str, batch: Mapping[str, Tensor]) -> Tensor:
+        return packed(batch).logits(model)
+
+    def losses(self, model: nn.Module, task: str, batch: Mapping[str, Tensor]) -> Tensor:
+        asked = packed(batch)
+        found = nn.functional.cross_entropy(asked.logits(model).float(), asked.targets, reduction="none")
+        return found.new_zeros(len(asked.ids)).index_add(0, asked.rows, found)
 
     def content(self, task: str, part: str, count: int) -> str:
         return content_key([*self._common(task), self._read(task)[part][:count]])
@@ -107,6 +123,11 @@ def drawn(questions: Sequence[Encoded], size: int, rng: random.Random, ahead: in
         batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         rng.shuffle(batches)
         yield from map(Batch.of, batches)
+
+
+def packed(batch: Mapping[str, Tensor]) -> Batch:
+    """A batch of :meth:`LanguageSuite.batches` as it was."""
+    return Batch(**{name: tensor for name, tensor in batch.items() if name != "attention_mask"})
 
 
 def batch_loss(batches: Iterator[Batch]) -> Callable[[nn.Module], Tensor]:
