@@ -1,7 +1,8 @@
 """What becomes of the tensors that adapters hold outside B and A, by a policy that the caller picks.
 
 =============  ========================================================================================
-``None``       adapters that hold any are refused
+``None``       adapters that hold any are refused, but for base weights that PEFT stores unasked beside a LoRA on embeddings: those
+               are kept where the adapters agree on them
 ``"average"``  the plain mean over the adapters that have the value (the paper's rule); of token rows, row by row
 ``"first"``    the value of the first adapter that has it
 a name         the values of that adapter, no others
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
+from torch import Tensor
 
 from dc_merge_peft.errors import (
     IncompatibleAdaptersError,
@@ -29,6 +31,8 @@ from dc_merge_peft.sources.base import AdapterInfo, ExtraSpec, Source
 from dc_merge_peft.sources.refusals import extras_without_policy
 
 POLICIES = ("average", "first", "drop")
+# Of embeddings that are compared: rows at a time, and what is none in float16.
+ROWS, SMALLEST = 4096, 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class ExtrasPlan:
         return bool(self.kept or self.dropped or self.empty)
 
     def remarks(self, adapters: Sequence[AdapterInfo]) -> Iterator[str]:
-        """What is kept and left out, in words."""
+        """What is kept and left out, in words. What all adapters agree on, and nobody was asked about, goes without saying."""
         keeper = None if self.keeper is None else adapters[self.keeper].name
-        if self.kept:
+        if self.kept and self.policy is not None:
             mean, first = "the plain mean over the adapters that have it", "of the first adapter that has it"
             whose = f"of adapter '{keeper}'" if keeper else {"average": mean, "first": first}[str(self.policy)]
             yield (
@@ -88,14 +92,17 @@ def plan_extras(
     Raises:
         OptionError: an unknown policy, or the name of an adapter that holds nothing.
         UnsupportedAdapterError: no policy, but adapters that hold something.
-        IncompatibleAdaptersError: values of different shapes or meanings under one name, or for a module that is merged.
+        IncompatibleAdaptersError: values of different shapes or meanings under one name, or for a module that is merged; without a policy
+            different base weights beside LoRA on embeddings.
+        SourceError: such base weights can't be read.
     """
     keeper = _keeper(infos, policy)
     if policy is None:
         for source, info in zip(sources, infos, strict=True):
             if source.extras_reason is not None:
                 raise extras_without_policy(info.name, source.extras_reason)
-        return ExtrasPlan()
+        names = dict.fromkeys(name for source in sources for name in source.extras)
+        return ExtrasPlan(kept=tuple(_agreed(name, sources, infos) for name in names))
     groups = _groups(sources)
     if keeper is not None and groups and not sources[keeper].extras:
         having = [info.name for source, info in zip(sources, infos, strict=True) if source.extras]
@@ -202,6 +209,34 @@ def _planned(name: str, sources: Sequence[Source], infos: Sequence[AdapterInfo],
     tokens = tuple(sorted({token for spec in specs for token in spec.tokens}))
     spec = replace(first, dtype=dtype, tokens=tokens, shape=(len(tokens), *first.shape[1:]))
     return PlannedExtra(name, spec, tuple(tasks))
+
+
+def _agreed(name: str, sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> PlannedExtra:
+    """A base weight that PEFT has stored beside LoRA on an embedding. After a resized vocabulary, rows of new tokens are nowhere
+    else, so that it belongs to the adapters; and what they were trained on must be the same."""
+    having = [task for task, source in enumerate(sources) if name in source.extras]
+    planned = _planned(name, sources, infos, having)
+    keeper = next((task for task in having if sources[task].extras[name].dtype == planned.spec.dtype), having[0])
+    for task in having:
+        if task != keeper and not same_numbers(sources[keeper].extra(name), sources[task].extra(name)):
+            raise IncompatibleAdaptersError(
+                f"adapters '{infos[keeper].name}' and '{infos[task].name}' hold different base weights '{name}' beside LoRA on it, as they "
+                "do after resizing the vocabulary, each with new rows of its own: expected adapters of the same base model; say whose "
+                "weights to keep (extras='first', the name of an adapter, 'average', or 'drop' for those of the base model)"
+            )
+    return replace(planned, tasks=(keeper,))
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are the same but for the rounding of the coarser of their dtypes."""
+    if one.dtype == other.dtype:
+        return torch.equal(one, other.to(one.device))
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
+    for a, b in zip(one.split(ROWS), other.split(ROWS), strict=True):
+        a, b = a.to(torch.float32), b.to(one.device, torch.float32)
+        if not torch.allclose(a, b, rtol=eps, atol=SMALLEST):
+            return False
+    return True
 
 
 def _refuse_conflicts(plan: ExtrasPlan, infos: Sequence[AdapterInfo], modules: Sequence[str]) -> None:

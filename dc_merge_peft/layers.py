@@ -18,10 +18,15 @@ def layer_layout(name: str, layer: nn.Module) -> Layout:
     """The layout of LoRA factors on a layer of a base model.
 
     Raises:
-        UnsupportedAdapterError: a convolution with groups, dilation or a padding mode other than zeros: there PEFT's
-            forward pass differs from the weight it merges.
+        UnsupportedAdapterError: a convolution with groups, dilation or a padding mode other than zeros, or an embedding with
+            ``max_norm``: there PEFT's forward pass differs from the weight it merges.
     """
     if isinstance(layer, nn.Embedding):
+        if layer.max_norm is not None:
+            raise UnsupportedAdapterError(
+                f"'{name}' is an embedding with max_norm={layer.max_norm:g}: PEFT scales the rows of lora_A by it too, so that the merged weight "
+                "differs from what it computes; expected an embedding without: train the adapter without that module"
+            )
         return Layout("embedding")
     if isinstance(layer, nn.MultiheadAttention):
         return Layout("in_proj")
@@ -97,7 +102,9 @@ def _expert_place(module: str, layer: nn.Module, expected: Layout, shape: tuple[
     sizes = tuple(layer.get_parameter(name).shape)
     experts, (rows, columns) = (sizes[0], sizes[1:]) if len(sizes) == 3 else (1, sizes)
     # Which of the two is the input is the class's own choice; before PEFT knew ``is_transposed`` it always took the first.
-    stored_as_in_out = len(sizes) == 3 and bool(getattr(layer, "is_transposed", False))
-    transposed = len(sizes) == 3 and shape == (columns, rows) and (stored_as_in_out or rows != columns)
+    # A single one it takes for a layer, whose delta it adds as it is.
+    several = len(sizes) == 3 and experts > 1
+    stored_as_in_out = several and bool(getattr(layer, "is_transposed", False))
+    transposed = several and shape == (columns, rows) and (stored_as_in_out or rows != columns)
     found = (columns, rows) if transposed or stored_as_in_out else (rows, columns)
     return Place(name, replace(expected, experts=experts), found, transposed)

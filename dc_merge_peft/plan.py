@@ -144,6 +144,9 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         for index, spec in zip(tasks, specs, strict=True):
             found, expected = sources[index].info.name, sources[tasks[0]].info.name
             if spec.layout.parameters != specs[0].layout.parameters:
+                if not (spec.layout.parameters and specs[0].layout.parameters):
+                    both = (expected, found) if spec.layout.parameters else (found, expected)
+                    raise _both_ways(spec.layout.base_path(name), *both)
                 raise IncompatibleAdaptersError(
                     f"adapter '{found}' targets the parameters {preview(spec.layout.parameters)} in '{spec.layout.base_path(name)}', "
                     f"'{expected}' targets {preview(specs[0].layout.parameters)}: PEFT tells them apart by their nesting alone; expected "
@@ -163,7 +166,24 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         modules.append(PlannedModule(name, specs[0].shape, specs[0].layout, tasks, ranks))
     _refuse_strangers(sources, modules)
     _refuse_renamed_experts(modules)
+    _refuse_both_ways(sources, modules)
     return tuple(modules)
+
+
+def _refuse_both_ways(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:
+    plain = {module.name: module for module in modules if module.layout.kind != "expert"}
+    for module in modules:
+        owner = module.layout.base_path(module.name)
+        if module.layout.kind == "expert" and owner in plain:
+            raise _both_ways(owner, *(sources[found.tasks[0]].info.name for found in (plain[owner], module)))
+
+
+def _both_ways(owner: str, of_module: str, of_parameter: str) -> IncompatibleAdaptersError:
+    """LoRA on a module and on a parameter of it, which PEFT can't have in one adapter."""
+    return IncompatibleAdaptersError(
+        f"adapter '{of_module}' has LoRA on the module '{owner}', adapter '{of_parameter}' on a parameter of it (target_parameters), which PEFT "
+        "can't have in one adapter: expected one of the two in all adapters; train them with the same target_modules and target_parameters"
+    )
 
 
 def _refuse_renamed_experts(modules: Sequence[PlannedModule]) -> None:
@@ -219,14 +239,20 @@ def _output_dtype(dtype: torch.dtype | str | None, sources: Sequence[Source]) ->
 
 
 def _incomplete(sources: Sequence[Source], infos: Sequence[AdapterInfo]) -> Iterator[str]:
-    """Adapters whose config names target modules that their weights lack. Lists written for several architectures look
-    the same, so it is no error."""
+    """Adapters whose config names target modules that their weights lack, or lacks some that the weights have. Lists written for
+    several architectures look the same as the one, and of tied layers PEFT itself leaves the other, so it is no error."""
     for source, info in zip(sources, infos, strict=True):
         missing = source.unmatched_targets() + unmatched_parameters(info.target_parameters, source.modules)
         if missing:
             yield (
                 f"adapter '{info.name}' targets {preview(missing)} in its config but has no factors for it: nothing of it is "
                 "merged; if the base model has such modules, the checkpoint is incomplete"
+            )
+        if strangers := source.untargeted_modules():
+            yield (
+                f"adapter '{info.name}' has factors for {preview(strangers)}, which its config does not target, so that PEFT leaves them out "
+                "when it loads the adapter: here they are merged; if they don't belong to it, delete these tensors, or else correct "
+                "target_modules, exclude_modules or layers_to_transform in its config"
             )
 
 

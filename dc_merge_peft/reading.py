@@ -153,6 +153,7 @@ def check_factors(delta: Delta, source: Source, module: str, allow_zero: bool) -
     for name, factor in zip(source.modules[module].layout.factor_names, (delta.A, delta.B), strict=True):
         if is_ordinary(factor):
             continue
+        _check_scaling(source, module, allow_zero)
         where = f"{name} of '{module}' in adapter '{source.info.name}'"
         if not bool(torch.isfinite(factor).all()):
             raise SourceError(
@@ -165,6 +166,20 @@ def check_factors(delta: Delta, source: Source, module: str, allow_zero: bool) -
                 f"{where} is all zero: expected a trained factor, this is how an untrained or badly loaded adapter looks; "
                 "check the adapter, or allow it (allow_zero=True, --allow-zero)"
             )
+
+
+def _check_scaling(source: Source, module: str, allow_zero: bool) -> None:
+    """Factors come with their scaling, whose faults must not be taken for theirs."""
+    scaling = source.scaling(module)
+    if abs(scaling) <= torch.finfo(torch.float32).max and (scaling or allow_zero):  # NaN is not
+        return
+    meant = "numbers in lora_alpha, alpha_pattern or set by set_scale that float32 holds"
+    if scaling == 0:
+        meant = "another lora_alpha than 0, or allow it (allow_zero=True, --allow-zero)"
+    raise SourceError(
+        f"adapter '{source.info.name}' has a scaling of {scaling:g} for '{module}', from its lora_alpha, an alpha_pattern or set_scale: "
+        f"expected {meant}"
+    )
 
 
 def _all_zero(source: Source, module: str, name: str) -> bool:

@@ -24,10 +24,10 @@ from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.live_state import own_layers_on_failure, unchanged_but_for
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base import Targets
 from dc_merge_peft.sources.live import factor_holders
 from dc_merge_peft.sources.live_model import LiveModel, plain_path
 from dc_merge_peft.sources.renames import fitting_rename
+from dc_merge_peft.sources.targeting import Targets
 
 # Before version 0.19 PEFT moves the new layers of a MixedModel to the base's device, which factors without numbers can't.
 _FILLED = TorchVersion(peft.__version__) < "0.19"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.extra_values import MergedExtra
+from dc_merge_peft.extras import same_numbers
 from dc_merge_peft.result import MergeResult
 
 
@@ -28,7 +29,7 @@ def check_extras(result: MergeResult, model: nn.Module, *, shared: bool) -> None
         found = _parameter(model, name)
         _check_shape(name, extra, found)
         # Biases are refused also where they agree: PEFT takes one adapter with biases, and would save the others without.
-        if shared and (name.endswith("bias") or not torch.equal(found.detach().to(extra.value), extra.value)):
+        if shared and (name.endswith("bias") or not same_numbers(found.detach(), extra.value)):
             raise OutputError(
                 f"'{name}' is a value of the base model itself, which serves other adapters here, and PEFT has one for all: "
                 "expected a fresh base model to add the merge to; or leave such values out (extras='drop')"

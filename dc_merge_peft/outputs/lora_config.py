@@ -17,8 +17,9 @@ from dc_merge_peft.lowrank import LowRank, is_ordinary
 from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base import AdapterInfo, Targets
+from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
+from dc_merge_peft.sources.targeting import Targets
 
 # Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
 # worth its complication.

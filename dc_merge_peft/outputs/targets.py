@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from dc_merge_peft.sources.base import Targets
+from dc_merge_peft.sources.targeting import Targets
 
 # PEFT's word for every linear layer but the head, which only the model can spell out.
 ALL_LINEAR = "all-linear"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.patterns import fits, layer_number
+from dc_merge_peft.sources.targeting import Targets
 
 
 @dataclass(frozen=True)
@@ -47,71 +47,6 @@ class ExtraSpec:
     tokens: tuple[int, ...] = ()  # for tokens: the index of each row
     optional: bool = False  # base weights that PEFT stores unasked: left out where nothing is said about them
     beside: bool = False  # in the file that the original LLaVA leaves beside an adapter, and goes back there
-
-
-def _named(names: str | frozenset[str] | None, module: str) -> bool:
-    if isinstance(names, str):
-        return fits(names, module)
-    return any(ends_in(module, name) for name in names or ())
-
-
-def ends_in(module: str, name: str) -> bool:
-    """PEFT's rule for lists: a name is the whole path or its trailing parts."""
-    return module == name or module.endswith(f".{name}")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """How an adapter's config says which modules of the base model it wraps."""
-
-    target_modules: str | frozenset[str] | None = None  # a regex, or names
-    exclude_modules: str | frozenset[str] | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: str | tuple[str, ...] | None = None
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Targets:
-        """The targeting fields of a LoRA config, hashable and comparable."""
-
-        def names(value: Any) -> str | frozenset[str] | None:
-            return value if isinstance(value, str) or value is None else frozenset(value) or None
-
-        def sequence(value: Any) -> Any:
-            return tuple(value) or None if isinstance(value, (list, tuple)) else value
-
-        return cls(
-            names(config.get("target_modules")),
-            names(config.get("exclude_modules")),
-            sequence(config.get("layers_to_transform")),
-            sequence(config.get("layers_pattern")),
-        )
-
-    def matches(self, module: str) -> bool:
-        """Whether PEFT wraps a module of this path, by its rule: the whole path for a regex, trailing parts for a list."""
-        if _named(self.exclude_modules, module) or not _named(self.target_modules, module):
-            return False
-        if self.layers_to_transform is None or isinstance(self.target_modules, str):
-            return True
-        wanted = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        numbers = (layer_number(pattern, module) for pattern in patterns or (None,))
-        number = next((number for number in numbers if number is not None), None)
-        return number is not None and int(number) in wanted
-
-    def unmatched(self, modules: Collection[str]) -> list[str]:
-        """Names in a list of target modules that none of these modules matches, by PEFT's rule for lists."""
-        names = self.target_modules if isinstance(self.target_modules, frozenset) else ()
-        return sorted(name for name in names if not any(ends_in(module, name) for module in modules))
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields that are set, as plain JSON values."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, frozenset):
-                return sorted(value)
-            return list(value) if isinstance(value, tuple) else value
-
-        return {name: plain(value) for name, value in vars(self).items() if value is not None}
 
 
 # The location of an adapter that lives in a model in memory; no path, so that no directory is taken for it.
@@ -195,6 +130,10 @@ class Source(ABC):
     def unmatched_targets(self) -> list[str]:
         """Names in the config's list of target modules that no module matches."""
         return self.info.targets.unmatched(self.modules)
+
+    def untargeted_modules(self) -> list[str]:
+        """Modules that the config does not mean, so that PEFT leaves their factors out when it loads the adapter."""
+        return []
 
     def extra(self, name: str) -> Tensor:
         """One tensor of :attr:`extras`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from dc_merge_peft.errors import SourceError, without_secrets
 from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, Targets
+from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
 from dc_merge_peft.sources.cards import read_card
 from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
@@ -28,6 +28,7 @@ from dc_merge_peft.sources.llava import open_trainables
 from dc_merge_peft.sources.patterns import check_pattern
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
+from dc_merge_peft.sources.targeting import Targets
 
 LARGEST_CONFIG = 10_000_000  # bytes; one with a pattern for each of a thousand modules has some 100 kB
 
@@ -90,6 +91,13 @@ class CheckpointSource(Source):
         own = layout.own(module, *self._read(layout.layer(module)))
         return layout.to_lowrank(*own, self.scaling(module))
 
+    def untargeted_modules(self) -> list[str]:
+        if self.config.get("ensure_weight_tying"):
+            return []  # wraps modules that it doesn't name
+        # Experts and an attention's output projection have no name of their own in a config.
+        plain = [name for name, spec in self.modules.items() if spec.layout.kind not in ("expert", "out_proj")]
+        return self.info.targets.untargeted(plain)
+
     def extra(self, name: str) -> Tensor:
         return self._trainables.read(name) if name in self._trainables.specs else self._extras[name].read(self._tensors)
 
@@ -148,7 +156,8 @@ class CheckpointSource(Source):
         if LEVEL[1:] in module.split(".") or (module != layer and module not in self._keys):
             raise SourceError(
                 f"{where}, inside another LoRA layer that the checkpoint lacks: expected layers of the base model, attention "
-                "modules or target_parameters; the checkpoint is incomplete, save it again with PEFT's save_pretrained"
+                "modules or target_parameters; the checkpoint is incomplete, save it again with PEFT's save_pretrained; a base model "
+                "with a module called 'base_layer' is not supported"
             )
         if rank != expected_rank(self.config, module):
             raise SourceError(

@@ -143,6 +143,9 @@ class DoraSource(Source):
     def unmatched_targets(self) -> list[str]:
         return self._adapter.unmatched_targets()
 
+    def untargeted_modules(self) -> list[str]:
+        return self._adapter.untargeted_modules()
+
     def extra(self, name: str) -> Tensor:
         return self._adapter.extra(name)
 

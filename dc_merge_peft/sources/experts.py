@@ -15,8 +15,9 @@ from typing import Any
 
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
 from dc_merge_peft.layout import LEVEL, holder_and_depth
-from dc_merge_peft.sources.base import ModuleSpec, Targets, ends_in
+from dc_merge_peft.sources.base import ModuleSpec
 from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
+from dc_merge_peft.sources.targeting import Targets, ends_in
 
 # One expert as a module of its own, as transformers had them before version 5.
 SEPARATE_EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
+from dc_merge_peft.layout import OUT_PROJ, STORED_OUT_PROJ
 from dc_merge_peft.sources.base import ExtraSpec, ModuleSpec
 from dc_merge_peft.sources.files import Tensors
 from dc_merge_peft.sources.keys import module_path
@@ -23,7 +24,8 @@ _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[
 # Levels that PEFT's wrappers put into a path.
 _WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 _SAVED, _SAVED_NAMED = re.compile(r"\.modules_to_save(?=\.)"), re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
-_NO_VALUE = re.compile(r"\.original_module\.|\.lora_magnitude_vector")
+# Copies of base weights; what is read elsewhere; and what takes part in training alone.
+_NO_VALUE = re.compile(r"\.original_module\.|\.lora_magnitude_vector|\.lora_velora_embed")
 
 LORA_BIAS_NAME, TOKENS_NAME = "lora_B.bias", "trainable_tokens_delta"
 
@@ -107,9 +109,11 @@ def stored_extras(
             continue
         if match := _LORA_BIAS.fullmatch(path):
             if named or not match["adapter"]:
-                spec = ExtraSpec("lora_bias", match["module"], shape, dtype)
+                layer = match["module"]
+                wrapped = layer.removesuffix(STORED_OUT_PROJ)
+                spec = ExtraSpec("lora_bias", layer if wrapped == layer else wrapped + OUT_PROJ, shape, dtype)
                 _check_bias(key, spec, config, modules, adapter)
-                scaling = lora_scaling(config, spec.module, modules[spec.module].rank)
+                scaling = lora_scaling(config, wrapped, modules[spec.module].rank)
                 found[f"{spec.module}.{LORA_BIAS_NAME}"] = StoredExtra(spec, key, scaling)
         elif match := _TOKENS.fullmatch(path):
             tokens = _token_indices(config, match["module"], shape, adapter)

@@ -18,9 +18,9 @@ from torch import nn
 from dc_merge_peft.errors import OptionError, UnsupportedAdapterError
 from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.sources.base import ends_in
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.stored import StoredTensor
+from dc_merge_peft.sources.targeting import ends_in
 from dc_merge_peft.sources.ties import sharing_parameters
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

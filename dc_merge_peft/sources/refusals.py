@@ -11,18 +11,22 @@ from typing import Any
 
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError
 
-_TO_PLAIN = "convert it to plain LoRA, or merge it into its base model and extract a LoRA"
+_EXTRACT = "merge it into its base model and extract a LoRA"
+_TO_PLAIN = f"convert it to plain LoRA, or {_EXTRACT}"
 
 # field: (what it means, what to do); refused where the field is set to anything but its "off" value.
 _FEATURES: dict[str, tuple[str, str]] = {
-    "layer_replication": ("layers that are used several times", "merge it into its base model and extract a LoRA"),
+    "layer_replication": ("layers that are used several times", _EXTRACT),
     "use_qalora": ("QALoRA, which pools its input", _TO_PLAIN),
     "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _TO_PLAIN),
     "alora_invocation_tokens": ("aLoRA, which acts on some tokens only", "it can't be a plain LoRA"),
     "arrow_config": ("Arrow routing, which picks adapters per token", "merge the routed adapters one by one"),
-    "kasa_config": ("KaSA, whose delta has a third factor", _TO_PLAIN),
+    "kasa_config": ("KaSA, whose delta has a third factor", _EXTRACT),
     "monteclora_config": ("MonteCLoRA, which samples its factors", _TO_PLAIN),
 }
+
+# Of them those that an empty mapping, which takes its defaults, switches on.
+_SUB_CONFIGS = ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
 # Initialisations that take a part out of the base weights: the saved factors are relative to another base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -67,7 +71,7 @@ def refuse_unless_plain_lora(config: Mapping[str, Any], adapter: str) -> None:
         )
     for name, (meaning, remedy) in _FEATURES.items():
         value = config.get(name)
-        if not _is_off(value):  # for a mixture of experts PEFT sets target_parameters to an empty set
+        if not _is_off(value) or (name in _SUB_CONFIGS and isinstance(value, Mapping)):
             raise UnsupportedAdapterError(
                 f"adapter '{adapter}' has {name}={value!r}: {meaning}; expected plain LoRA, whose delta is "
                 f"scaling * B @ A: {remedy}"

@@ -12,9 +12,10 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source, Targets
+from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import parameters_at, unmatched_parameters
 from dc_merge_peft.sources.renames import RENAMES, new_path, rename_named
+from dc_merge_peft.sources.targeting import Targets
 
 
 class RenamedSource(Source):
@@ -73,6 +74,9 @@ class RenamedSource(Source):
 
     def unmatched_targets(self) -> list[str]:
         return self._source.unmatched_targets()
+
+    def untargeted_modules(self) -> list[str]:
+        return self._source.untargeted_modules()
 
     def close(self) -> None:
         self._source.close()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, preview, unknown_name
 from dc_merge_peft.layers import delta_shape, layer_layout
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.sources.base import ends_in
+from dc_merge_peft.sources.targeting import ends_in
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,6 +91,7 @@ CLASHES: dict[str, tuple[Pair, Pair, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*config does not target")
 @pytest.mark.parametrize(("one", "two", "words"), CLASHES.values(), ids=CLASHES)
 def test_adapters_that_do_not_agree(tmp_path: Path, one: Pair, two: Pair, words: tuple[str, ...]) -> None:
     """Values with no common mean or meaning; dropping them is a way out each time."""

@@ -13,7 +13,7 @@ import pytest
 
 from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.sources import patterns
-from dc_merge_peft.sources.base import Targets
+from dc_merge_peft.sources.targeting import Targets
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import refused
 
@@ -73,6 +73,7 @@ EVIL = [
 REFERENCES = [r"(.+)+\1[!?]", r"(a*)*\1b", r"(?i:(.+)+)[!?]"]
 
 
+@pytest.mark.filterwarnings("ignore:.*config does not target")
 @pytest.mark.parametrize("pattern", [*EVIL, *REFERENCES])
 @pytest.mark.parametrize(
     "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]

@@ -88,7 +88,7 @@ BY_CONFIG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "BD-LoRA": ({"use_bdlora": {"target_modules_bd_a": ["q"]}}, ("BD-LoRA", "convert it")),
     "aLoRA": ({"alora_invocation_tokens": [3]}, ("some tokens only", "can't be a plain LoRA")),
     "Arrow": ({"arrow_config": {"top_k": 2}}, ("Arrow", "one by one")),
-    "KaSA": ({"kasa_config": {"beta": 1}}, ("KaSA", "convert it")),
+    "KaSA": ({"kasa_config": {"beta": 1}}, ("KaSA", "extract a LoRA")),
     "MonteCLoRA": ({"monteclora_config": {"n": 2}}, ("MonteCLoRA", "convert it")),
     "PiSSA by iterations": ({"init_lora_weights": "pissa_niter_16"}, ("relative to a base model", "save it with")),
     "CorDA": ({"init_lora_weights": "corda"}, ("relative to a base model", "save it with")),

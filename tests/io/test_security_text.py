@@ -102,6 +102,7 @@ def test_names_on_the_terminal(
         assert name in (rows[0].get("base_model"), rows[0].get("module"))
 
 
+@pytest.mark.filterwarnings("ignore:.*config does not target")
 @pytest.mark.parametrize("name", ["a\x1b[31mb", "[red]x[/red]", "a\u202eb", "[link=file:x]"])
 def test_names_in_an_inspection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Tables, their titles and findings of ``dc-merge inspect``."""

@@ -89,6 +89,10 @@ REFUSED_LAYERS: dict[str, RefusedLayer] = {
         lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "the merged weight differs from what PEFT computes",
         ("padding_mode='reflect'", "zero padding", "without that module"),
     ),
+    "Embedding with max_norm": RefusedLayer(
+        lambda: nn.Embedding(4, 4, max_norm=1.0), "the merged weight differs from what PEFT computes",
+        ("max_norm=1", "expected an embedding without", "without that module"),
+    ),
     "Output projection of an attention alone": RefusedLayer(
         lambda: nn.MultiheadAttention(4, 2), "torch never calls that layer, so LoRA there does nothing; target the attention",
         ("'odd.out_proj'", "never calls it", "expected LoRA on the attention module itself", "target_modules"), "out_proj",

@@ -9,9 +9,9 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from dc_merge_peft.outputs.targets import choose_targets
-from dc_merge_peft.sources.base import Targets
 from dc_merge_peft.sources.live import LiveSource
 from dc_merge_peft.sources.live_model import LiveModel
+from dc_merge_peft.sources.targeting import Targets
 from tests.support import models
 
 NAMES = ("red", "green", "blue", "grey")
