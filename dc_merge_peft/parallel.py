@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,23 +26,50 @@ Y = TypeVar("Y")
 
 
 class _FullProducts:
-    """Full float32 products for as long as any merge of this process wants them: the setting is one of the whole process."""
+    """Full float32 products for as long as any merge of this process wants them: the setting is one of the whole process.
+
+    Since torch 2.9 it is one by backend; the older one for all raises where a program has used the newer, as transformers does.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._wanted, self._before = threading.Lock(), 0, "highest"
+        self._lock, self._wanted = threading.Lock(), 0
+        self._restore: Callable[[], object] = lambda: None
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._wanted:
-                self._before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("highest")
+                self._restore = _full_by_backend() if hasattr(torch.backends, "fp32_precision") else _full_for_all()
             self._wanted += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._wanted -= 1
             if not self._wanted:
-                torch.set_float32_matmul_precision(self._before)
+                self._restore()
+
+
+def _full_by_backend() -> Callable[[], object]:
+    """Full products on CPU and GPU; gives the way back."""
+    backends: Any = torch.backends
+    matmuls = [(backends.cuda.matmul, backends), (backends.mkldnn.matmul, backends.mkldnn)]
+    before = [matmul.fp32_precision for matmul, _ in matmuls]
+    # A setting that is its parent's is taken for one that follows it.
+    follows = [value == parent.fp32_precision for value, (_, parent) in zip(before, matmuls, strict=True)]
+    for matmul, _ in matmuls:
+        matmul.fp32_precision = "ieee"
+
+    def restore() -> None:
+        for (matmul, _), value, follow in zip(matmuls, before, follows, strict=True):
+            matmul.fp32_precision = "none" if follow else value
+
+    return restore
+
+
+def _full_for_all() -> Callable[[], object]:
+    """The same for torch before version 2.9."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    return partial(torch.set_float32_matmul_precision, before)
 
 
 _FULL_PRODUCTS = _FullProducts()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,42 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+NEWER = hasattr(torch.backends, "fp32_precision")
+
+
+def precisions() -> list[str]:
+    """Of float32 products, of all and by backend."""
+    if not NEWER:
+        return [torch.get_float32_matmul_precision()]
+    backends: Any = torch.backends
+    return [part.fp32_precision for part in (backends, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul)]
+
+
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    """Products that a training has made fast, by torch's newer setting where there is one."""
+    if not NEWER:
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    before = precisions()
+    try:
+        yield
+        assert precisions() == before
+    finally:
+        if not NEWER:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "another device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
+    "coarse products": coarse_products,
 }
 
 
@@ -84,7 +115,6 @@ def test_same_fused_model(tmp_path: Path) -> None:
 
 def test_merges_that_overlap() -> None:
     """Products are full ones until the last merge has ended, and then what the program wants, whichever ends first."""
-    before = torch.get_float32_matmul_precision()
     inside, leave = threading.Event(), threading.Event()
 
     def longer() -> None:
@@ -93,18 +123,32 @@ def test_merges_that_overlap() -> None:
             leave.wait(60)
 
     torch.set_float32_matmul_precision("high")
+    before = precisions()
     try:
         other = threading.Thread(target=longer)
         with one_thread():
             other.start()
             assert inside.wait(60)
-        while_other = torch.get_float32_matmul_precision()
+        while_other = precisions()
         leave.set()
         other.join()
-        assert (while_other, torch.get_float32_matmul_precision()) == ("highest", "high")
+        full = ["none", "ieee", "none", "ieee"] if NEWER else ["highest"]
+        assert (while_other, precisions(), torch.get_float32_matmul_precision()) == (full, before, "high")
     finally:
         leave.set()
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not NEWER, reason="torch has one setting for all")
+def test_products_follow_the_program_after_a_merge() -> None:
+    """A setting that a merge has put back still follows that of all backends."""
+    backends: Any = torch.backends
+    with coarse_products():
+        with one_thread():
+            assert backends.mkldnn.matmul.fp32_precision == "ieee"
+        backends.fp32_precision = "ieee"
+        assert precisions() == ["ieee"] * 4
+        backends.fp32_precision = "tf32"
 
 
 def test_no_memory_is_kept(tmp_path: Path) -> None:
