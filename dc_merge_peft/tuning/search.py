@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import MergeError, OptionError, OutputError
+from dc_merge_peft.methods import method_named
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import Progress
 from dc_merge_peft.reading import checked_devices
@@ -23,7 +24,7 @@ from dc_merge_peft.tuning.journal import Journal, opened
 from dc_merge_peft.tuning.merges import Merges, Recipe
 from dc_merge_peft.tuning.outcome import Trial, TuneResult, edge_remark
 from dc_merge_peft.tuning.sampling import Grid, Sampler, optuna_version, sampler_for
-from dc_merge_peft.tuning.space import Settings, Space, read_space
+from dc_merge_peft.tuning.space import Choices, Range, Settings, Space, read_space
 from dc_merge_peft.tuning.staging import from_model, staged
 from dc_merge_peft.tuning.stamps import header
 
@@ -143,6 +144,7 @@ def prepare(
     )
     recipe = Recipe(pinned, plan.adapters, merger.method, plan.weights, svd_rank, options)
     found = read_space(space, merger.method, plan.adapters, alphas)
+    _refuse_values(recipe, plan, found)
     sampler = sampler_for(found, search, trials, seed, minimize=minimize)
     return Search(recipe, plan, found, sampler, seed, minimize)
 
@@ -166,6 +168,23 @@ def journal_of(
         return
     with opened(path, search.header(evaluate), resume=resume, overwrite=overwrite) as journal:
         yield journal
+
+
+def _refuse_values(recipe: Recipe, plan: MergePlan, space: Space) -> None:
+    """Values with which these adapters can't be merged: of a grid in every combination, of a range its ends."""
+    modules = {(module.shape, module.ranks) for module in plan.modules}
+    of_options = {name: found for name, found in space.dimensions.items() if name in recipe.method.config.to_dict()}
+    grid = Space({name: found for name, found in of_options.items() if isinstance(found, Choices) and name != "alpha"})
+    ends = [
+        {name: end} for name, found in of_options.items() if isinstance(found, Range) for end in (found.low, found.high)
+    ]
+    for settings in (*grid.grid(), *ends):
+        method = method_named(recipe.method.name, recipe.options(settings))
+        for shape, ranks in modules:
+            try:
+                method.check(shape, ranks)
+            except OptionError as error:
+                raise OptionError(f"the search space has {in_words(settings)}: {error}") from error
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:

@@ -148,8 +148,6 @@ def test_errors_of_the_function_pass_through(workspace: Path) -> None:
 
 def test_a_trial_that_can_not_be_merged(workspace: Path) -> None:
     """The merge's own error, and the trial's settings before it."""
-    with refused(OptionError, "trial 2 (density 0.0001, alpha 1): ", "keeps none of the 10 x 10 entries"):
-        tune(NAMES, alpha_of, {"density": [0.5, 0.0001]}, alphas=[1])
     shutil.copytree("math-lora", "same")
     with refused(MergeError, "trial 1 (weights [1, -1], alpha 1): ", "method 'ta' leaves nothing of these adapters"):
         tune(["math-lora", "same"], alpha_of, {"weights": [[1, -1]]}, merger=SUM, alphas=[1])
@@ -223,6 +221,10 @@ def test_arguments(workspace: Path) -> None:
         tune(NAMES, alpha_of, smooth=1)
     with refused(OptionError, "max_memory is 'much': expected"):
         prepare(NAMES, max_memory="much")
+    for space in ({"density": [0.5, 1e-5]}, {"density": {"min": 1e-5, "max": 0.5, "log": True}, "smoothing": ["none"]}):
+        with refused(OptionError, "the search space has", "density 1e-05", "which keeps none of the"):
+            prepare(NAMES, space)
+    prepare(NAMES, {"density": [1e-5], "aggregation": ["ta"]})
     with refused(OptionError, "found resume without a journal: expected the file of the earlier search"):
         tune(NAMES, alpha_of, resume=True)
     with refused(OptionError, "found resume and overwrite: expected one of them"):

@@ -26,8 +26,8 @@ from accuracy.command import STAGES
 from accuracy.workers import say
 
 from everything.drawn import figures_page
-from everything.found import saved
-from everything.guide import with_guide
+from everything.found import Found, saved
+from everything.guide import short, with_guide
 from everything.page import section, with_section
 from everything.tables import glance
 from everything.texts import glance_text, own_text
@@ -112,9 +112,17 @@ def pages(docs: Path) -> dict[Path, str]:
     return {
         page: with_section(text[page], section(found, drawn, studies(docs), alphas_studied(docs))),
         guide: with_guide(text[guide], found),
-        readme: with_section(text[readme], f"{glance_text(found)}\n\n{glance(found, 'auto')}\n\n{own_text(found)}"),
+        readme: with_section(text[readme], "\n\n".join(in_readme(found))),
         **{folder.with_suffix(".md"): figures_page(name, folder) for name, folder in drawn.items()},
     }
+
+
+def in_readme(found: Sequence[Found]) -> list[str]:
+    """The paragraphs of the README: the first table, our own method, and what to take."""
+    take = (
+        f"What to take by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)): {short(found)}"
+    )
+    return [glance_text(found), glance(found, "auto"), own_text(found), take]
 
 
 def studies(docs: Path) -> list[str]:

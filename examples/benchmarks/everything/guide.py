@@ -30,29 +30,46 @@ def with_guide(page: str, found: Sequence[Found]) -> str:
 def guide(found: Sequence[Found]) -> str:
     """For each number of tasks and way to alpha the methods that kept most, on the average over the benchmarks that have it."""
     adapters = [one for one in found if one.kind == "adapter"]
-    counts = sorted({count for one in adapters for count in one.counts})
-    rows, takes = [], {rule: dict[str, list[str]]() for rule in RULES}
-    for count in counts:
+    rows = []
+    for count in _counts(adapters):
         these = [one for one in adapters if count in one.counts]
         for rule in RULES:
-            means = averages(these, count, rule)
-            ranked = sorted(means, key=lambda label: -means[label])
-            chosen = REFERENCE if means[REFERENCE] >= means[ranked[0]] - WITHIN else ranked[0]
-            takes[rule].setdefault(f"`{chosen}`", []).append(str(count))
+            means, ranked, chosen = _ranked(these, count, rule)
             runners = ", ".join(f"`{label}` {100 * means[label]:.1f}" for label in ranked[:SHOWN])
             mine, names = f"{100 * means[REFERENCE]:.1f}", ", ".join(one.name for one in these)
             rows.append([str(count), RULE_NAMES[rule], f"`{chosen}`", runners, mine, names])
     names = ", ".join(f"[{one.name}](../{one.name}.md)" for one in adapters)
     head = ["adapters", "alpha", "take", "kept most, normalized accuracy in %", f"`{REFERENCE}`", "measured on"]
     return (
-        f"**In short**, by the number of adapters. Without validation data: {_in_words(takes['auto'])}. With alpha picked on validation data: "
-        f"{_in_words(takes['validation'])}. These are averages over few benchmarks of small models, ranked by their test examples, so that the "
+        f"**In short**, by the number of adapters. {short(found)} These are averages over few benchmarks of small models, ranked by their test examples, so that the "
         "winner's number is a little too high; differences of a point or two are noise ([intervals and everything else](../benchmarks.md)).\n\n"
         f"From {names}, averaged over the benchmarks that have so many tasks. `{REFERENCE}`, the default, where it is within {100 * WITHIN:g} point of the "
         'best, and otherwise the best, of all that need no training data. Labels after a comma are options: `dc, none` is `smoothing="none"`, '
         '`ta, cover, smoothing` is `method="ta", cover=True, smoothing="linear"`.\n\n'
         + table(head, rows).replace("---:", "---")
     )
+
+
+def short(found: Sequence[Found]) -> str:
+    """What to take by the number of adapters, in two sentences."""
+    adapters = [one for one in found if one.kind == "adapter"]
+    takes = {rule: dict[str, list[str]]() for rule in RULES}
+    for count in _counts(adapters):
+        for rule in RULES:
+            *_, chosen = _ranked([one for one in adapters if count in one.counts], count, rule)
+            takes[rule].setdefault(f"`{chosen}`", []).append(str(count))
+    return f"Without validation data: {_in_words(takes['auto'])}. With alpha picked on validation data: {_in_words(takes['validation'])}."
+
+
+def _counts(found: Sequence[Found]) -> list[int]:
+    return sorted({count for one in found for count in one.counts})
+
+
+def _ranked(found: Sequence[Found], count: int, rule: str) -> tuple[dict[str, float], list[str], str]:
+    """The means of all methods, their names from the best on, and the one to take."""
+    means = averages(found, count, rule)
+    ranked = sorted(means, key=lambda label: -means[label])
+    return means, ranked, REFERENCE if means[REFERENCE] >= means[ranked[0]] - WITHIN else ranked[0]
 
 
 def _in_words(takes: Mapping[str, Sequence[str]]) -> str:

@@ -51,7 +51,7 @@ def glance_text(found: Sequence[Found]) -> str:
     """How to read the first tables."""
     seeds = ", ".join(f"{one.name} {seeds_text(one.data)}" for one in found)
     return (
-        f"Average normalized accuracy in % (Eq. 29) of `{REFERENCE}` at its defaults, of the best of all other published methods, and how far `{REFERENCE}` is "
+        f"Average normalized accuracy in % (Eq. 29) of `{REFERENCE}` at its defaults, of the best of all other published methods that look at no training examples, and how far `{REFERENCE}` is "
         "ahead of it, with the 95 % interval of the paired difference; positive is better. The best of many others is picked on the "
         f"same test examples, which favours it. `{NEW}` is our own method. Measured: {seeds}."
     )
@@ -68,7 +68,7 @@ def losses_text(found: Sequence[Found]) -> str:
     ]
     won, lost_ = sum(high < 0 for *_, high in contests), sum(low > 0 for _, low, _ in contests)
     text = (
-        f"In {len(contests)} comparisons with a published method, at the same number of tasks and by the same rule for alpha, `{REFERENCE}` is ahead by more than "
+        f"In {len(contests)} comparisons with a published method that looks at no training examples, at the same number of tasks and by the same rule for alpha, `{REFERENCE}` is ahead by more than "
         f"the interval in {won} and behind by more than the interval in {lost_}; the others are within it. Our own `{NEW}` is "
         "[compared below](#beyond-the-paper)."
     )
