@@ -34,6 +34,7 @@ from dc_merge_peft.stacked import (
 )
 from dc_merge_peft.work.finished import Finished
 
+NO_ROOM: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 # Reads the factors of a module's tasks again.
 Read: TypeAlias = Callable[[], Sequence[LowRank]]
 
@@ -95,8 +96,9 @@ class Stacker:
             count = max(room // working_bytes(self.method, planned[indices[0]]), 1)
             for start in range(0, len(indices), count):
                 some = indices[start : start + count]
-                # One is no batch. A decomposition that fails says nothing about the others; each is tried by itself then.
-                with suppress(torch.linalg.LinAlgError):
+                # One is no batch. A decomposition that fails says nothing about the others, and a stack without room nothing about its
+                # members; each is tried by itself then.
+                with suppress(torch.linalg.LinAlgError, NO_ROOM):
                     if len(some) > 1:
                         self._merge([modules[index] for index in some], [reads[index] for index in some], some, found)
         return found

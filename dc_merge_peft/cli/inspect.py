@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dc_merge_peft.cli.inspect_tables import print_findings, print_inspection, print_merge
+from dc_merge_peft.cli.processes import one_process
 from dc_merge_peft.cli.settings import assignments, check_kind, merged_in_memory, numbers, run_settings
 from dc_merge_peft.cli.show import console, reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
@@ -87,6 +88,7 @@ def inspect(
         raise OptionError(
             "found --merged and options of a merge: expected one of them, a merge that exists or a new one"
         )
+    one_process("inspect")
     run = run_settings(
         config,
         adapters=tuple(adapters) if adapters else None,

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dc_merge_peft.cli import options as shared
+from dc_merge_peft.cli.processes import one_process
 from dc_merge_peft.cli.settings import check_kind, merged_in_memory, run_settings
 from dc_merge_peft.cli.show import bytes_in_words, console, reports_errors, say
 from dc_merge_peft.errors import MergeWarning, OptionError
@@ -61,6 +62,7 @@ def report(
             if merged is None
             else f"found both '{merged}' and --config: expected one of them, a merge that exists or a new one"
         )
+    one_process("report")
     if output is None:
         raise OptionError("found no output: expected a file, as in -o report.html")
     shared.tidied_output(output)

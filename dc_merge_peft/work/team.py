@@ -69,7 +69,7 @@ class Team:
             device: As the user has it: ``"cpu"`` for the CPU, ``None``, ``"auto"`` or ``"cuda"`` for a GPU each where there are any.
 
         Raises:
-            OptionError: a device of one process alone.
+            OptionError: a device of one process alone, or more processes than GPUs.
             MergeError: the others can't be met.
         """
         if device not in (None, "auto", "cpu", "cuda"):
@@ -85,6 +85,12 @@ class Team:
             or not torch.cuda.is_available()
             or os.environ.get("ACCELERATE_USE_CPU") in ("1", "True", "true")
         )
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if not cpu and here > gpus:
+            raise OptionError(
+                f"found {here} processes on this machine, which has {gpus} GPU{'s' if gpus > 1 else ''}: expected one for each at most; start "
+                "fewer, or compute on the CPU (--device cpu)"
+            )
         try:
             state = PartialState(cpu=cpu, timeout=MEETING)
             token = broadcast_object_list([secrets.token_hex(8)], from_process=0)[0]

@@ -17,13 +17,14 @@ from tests.support.strategies import dense, memory_sources, random_tasks, rank_d
 @pytest.mark.parametrize("name", METHODS)
 def test_cuda_equals_cpu(name: str) -> None:
     """Every method gives the CPU's result to float32 accuracy, and leaves it on the GPU."""
-    tasks = random_tasks(0, (64, 48), (6, 4, 5))
+    # Some methods want one rank; Iso's singular values are equal, so that a cut among them is arbitrary.
+    tasks, rank = random_tasks(0, (64, 48), (5, 5, 5)), None if name.startswith("iso") else 7
     weights = [1.0, -0.5, 2.0]
-    expected, S, _ = merge_module(method_named(name), tasks, weights, 7)
-    found, S_found, _ = merge_module(method_named(name), [task.to("cuda") for task in tasks], weights, 7)
+    expected, S, _ = merge_module(method_named(name), tasks, weights, rank)
+    found, S_found, _ = merge_module(method_named(name), [task.to("cuda") for task in tasks], weights, rank)
     assert found.B.device.type == found.A.device.type == "cuda"
     assert relative(dense(found.to("cpu")), dense(expected)) <= 1e-5
-    assert torch.allclose(S_found.cpu(), S, rtol=1e-6)
+    assert torch.allclose(S_found.cpu(), S, rtol=1e-5, atol=1e-5 * float(S[0]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

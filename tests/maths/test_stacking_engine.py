@@ -136,14 +136,15 @@ def test_everything_stays_on_its_device(name: str, options: dict[str, Any], monk
     assert U.shape == (2, 11, S.shape[1]) and Vh.shape == (2, S.shape[1], 11) and parts[-1].shape == (2, 30, S.shape[1])
 
 
-def test_failed_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stack of which one module can't be decomposed is merged one by one."""
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError, batching.NO_ROOM])
+def test_failed_decompositions(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """A stack of which one module can't be decomposed, or that has no room on the GPU, is merged one by one."""
     expected = merged(ordinary(), "tsvm", {}, False)
     eigh = torch.linalg.eigh
 
     def failing(X: torch.Tensor):
         if X.ndim > 2:
-            raise torch.linalg.LinAlgError("batch element 3 has not converged")
+            raise error("batch element 3 has not converged")
         return eigh(X)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)

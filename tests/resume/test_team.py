@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning, OptionError
 from dc_merge_peft.work import team as teams
@@ -200,6 +201,24 @@ def test_what_launchers_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     many_modules(tmp_path, 1)
     result = run("merge", "lora-0", "lora-1", "--push-to", "me/merged")
     assert result.exit_code == 2 and "3 processes merge together without an output" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "tune"])
+def test_commands_of_one_process(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Several would all do the same."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(command, "one", "two")
+    assert result.exit_code == 2 and f"{command} is given to 2 processes: expected one" in result.stderr
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted before they meet, on each machine by itself; on the CPU there may be any number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with refused(OptionError, "found 2 processes on this machine, which has 1 GPU", "--device cpu"):
+        Team.join(None)
 
 
 def test_full_models_are_merged_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
