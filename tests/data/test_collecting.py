@@ -91,6 +91,8 @@ def test_drawn_labels() -> None:
     first, again = (statistics.fisher(model, loader(), seed=5) for _ in range(2))
     path = list(first.tensors)[-1]  # the pooler, on which every text depends
     assert torch.equal(first.tensors[path], again.tensors[path])
+    others = [statistics.fisher(model, loader(), seed=seed).tensors[path] for seed in range(5)]
+    assert any(not torch.equal(other, first.tensors[path]) for other in others)
     given = []
     for bits in range(16):
         batch = {**BATCH, "labels": torch.tensor([bits >> place & 1 for place in range(4)])}

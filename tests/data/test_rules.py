@@ -162,7 +162,7 @@ def of_two_modules(scale: float = 1.0) -> list[Statistics]:
     return [
         Statistics(
             "fisher",
-            {name: (scale if task == 0 else 1) * squares(10 * task + place) for place, name in enumerate("qv")},
+            {name: (scale if task == 2 else 1) * squares(10 * task + place) for place, name in enumerate("qv")},
             8,
         )
         for task in range(3)

@@ -170,6 +170,23 @@ class Watch:
         return watched
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_fingerprint_looks_all_over_the_file(tmp_path: Path, place: int) -> None:
+    """Weights that differ at the beginning, in the middle or at the end have another one; the same ones have the same."""
+    A, B = factors(300, 200, 50)
+    marks = []
+    for changed in (False, True, False):
+        values = {"q.lora_A.weight": A.clone(), "q.lora_B.weight": B.clone()}
+        if changed:
+            stored = values["q.lora_A.weight"] if place == 0 else values["q.lora_B.weight"]
+            stored.view(-1)[[0, stored.numel() // 4, -1][place]] += 1
+            if place == 1:
+                stored[len(stored) // 4 : len(stored) // 2] += 1
+        folder = write_checkpoint(tmp_path / f"{len(marks)}", values, r=50)
+        marks.append(CheckpointSource(folder).info.fingerprint)
+    assert marks[0] == marks[2] != marks[1] and marks[0] is not None
+
+
 def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening and planning need headers only."""
     watch = Watch(monkeypatch)

@@ -29,6 +29,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "rank_pattern from the start": {"r": 3, "lora_alpha": 6, "rank_pattern": {"^encoder.layer.0.*query": 2}},
     "alpha_pattern": {"r": 3, "lora_alpha": 6, "alpha_pattern": {"query": 7}},
     "first of two patterns": {"r": 3, "lora_alpha": 6, "alpha_pattern": {"self.query": 7, "query": 9}},
+    "alternatives": {"r": 3, "lora_alpha": 6, "alpha_pattern": {"query|value": 7}},
     "part of a name": {"r": 3, "lora_alpha": 6, "alpha_pattern": {"uery": 7}, "rank_pattern": {"quer": 9}},
     "both patterns, rsLoRA": {
         "r": 3, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"query": 5}, "alpha_pattern": {"self.value": 2},

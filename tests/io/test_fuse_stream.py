@@ -53,6 +53,21 @@ def test_every_number(tmp_path: Path, dtype: torch.dtype) -> None:
         assert after[f"{name}.weight"].dtype == dtype and nearest(exact, after[f"{name}.weight"])
 
 
+def test_digits_of_a_float64_base(tmp_path: Path) -> None:
+    """They stay: float32 would cut them off where weights are far larger than what is added."""
+    model = models.bert().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e4)
+    base, folders = saved(tmp_path, model, BERT)
+    TA.fuse_to_disk(base, folders, tmp_path / "out")
+    merged = TA.merge(folders)
+    before, after = tensors(base), tensors(tmp_path / "out")
+    for name in merged.modules:
+        added = after[f"{name}.weight"] - before[f"{name}.weight"]
+        assert difference(added.float(), merged.delta(name)) < 1e-5 * float(merged.delta(name).abs().max())
+
+
 def test_loads_in_transformers(tmp_path: Path) -> None:
     """The logits of the PEFT model with the merged adapter, from a base of several files, by the class its config names."""
     base, folders = saved(tmp_path, models.llama(), {"target_modules": ["q_proj", "down_proj"]}, max_shard_size="5KB")

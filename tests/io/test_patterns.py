@@ -25,7 +25,7 @@ ORDINARY = [
     "q", ".*", r".*\.(q|v)", r"layers\.\d+\..*_proj", r"^(?!.*enc).*\.(q_proj|v_proj)$", r"(?:.*?(?:self|attn).*?(?:q_proj|query).*?)",
     r"[^.]+\.\w+", r"a{1,3}b?", r"(a|b)*", r"(a*)*b", r"([a-z_.0-9]+)+", r"\bmodel\b.*", r"(?<=\.)q", r".*(?<!\d)\.q",
     r"(?s).*", r"\S+\s?\S*", r"[\w.]*[^\W]", r"(?:(?:a?){2}b?)*", r".*\Bb.*", r"\Aq\Z", r"(?x) q  # text", r"[a-cx-z]*", r"(?:)*q", "",
-    r"^model\.layers\.0\.self_attn.q_proj$", r"x_y\.fc1", "a.b",
+    r"^model\.layers\.0\.self_attn.q_proj$", r"x_y\.fc1", "a.b", "q|q_proj", r"aab|self\.query",
 ]  # fmt: skip
 
 

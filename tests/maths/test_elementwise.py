@@ -62,6 +62,7 @@ RULES: dict[str, tuple[dict[str, Any], oracle.Rule]] = {
     "ties-sum": ({"reduce": "sum", "density": 0.45}, lambda X: oracle.ties(X, 0.45, "sum")),
     "ties-all": ({"density": 1.0}, lambda X: oracle.ties(X, 1.0)),
     "dare_ties-none": ({"drop": 0.0}, oracle.elect),
+    "dare_ties-sum": ({"drop": 0.0, "reduce": "sum"}, lambda X: oracle.elect(X, "sum")),
     "dare_ta-none": ({"drop": 0.0}, lambda X: X.sum(axis=0)),
     "magnitude_prune": ({"density": 0.3}, lambda X: oracle.trim(X, 0.3).sum(axis=0)),
     "consensus": ({}, oracle.consensus),
@@ -132,7 +133,9 @@ def test_knots(options: dict[str, Any], rule: oracle.Rule) -> None:
     """KnOTS-TIES against the SVD of the tasks side by side."""
     modules = model()
     check(merge("knots_ties", modules, **options), oracle.knots(rule, weighted(modules)))
-    check(merge("knots_dare_ties", modules, drop=0.0), oracle.knots(oracle.elect, weighted(modules)))
+    reduce = str(options.get("reduce", "mean"))
+    elect = oracle.knots(lambda X: oracle.elect(X, reduce), weighted(modules))
+    check(merge("knots_dare_ties", modules, drop=0.0, reduce=reduce), elect)
 
 
 @pytest.mark.parametrize("shape", [(9, 12), (40, 12)], ids=["by Gram matrix", "by SVD"])
@@ -190,6 +193,36 @@ def test_the_majority_of_a_module() -> None:
     whole = merge("ties", modules, [1.0, 1.0], density=1.0)
     assert relative(whole.delta("plus"), [[0.0] * 3, [1.0] * 3]) <= 1e-6
     assert relative(whole.delta("minus"), [[0.0] * 3, [-1.0] * 3]) <= 1e-6
+
+
+def test_the_majority_of_a_module_in_a_common_basis() -> None:
+    """KnOTS-TIES has the same scope in both of its steps: one module's majority is nothing to another one."""
+    row = torch.ones(1, 3)
+    # Along one direction of the outputs, so that its common basis is that direction, with one sign or the other.
+    pairs = {
+        "plus": ([[3.0, 1.0, 1.0]], [[-3.0, 1.0, 1.0]]),
+        "minus": ([[3.0, -1.0, -1.0, -1.0]], [[-3.0, -1.0, -1.0, -1.0]]),
+    }
+    modules = {
+        name: [LowRank(row.mT.clone(), torch.tensor(entries)) for entries in pair] for name, pair in pairs.items()
+    }
+    options = {"density": 1.0, "scope": "module"}
+    apart = merge("knots_ties", modules, [1.0, 1.0], **options)
+    for name, tasks in modules.items():
+        alone = merge("knots_ties", {name: tasks}, [1.0, 1.0], **options)
+        assert torch.equal(apart.delta(name), alone.delta(name))
+
+
+def test_the_place_in_a_module_is_not_the_seed() -> None:
+    """An adapter drops the same entries of a module whether or not those before it have the module, too."""
+    q, v = model().values()
+    method = method_named("dare_ta", {"alpha": 1.0})
+    results = []
+    for first in ({"q": q[0], "v": v[0]}, {"v": v[0]}):
+        sources = [MemorySource("first", first), MemorySource("second", {"q": q[1], "v": v[1]})]
+        plan = plan_merge(sources, method, [1.0 if "q" not in first else 0.0, 1.0], svd_rank=100)
+        results.append(run_merge(plan, sources, method).delta("q"))
+    assert relative(results[0], results[1]) <= 1e-6
 
 
 def test_modules_that_some_adapters_lack() -> None:
