@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from everything import command
 from everything.command import BENCHMARKS, main, pages, parse
-from everything.drawn import dir_sims, figures_page, figures_text
+from everything.directions import dir_sim, saved_dir_sims, write_dir_sims
+from everything.drawn import figures_page, figures_text
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
 from everything.page import section, with_section
 from everything.tables import beyond, costs, losses
 from everything.texts import default_text, losses_text, own_text
+
+from dc_merge_peft import DCMergeAdapter, inspect_merge
+from tests.support.suites import small_suite
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -65,19 +69,18 @@ def test_pages_are_the_saved_ones() -> None:
 
 
 def test_losses_are_shown() -> None:
-    """A method that is ahead by more than the interval is named with its DirSim; one within the interval is not, nor one that is ours."""
-    shown = losses([results("text8", 0.05)], {("text8", 2, "ta"): 0.5, ("text8", 2, "dc"): 0.625})
-    assert shown.count("| text8 | 2 |") == 2
-    assert (
-        "`ta` | +5.0 (+4.0 to +6.0) | 0.500 against 0.625" in shown
-        and "wudi_closed" not in shown
-        and "regmean" not in shown
-    )
-    assert "All those in which" in losses_text([results("text8", 0.05)])
-    assert losses([results("text8", 0.005)], {}) == ""
-    assert (
-        "behind by more than the interval in 0" in (text := losses_text([results("text8", 0.005)]))
-        and "All those" not in text
+    """The best rival is named with its DirSim wherever it is ahead on the mean; nothing that is ours or looks at data is."""
+    one = results("text8", 0.05)
+    shown = losses([one], {("text8", 2, "ta"): 0.5, ("text8", 2, "dc"): 0.625})
+    assert shown.count("| text8 | 2 |") == 2 and "wudi_closed" not in shown and "regmean" not in shown
+    assert "| `ta` | +5.0 (+4.0 to +6.0) | 0.500 | 0.625 | worse |" in shown
+    assert "| 0.500 | 0.502 | alike |" in losses([one], {("text8", 2, "ta"): 0.5, ("text8", 2, "dc"): 0.502})
+    assert "| 0.700 | 0.502 | better |" in losses([one], {("text8", 2, "ta"): 0.7, ("text8", 2, "dc"): 0.502})
+    assert "(+4.0 to +6.0) |  |  |  |" in losses([one], {})
+    text = losses_text([one])
+    assert "behind by more than the interval in 2" in text and "ahead on the mean in 2 of 2 rows" in text
+    assert losses([results("text8", -0.005)], {}) == "" and "ahead on the mean" not in losses_text(
+        [results("text8", -0.005)]
     )
 
 
@@ -116,12 +119,27 @@ def test_guide_takes_the_best_where_the_default_is_not() -> None:
     assert guide([one, two, results("c", 0.3, "model")]).count("| `dc` | `dc` 90.0, `dc, none` 89.5, `ta` 82.5") == 2
 
 
-def test_dir_sims_are_means(tmp_path: Path) -> None:
-    """Over modules and tasks, by method; nothing without figures."""
-    file = tmp_path / "figure-15-layers.csv"
-    assert dir_sims({"text8": tmp_path}) == {}
-    file.write_text("method,module,task,dir_sim\nta,q,a,0.5\nta,q,b,0.25\nta,v,a,0.75\nta,v,b,0.5\n")
-    assert dir_sims({"text8": tmp_path, "vision": tmp_path / "none"}) == {("text8", 2, "ta"): 0.5}
+@pytest.mark.parametrize("better", [0.05, -0.05])
+def test_directions_of_what_is_ahead(tmp_path: Path, better: float) -> None:
+    """DirSim of the reference and of the method that is ahead, means over tasks and modules of the adapters themselves."""
+    suite = small_suite(tmp_path / "suite")
+    found = results("small", better)
+    write_dir_sims(suite, found, tmp_path)
+    (tmp_path / "docs/small").mkdir(parents=True)
+    (tmp_path / "dirsim.json").rename(tmp_path / "docs/small/dirsim.json")
+    similar = saved_dir_sims(tmp_path / "docs", ["small", "none"])
+    if better < 0:
+        assert similar == {}
+        return
+    assert set(similar) == {("small", 2, "dc"), ("small", 2, "ta")}
+    expected = []
+    for group in (suite.tasks[:2], suite.tasks[2:4]):
+        folders = [suite.adapter(task, suite.seeds[0]) for task in group]
+        merged = DCMergeAdapter(method="ta").merge(folders)
+        kept = inspect_merge(merged, folders).modules
+        expected += [each.projected_dir_sim for module in kept.values() for each in module.values()]
+    assert similar["small", 2, "ta"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+    assert dir_sim(suite, "ta", 2) == pytest.approx(similar["small", 2, "ta"], abs=1e-4)
 
 
 def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def test_only_suites_with_doors() -> None:
     suite = SmallSuite(Path("nowhere"))
     assert with_data(suite) == () and not isinstance(suite, Informed)
     assert with_data(InformedSuite(Path("nowhere"))) == WITH_DATA
+    without = dataclasses.replace(SETTINGS, with_data=False)
+    labels = [
+        [one.label for one in settings.contenders(InformedSuite(Path("nowhere")), 4)]
+        for settings in (SETTINGS, without)
+    ]
+    assert set(labels[0]) - set(labels[1]) == {contender.label for contender in WITH_DATA}
     with pytest.raises(TypeError, match="'small' has no door to training examples: expected batches, logits and cache"):
         informed(suite)
 

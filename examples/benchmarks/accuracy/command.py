@@ -63,6 +63,8 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
                         help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
     parser.add_argument("--precision", choices=list(PRECISIONS), default=benchmark.settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
+    parser.add_argument("--with-data", action=argparse.BooleanOptionalAction, default=benchmark.settings.with_data,
+                        help="methods that look at training examples, too")  # fmt: skip
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
                         help=f"of methods and options, {REFERENCE!r} among them (default: all that there are)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
@@ -80,7 +82,11 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     options = parse(benchmark, arguments)
     suite = benchmark.suite(options.cache, tuple(options.seeds))
     settings = dataclasses.replace(
-        benchmark.settings, counts=tuple(options.counts), precision=options.precision, only=tuple(options.only)
+        benchmark.settings,
+        counts=tuple(options.counts),
+        precision=options.precision,
+        with_data=options.with_data,
+        only=tuple(options.only),
     )
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too

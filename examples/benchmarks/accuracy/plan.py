@@ -35,6 +35,7 @@ class Settings:
     # So many tasks merged, and so many after them, where there are any, measured beside them: the paper's Table 11.
     seen: int = 8
     unseen: int = 4
+    with_data: bool = True  # methods that look at training examples, where the suite has a door to them
     only: tuple[str, ...] = ()  # labels of contenders; none: all of them
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Settings:
 
     def contenders(self, suite: Suite, count: int) -> list[Contender]:
         """Those that are measured with so many of a suite's tasks."""
-        every = (*CONTENDERS, *with_data(suite))
+        every = (*CONTENDERS, *(with_data(suite) if self.with_data else ()))
         chosen = [contender for contender in every if not self.only or contender.label in self.only]
         return [contender for contender in chosen if contender.runs_at(count, suite.kind.name)]
 

@@ -1,11 +1,11 @@
 """All accuracy benchmarks, one after the other: from packages to adapters to measurements to the pages of the docs, offline, on a CPU.
 
 python -m examples.benchmarks.everything                        # all stages of all; what is done already is kept
-python -m examples.benchmarks.everything evaluate study figures report pages    # from cached adapters
+python -m examples.benchmarks.everything evaluate study figures report directions pages    # from cached adapters
 python -m examples.benchmarks.everything pages      # from what is saved in the docs
 
 data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, and rules for alpha, on
-validation examples. figures: the paper's figures. pages: docs/benchmarks.md, its first table in the README, the guide of
+validation examples. figures: the paper's figures. directions: DirSim where the best method is another than DC-Merge. pages: docs/benchmarks.md, its first table in the README, the guide of
 docs/methods/index.md, and docs/figures. It may be stopped at any time and goes on where it was.
 """
 
@@ -25,6 +25,7 @@ import study_alpha
 from accuracy.command import STAGES
 from accuracy.workers import say
 
+from everything.directions import saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page
 from everything.found import Found, saved
 from everything.guide import short, with_guide
@@ -38,7 +39,7 @@ BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "tex
 DRAWN = ("text8", "vision", "text8_fft")  # of which figures are drawn
 CHOSEN = "load 0.375"  # of the study's rules: what the method `rzf` became
 STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
-EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "pages")
+EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "directions", "pages")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -92,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in DRAWN:
             if name in options.only:
                 _draw(name, options)
+    for name in options.only:
+        if "directions" in options.stages:
+            _measure_directions(name, options)
     if "pages" in options.stages:
         write_pages(options.docs)
     return 0
@@ -110,7 +114,12 @@ def pages(docs: Path) -> dict[Path, str]:
     text = {place: place.read_text(encoding="utf-8") for place in (page, guide, readme)}
     drawn = _drawn(docs)
     return {
-        page: with_section(text[page], section(found, drawn, studies(docs), alphas_studied(docs))),
+        page: with_section(
+            text[page],
+            section(
+                found, drawn, studies(docs), alphas_studied(docs), saved_dir_sims(docs, [one.name for one in found])
+            ),
+        ),
         guide: with_guide(text[guide], found),
         readme: with_section(text[readme], "\n\n".join(in_readme(found))),
         **{folder.with_suffix(".md"): figures_page(name, folder) for name, folder in drawn.items()},
@@ -180,6 +189,13 @@ def _study(name: str, options: argparse.Namespace) -> None:
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
         main([name, "--cache", str(options.cache / name), "--workers", str(options.workers), "--out", str(out)])
+
+
+def _measure_directions(name: str, options: argparse.Namespace) -> None:
+    """How well directions are kept where one benchmark's best method is another than DC-Merge."""
+    (found,) = saved(options.docs, [BENCHMARKS[name]])
+    suite = importlib.import_module(f"{name}.command").suite(options.cache / name, tuple(found.data["seeds"]))
+    write_dir_sims(suite, found, options.docs / found.name)
 
 
 def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:

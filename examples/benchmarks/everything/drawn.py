@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.tables import markdown as table
 from figures.page import claims, is_of_models
 from figures.page import section as of_figures
-
-LAYERS = "figure-15-layers.csv"  # DirSim by method, module and task
 
 
 def figures_text(figures: Mapping[str, Path]) -> str:
@@ -32,18 +29,3 @@ def figures_page(name: str, folder: Path) -> str:
         f"# The paper's figures: {name}\n\n<!-- written by python -m examples.benchmarks.everything figures pages -->\n\n{of_figures(folder)}\n\n"
         f"[What the benchmark measures](../{name}.md), and [what all of them say](../benchmarks.md).\n"
     )
-
-
-def dir_sims(figures: Mapping[str, Path]) -> dict[tuple[str, int, str], float]:
-    """Mean DirSim over modules and tasks by benchmark, number of tasks and method, as far as the figures have it."""
-    found = {}
-    for name, file in ((name, folder / LAYERS) for name, folder in figures.items()):
-        if file.is_file():
-            sums: dict[str, list[float]] = {}
-            tasks = set()
-            with file.open(encoding="utf-8", newline="") as opened:
-                for row in csv.DictReader(opened):
-                    sums.setdefault(row["method"], []).append(float(row["dir_sim"]))
-                    tasks.add(row["task"])
-            found |= {(name, len(tasks), method): sum(values) / len(values) for method, values in sums.items()}
-    return found

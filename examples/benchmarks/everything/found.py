@@ -70,6 +70,10 @@ class Found:
             name: line for name, line in self.methods(count, rule).items() if name not in (REFERENCE, *OURS, *WITH_DATA)
         }
 
+    def best_rival(self, count: int, rule: str) -> tuple[str, Line]:
+        """The best of :meth:`rivals`, by name."""
+        return max(self.rivals(count, rule).items(), key=lambda item: value(item[1]))
+
 
 def saved(docs: Path, names: Sequence[str]) -> list[Found]:
     """The results of those of the benchmarks that have some, in the order of ``names``."""

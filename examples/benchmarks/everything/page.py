@@ -9,7 +9,7 @@ from pathlib import Path
 from accuracy.report import RULE_NAMES
 from accuracy.results import RULES
 
-from everything.drawn import dir_sims, figures_text
+from everything.drawn import figures_text
 from everything.found import Found
 from everything.tables import all_methods, alphas, beyond, costs, defaults, glance, losses
 from everything.texts import (
@@ -43,7 +43,11 @@ def with_section(page: str, text: str) -> str:
 
 
 def section(
-    found: Sequence[Found], figures: Mapping[str, Path], studied: Sequence[str] = (), alphas_studied: str = ""
+    found: Sequence[Found],
+    figures: Mapping[str, Path],
+    studied: Sequence[str] = (),
+    alphas_studied: str = "",
+    similar: Mapping[tuple[str, int, str], float] | None = None,
 ) -> str:
     """All tables, then what the figures say.
 
@@ -52,6 +56,7 @@ def section(
         figures: Folders of the figures and their numbers by benchmark.
         studied: Tables of rules that are no methods: one of all, and one a benchmark.
         alphas_studied: The table of rules for alpha without data; empty where there is none.
+        similar: DirSim by benchmark, number of tasks and method, as far as it was measured.
     """
     parts = ["## At a glance", glance_text(found)]
     for rule in reversed(RULES):
@@ -62,7 +67,7 @@ def section(
             for one in these:
                 for rule in RULES:
                     parts += [f"### {one.name}, {RULE_NAMES[rule]}", all_methods(one, rule)]
-    parts += ["## Against each published method", losses_text(found), losses(found, dir_sims(figures))]
+    parts += ["## Against each published method", losses_text(found), losses(found, similar or {})]
     parts += ["## Alpha without data", alpha_text(found), alphas(found)]
     if alphas_studied:
         parts += [ALPHA_STUDY_TEXT, alphas_studied]

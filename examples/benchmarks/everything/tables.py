@@ -11,6 +11,7 @@ from common.tables import markdown as table
 from everything.found import Found, ahead, value
 
 GOAL = 0.005  # what alpha without data may lose
+SAME_DIRECTIONS = 0.005  # DirSims that are alike
 NEW = "rzf"  # what came out of the study of rules
 OPTIONS = (
     ('`smoothing="linear"`, `density="auto"`, the mask: the default', "dc"),
@@ -35,7 +36,7 @@ def glance(found: Sequence[Found], rule: str) -> str:
     rows = []
     for one in found:
         for count in one.counts:
-            best, line = max(one.rivals(count, rule).items(), key=lambda item: value(item[1]))
+            best, line = one.best_rival(count, rule)
             mean, low, high = ahead(line)
             ours = one.lines.get((count, NEW, rule))
             rows.append([
@@ -63,24 +64,30 @@ def all_methods(one: Found, rule: str) -> str:
 
 
 def losses(found: Sequence[Found], similar: Mapping[tuple[str, int, str], float]) -> str:
-    """Every method that is ahead of the reference by more than its interval."""
+    """Every row in which the best other method is ahead of the reference on the mean, with the DirSim of both; nothing where there is none."""
     rows = []
     for one in found:
         for count in one.counts:
             for rule in RULES:
-                for name, line in one.rivals(count, rule).items():
-                    mean, low, high = ahead(line)
-                    if low > 0:
-                        pair = [similar.get((one.name, count, method)) for method in (name, REFERENCE)]
-                        shown = "" if None in pair else " against ".join(f"{float(x or 0):.3f}" for x in pair)
-                        rows.append(
-                            [one.name, str(count), rule, f"`{name}`", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", shown]
-                        )
-    return (
-        ""
-        if not rows
-        else table(["benchmark", "tasks", "alpha", "method", "ahead by", "DirSim, its against ours"], rows)
-    )
+                name, line = one.best_rival(count, rule)
+                mean, low, high = ahead(line)
+                if mean > 0:
+                    its, ours = (similar.get((one.name, count, method)) for method in (name, REFERENCE))
+                    shown = (
+                        ["", "", ""]
+                        if its is None or ours is None
+                        else [f"{its:.3f}", f"{ours:.3f}", _reason(its, ours)]
+                    )
+                    rows.append(
+                        [one.name, str(count), rule, f"`{name}`", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", *shown]
+                    )
+    head = ["benchmark", "tasks", "alpha", "method", "ahead by", "its DirSim", "ours", "its directions"]
+    return table(head, rows) if rows else ""
+
+
+def _reason(its: float, ours: float) -> str:
+    """Whether directions are what the other one keeps better."""
+    return "better" if its > ours + SAME_DIRECTIONS else "worse" if its < ours - SAME_DIRECTIONS else "alike"
 
 
 def lost(one: Found, count: int) -> dict[str, float]:
