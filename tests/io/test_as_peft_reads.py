@@ -12,6 +12,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from dc_merge_peft import (
     DCMergeAdapter,
@@ -26,6 +27,7 @@ from tests.support import models
 from tests.support.extras import beside
 from tests.support.models import difference, output, randomize, write_checkpoint
 from tests.support.refused import merge_refused, refused
+from tests.support.versions import needs_v5
 
 EMBEDDINGS = {"r": 2, "target_modules": ["embed_tokens", "lm_head"]}
 IDS = torch.tensor([[1, 41, 44, 3]])
@@ -62,6 +64,17 @@ def test_new_rows_come_along(tmp_path: Path) -> None:
     for key, value in beside(both).items():
         assert torch.equal(value, beside(one)[key]) and not torch.equal(value, beside(half)[key].float())
     merged.add_to(PeftModel.from_pretrained(resized(7, torch.bfloat16), str(half)), "new")
+
+
+@needs_v5
+def test_new_rows_come_along_on_disk(tmp_path: Path) -> None:
+    """A base model's own rows are replaced before the deltas are added, where neither it nor the result is ever loaded."""
+    one = on_embeddings(tmp_path, "one", 7)
+    resized(8).save_pretrained(tmp_path / "base")
+    DCMergeAdapter(method="ta", alpha=1.0).fuse_to_disk(tmp_path / "base", [one], tmp_path / "out")
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    own = PeftModel.from_pretrained(resized(7), str(one)).eval()
+    assert difference(output(fused, IDS), output(own, IDS)) < 1e-5
 
 
 def test_rows_that_differ_are_refused(tmp_path: Path) -> None:

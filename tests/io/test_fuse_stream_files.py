@@ -49,6 +49,16 @@ def test_what_comes_along(tmp_path: Path) -> None:
     assert "dc-merge fuse --config dc_merge.yaml" in card.text
 
 
+def test_code_of_a_model_comes_along(tmp_path: Path) -> None:
+    """Where the config names some: without it the fused model would not load as the base does."""
+    base, folders = saved(tmp_path, models.llama(), {"target_modules": ["q_proj"]})
+    (base / "own.py").write_text("class Own: ...")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    TA.fuse_to_disk(base, folders, tmp_path / "out")
+    assert (tmp_path / "out/own.py").read_text() == "class Own: ..."
+
+
 def test_links_to_files_elsewhere(tmp_path: Path) -> None:
     """Small files are copied and perhaps published: one that lies elsewhere is refused, and nothing is left."""
     base, folders = saved(tmp_path, models.bert(), BERT)

@@ -102,3 +102,11 @@ def test_result_does_not_depend_on_float32_settings() -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(found.B, expected.B) and torch.equal(found.A, expected.A)
+
+
+@pytest.mark.parametrize("difference", [1e-9, 1e-5])
+def test_what_cancelling_leaves(difference: float) -> None:
+    """Rounding is no adapter, a small difference is one."""
+    (task,) = random_tasks(3, (12, 9), (3,))
+    merged, _, _ = merge_module(method_named("ta"), [task, task.scaled(1 + difference)], [1.0, -1.0], None)
+    assert bool(dense(merged).any()) is (difference > 1e-7)
