@@ -82,7 +82,7 @@ def losses(found: Sequence[Found], similar: Mapping[tuple[str, int, str], float]
                         [one.name, str(count), rule, f"`{name}`", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", *shown]
                     )
     head = ["benchmark", "tasks", "alpha", "method", "ahead by", "its DirSim", "ours", "its directions"]
-    return table(head, rows) if rows else ""
+    return table(head, rows).replace("---:", "---") if rows else ""
 
 
 def _reason(its: float, ours: float) -> str:
