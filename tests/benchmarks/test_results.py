@@ -278,9 +278,9 @@ def test_study_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_can_be_studied() -> None:
-    """Every benchmark of adapters, each by the door of its own command, with the seeds and some of the counts of its page."""
+    """Every benchmark of adapters, each by the door of its own command, with seeds and counts of its page, all or some."""
     for name, (seeds, counts, *_) in study_program.SUITES.items():
         made = importlib.import_module(f"{name}.command").suite(Path("nowhere"), seeds)
         found = json.loads((DOCS / name / "results.json").read_text(encoding="utf-8"))
-        assert made.kind.name == "adapter" and list(seeds) == found["seeds"]
+        assert made.kind.name == "adapter" and set(seeds) <= set(found["seeds"])
         assert set(counts) <= {line["tasks"] for line in found["merged"]}

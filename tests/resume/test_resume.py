@@ -57,19 +57,6 @@ def test_finished_modules_are_not_read_again(tmp_path: Path, monkeypatch: pytest
     assert count == {f"enc.{number}.q": 2 for number in range(3, COUNT)}
 
 
-def test_another_rank_of_dora_is_another_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read at one rank is not used again at another."""
-    build, fields = MODELS["linear"]
-    base, folders = tmp_path / "base", save_dora(tmp_path, build, fields)
-    build().save_pretrained(base)
-    go_on = stop_after(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        DCMergeAdapter().merge(folders, resume=tmp_path / "work", base=base, dora_rank=3)
-    go_on()
-    with refused(OutputError, "dora_rank 3 there, 2 here"):
-        DCMergeAdapter().merge(folders, resume=tmp_path / "work", base=base, dora_rank=2)
-
-
 def test_an_error_in_writing_keeps_the_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the block early leaves all modules; the next run reads nothing to merge, nor surveys the model."""
     sources, work, merger = many_modules(tmp_path, COUNT), tmp_path / "work", DCMergeAdapter(method="ties")
