@@ -12,6 +12,7 @@ import pytest
 from dc_merge_peft import DCMergeAdapter, report_merge
 from dc_merge_peft.errors import OptionError, OutputError, SourceError, UnsupportedAdapterError
 from dc_merge_peft.outputs import single
+from dc_merge_peft.report.gather import gather
 from dc_merge_peft.sources.live import LiveSource
 from tests.support.dora import save_dora
 from tests.support.full import tune
@@ -125,6 +126,16 @@ def test_dora_adapters_are_read_with_their_base_model(workspace: Path) -> None:
         merge.save_report("memory.html", progress=False)
     report_merge(merge, "memory.html", base=base, progress=False)
     assert sources(tree("memory.html")) == ["sentiment", "topic", "plain"]
+
+
+def test_dora_is_looked_at_as_it_was_merged(workspace: Path) -> None:
+    """At the rank of the record: at another one the page would show other adapters."""
+    bert().save_pretrained("base")
+    paths = save_dora(workspace, bert, {"target_modules": ["query"]})
+    for rank in (1, 4):
+        shown("merge", *map(str, paths), "-o", f"merged-{rank}", "-m", "ta", "--base", "base", "--dora-rank", str(rank))
+        seen = gather(f"merged-{rank}", progress=False).before.adapters[0].modules
+        assert seen and {len(spectrum.S) for spectrum in seen.values()} == {rank}
 
 
 def test_adapters_in_memory(workspace: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft import DCMergeAdapter, peft_plugin
 from dc_merge_peft.sources.live import LiveSource
 from tests.support import models
 from tests.support.models import difference
@@ -49,6 +49,19 @@ def trained(case: str) -> Any:
     build, *fields = CASES[case]
     own = {name: {"r": 2, "lora_alpha": 5, **fields[0], **extra} for name, extra in zip(NAMES, ({}, *fields[1:]))}
     return models.with_lora(build(), own)
+
+
+def test_the_device_is_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is named, and none where none is."""
+    seen = []
+    merge = peft_plugin.run_merge
+    monkeypatch.setattr(
+        peft_plugin, "run_merge", lambda *args, **options: (seen.append(options["device"]), merge(*args, **options))[1]
+    )
+    model = models.with_lora(models.bert(), {"one": {"r": 2, "target_modules": ["query"]}})
+    for name, options in (("named", {"device": "cpu"}), ("free", {})):
+        model.add_weighted_adapter(["one"], [1.0], name, combination_type="ta", **options)
+    assert seen == ["cpu", None]
 
 
 def kind_and_options(label: str) -> tuple[str, dict[str, Any]]:
