@@ -24,7 +24,7 @@ from dc_merge_peft.tuning.journal import Journal, opened
 from dc_merge_peft.tuning.merges import Merges, Recipe
 from dc_merge_peft.tuning.outcome import Trial, TuneResult, edge_remark
 from dc_merge_peft.tuning.sampling import Grid, Sampler, optuna_version, sampler_for
-from dc_merge_peft.tuning.space import Choices, Range, Settings, Space, read_space
+from dc_merge_peft.tuning.space import Choices, Settings, Space, read_space
 from dc_merge_peft.tuning.staging import from_model, staged
 from dc_merge_peft.tuning.stamps import header
 
@@ -144,8 +144,8 @@ def prepare(
     )
     recipe = Recipe(pinned, plan.adapters, merger.method, plan.weights, svd_rank, options)
     found = read_space(space, merger.method, plan.adapters, alphas)
-    _refuse_values(recipe, plan, found)
     sampler = sampler_for(found, search, trials, seed, minimize=minimize)
+    _refuse_values(recipe, plan, found, whole=isinstance(sampler, Grid))
     return Search(recipe, plan, found, sampler, seed, minimize)
 
 
@@ -170,15 +170,19 @@ def journal_of(
         yield journal
 
 
-def _refuse_values(recipe: Recipe, plan: MergePlan, space: Space) -> None:
-    """Values with which these adapters can't be merged: of a grid in every combination, of a range its ends."""
+def _refuse_values(recipe: Recipe, plan: MergePlan, space: Space, *, whole: bool) -> None:
+    """Values with which these adapters can't be merged: of a space that is searched whole in every combination, of others, which may
+    have any number of those, each by itself, of ranges the ends."""
     modules = {(module.shape, module.ranks) for module in plan.modules}
-    of_options = {name: found for name, found in space.dimensions.items() if name in recipe.method.config.to_dict()}
-    grid = Space({name: found for name, found in of_options.items() if isinstance(found, Choices) and name != "alpha"})
-    ends = [
-        {name: end} for name, found in of_options.items() if isinstance(found, Range) for end in (found.low, found.high)
-    ]
-    for settings in (*grid.grid(), *ends):
+    names = recipe.method.config.to_dict().keys() - {"alpha"}
+    of_options = {name: found for name, found in space.dimensions.items() if name in names}
+    values = {
+        name: found.values if isinstance(found, Choices) else (found.low, found.high)
+        for name, found in of_options.items()
+    }
+    fixed = {name: found[0] for name, found in values.items() if len(found) == 1}
+    each = ({**fixed, name: value} for name, found in values.items() for value in found)
+    for settings in Space(of_options).grid() if whole else each:
         method = method_named(recipe.method.name, recipe.options(settings))
         for shape, ranks in modules:
             try:

@@ -225,6 +225,11 @@ def test_arguments(workspace: Path) -> None:
         with refused(OptionError, "the search space has", "density 1e-05", "which keeps none of the"):
             prepare(NAMES, space)
     prepare(NAMES, {"density": [1e-5], "aggregation": ["ta"]})
+    prepare(NAMES, {"density": {"min": 1e-5, "max": 0.5}, "aggregation": ["ta"]})
+    many = {name: [value / 1000 for value in range(500, 1000)] for name in ("density", "tau", "rho", "basis_lr")}
+    prepare(NAMES, {**many, "rho": [1 + value for value in range(500)]})  # six times ten to the tenth of them
+    with refused(OptionError, "density 1e-05", "which keeps none of the"):
+        prepare(NAMES, {**many, "rho": [2.0], "density": [1e-5, *many["density"]]})
     with refused(OptionError, "found resume without a journal: expected the file of the earlier search"):
         tune(NAMES, alpha_of, resume=True)
     with refused(OptionError, "found resume and overwrite: expected one of them"):
