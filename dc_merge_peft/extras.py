@@ -217,13 +217,15 @@ def _agreed(name: str, sources: Sequence[Source], infos: Sequence[AdapterInfo]) 
     having = [task for task, source in enumerate(sources) if name in source.extras]
     planned = _planned(name, sources, infos, having)
     keeper = next((task for task in having if sources[task].extras[name].dtype == planned.spec.dtype), having[0])
-    for task in having:
-        if task != keeper and not same_numbers(sources[keeper].extra(name), sources[task].extra(name)):
-            raise IncompatibleAdaptersError(
-                f"adapters '{infos[keeper].name}' and '{infos[task].name}' hold different base weights '{name}' beside LoRA on it, as they "
-                "do after resizing the vocabulary, each with new rows of its own: expected adapters of the same base model; say whose "
-                "weights to keep (extras='first', the name of an adapter, 'average', or 'drop' for those of the base model)"
-            )
+    if others := [task for task in having if task != keeper]:
+        kept = sources[keeper].extra(name)
+        for task in others:
+            if not same_numbers(kept, sources[task].extra(name)):
+                raise IncompatibleAdaptersError(
+                    f"adapters '{infos[keeper].name}' and '{infos[task].name}' hold different base weights '{name}' beside LoRA on it, as they "
+                    "do after resizing the vocabulary, each with new rows of its own: expected adapters of the same base model; say whose "
+                    "weights to keep (extras='first', the name of an adapter, 'average', or 'drop' for those of the base model)"
+                )
     return replace(planned, tasks=(keeper,))
 
 
