@@ -128,9 +128,7 @@ def pages(docs: Path) -> dict[Path, str]:
 
 def in_readme(found: Sequence[Found]) -> list[str]:
     """The paragraphs of the README: the first table, our own method, and what to take."""
-    take = (
-        f"What to take by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)): {short(found)}"
-    )
+    take = f"**What to take**, by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)). {short(found)}"
     return [glance_text(found), glance(found, "auto"), own_text(found), take]
 
 

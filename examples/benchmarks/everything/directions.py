@@ -9,14 +9,14 @@ from statistics import fmean
 
 from accuracy.contenders import groups
 from accuracy.merging import factors
-from accuracy.results import REFERENCE, RULES
+from accuracy.results import REFERENCE
 from accuracy.suite import Suite
 from accuracy.workers import say
 
 from dc_merge_peft.dense import Delta, Dense, leading_svd
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.metrics import projected_dir_sim
-from everything.found import Found, ahead
+from everything.found import Found
 
 FILE = "dirsim.json"  # in the folder of each benchmark: by number of tasks and method
 
@@ -25,12 +25,10 @@ def behind(found: Found) -> dict[int, list[str]]:
     """The numbers of tasks at which the best other method is ahead on the mean, by either rule for alpha, with these methods and the
     reference, which has no rival in itself."""
     wanted: dict[int, list[str]] = {}
-    for count in found.counts:
-        for rule in RULES:
-            name, line = found.best_rival(count, rule)
-            if ahead(line)[0] > 0:
-                wanted.setdefault(count, [REFERENCE])
-                wanted[count] += [] if name in wanted[count] else [name]
+    for count, _, name, _ in found.behind():
+        methods = wanted.setdefault(count, [REFERENCE])
+        if name not in methods:
+            methods.append(name)
     return wanted
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy.cost import FILE as COST
-from accuracy.results import REFERENCE
+from accuracy.results import REFERENCE, RULES
 
 from dc_merge_peft.methods import DATA_METHODS
 
@@ -73,6 +73,19 @@ class Found:
     def best_rival(self, count: int, rule: str) -> tuple[str, Line]:
         """The best of :meth:`rivals`, by name."""
         return max(self.rivals(count, rule).items(), key=lambda item: value(item[1]))
+
+    def best_published(self, count: int, rule: str) -> str:
+        """The best of the published methods without data, the reference among them."""
+        name, line = self.best_rival(count, rule)
+        return name if value(line) >= value(self.lines[count, REFERENCE, rule]) else REFERENCE
+
+    def behind(self) -> Iterator[tuple[int, str, str, Line]]:
+        """Where the best other method is ahead of the reference on the mean: number of tasks, rule for alpha, and its name and line."""
+        for count in self.counts:
+            for rule in RULES:
+                name, line = self.best_rival(count, rule)
+                if ahead(line)[0] > 0:
+                    yield count, rule, name, line
 
 
 def saved(docs: Path, names: Sequence[str]) -> list[Found]:

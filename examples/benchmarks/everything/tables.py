@@ -67,20 +67,12 @@ def losses(found: Sequence[Found], similar: Mapping[tuple[str, int, str], float]
     """Every row in which the best other method is ahead of the reference on the mean, with the DirSim of both; nothing where there is none."""
     rows = []
     for one in found:
-        for count in one.counts:
-            for rule in RULES:
-                name, line = one.best_rival(count, rule)
-                mean, low, high = ahead(line)
-                if mean > 0:
-                    its, ours = (similar.get((one.name, count, method)) for method in (name, REFERENCE))
-                    shown = (
-                        ["", "", ""]
-                        if its is None or ours is None
-                        else [f"{its:.3f}", f"{ours:.3f}", _reason(its, ours)]
-                    )
-                    rows.append(
-                        [one.name, str(count), rule, f"`{name}`", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", *shown]
-                    )
+        for count, rule, name, line in one.behind():
+            mean, low, high = ahead(line)
+            its, ours = (similar.get((one.name, count, method)) for method in (name, REFERENCE))
+            known = its is not None and ours is not None
+            shown = [f"{its:.3f}", f"{ours:.3f}", _reason(its, ours)] if known else ["", "", ""]
+            rows.append([one.name, str(count), rule, f"`{name}`", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", *shown])
     head = ["benchmark", "tasks", "alpha", "method", "ahead by", "its DirSim", "ours", "its directions"]
     return table(head, rows).replace("---:", "---") if rows else ""
 
@@ -141,20 +133,14 @@ def beyond(found: Sequence[Found]) -> str:
                     line = one.lines[count, NEW, rule]
                     mean, low, high = ahead(line)
                     row += [percent(value(line)), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"]
-                    row.append(f"{lead(one, count, rule):+.1f} (`{best_published(one, count, rule)}`)")
+                    row.append(f"{lead(one, count, rule):+.1f} (`{one.best_published(count, rule)}`)")
                 rows.append(row)
     return table(head, rows) if rows else "It is not measured there yet."
 
 
-def best_published(one: Found, count: int, rule: str) -> str:
-    """Of the published methods without data the best one, the reference among them."""
-    published = {**one.rivals(count, rule), REFERENCE: one.lines[count, REFERENCE, rule]}
-    return max(published, key=lambda name: value(published[name]))
-
-
 def lead(one: Found, count: int, rule: str) -> float:
     """Points by which our method is ahead of the best published one."""
-    best = one.lines[count, best_published(one, count, rule), rule]
+    best = one.lines[count, one.best_published(count, rule), rule]
     return 100 * (value(one.lines[count, NEW, rule]) - value(best))
 
 

@@ -10,10 +10,8 @@ from accuracy.results import REFERENCE, RULES
 from everything.found import Found, ahead
 from everything.tables import GOAL, NEW, lead, lost
 
-DEFAULT_GOAL, DEFAULT_COUNTS = (
-    2.0,
-    (4, 8),
-)  # points over the best published method, which a new default must have at so many tasks
+DEFAULT_GOAL = 2.0  # points over the best published method, which a new default must have
+DEFAULT_COUNTS = (4, 8)  # at so many tasks
 
 DEFAULTS_TEXT = (
     "What other options give, and in brackets how far they are from the default, with the interval of the paired difference. With eight adapters of rank 16 and "
@@ -72,11 +70,11 @@ def losses_text(found: Sequence[Found]) -> str:
         f"the interval in {won} and behind by more than the interval in {lost_}; the others are within it. Our own `{NEW}` is "
         "[compared below](#beyond-the-paper)."
     )
-    leads = [ahead(one.best_rival(count, rule)[1])[0] for one in found for count in one.counts for rule in RULES]
-    if not any(lead > 0 for lead in leads):
+    behind, rows = sum(1 for one in found for _ in one.behind()), sum(len(one.counts) * len(RULES) for one in found)
+    if not behind:
         return text
     return (
-        f"{text}\n\nThe best other method is ahead on the mean in {sum(lead > 0 for lead in leads)} of {len(leads)} rows. Below they are, with the mean directional "
+        f"{text}\n\nThe best other method is ahead on the mean in {behind} of {rows} rows. Below they are, with the mean directional "
         "similarity (Eq. 6) of both merges to the tasks, first seed; of full models to each task's leading directions, as many as a merge takes. Where "
         "the other's is higher, it keeps the tasks' directions better; where it is not, the loss has another reason: how strong directions come "
         "out, and how they disturb each other, which DirSim does not see."
