@@ -23,6 +23,7 @@ from dc_merge_peft.sources.extras import extras_reason
 from dc_merge_peft.sources.live_extras import live_extras, refuse_live_biases
 from dc_merge_peft.sources.live_model import LiveModel
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
+from dc_merge_peft.sources.stored import FLOATS
 from dc_merge_peft.sources.targeting import Targets
 
 # Layer classes whose stored factors are not one B and one A for one weight.
@@ -30,7 +31,6 @@ _UNSUPPORTED_LAYERS = {
     "LoraParallelLinear": "its factors are sharded",
     "ArrowLoraLinearLayer": "it routes between adapters",
 }
-READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # LoRA variants whose forward pass is scaling * B @ A all the same: MiCA trains A alone, VeLoRA saves memory in training.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 _DORA_VARIANTS = tuple(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"))
@@ -146,7 +146,7 @@ class LiveSource(Source):
         self._refuse_unreadable(name, layer, layout)
         A, B = (getattr(holder, key) for holder, key in factor_holders(layer, self._adapter))
         for factor, called in zip((A, B), layout.factor_names, strict=True):
-            if factor.dtype not in READABLE:
+            if factor.dtype not in FLOATS.values():  # as in files
                 raise SourceError(
                     f"adapter '{self._adapter}' holds {called} of '{name}' as {factor.dtype}: expected float64, float32, float16 or bfloat16; "
                     "convert its factors to one of these"
