@@ -16,13 +16,15 @@ from dc_merge_peft.fusing import Destination, FusedModel
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, method_named
-from dc_merge_peft.outputs.directory import hidden_beside
+from dc_merge_peft.outputs.directory import hidden_beside, tidy_up
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.progress import progress_bar
-from dc_merge_peft.reading import checked_device
+from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.finetuned import open_model, open_models
 from dc_merge_peft.sources.opening import listed
+from dc_merge_peft.work.manifest import manifest
+from dc_merge_peft.work.place import WorkPlace, work_place
 
 
 class FullModelMerger:
@@ -41,11 +43,12 @@ class FullModelMerger:
         *,
         average: Sequence[str] = (),
         lora_rank: int | None = None,
-        device: torch.device | str | None = None,
+        device: Devices = None,
         allow_identical: bool = False,
         max_memory: int | str | None = None,
         max_shard_size: int | str | None = None,
         trust_remote_code: bool = False,
+        resume: bool | str | Path | WorkPlace | None = None,
         progress: bool | None = None,
         overwrite: bool = False,
         push_to: str | None = None,
@@ -73,11 +76,13 @@ class FullModelMerger:
                 whole names.
             lora_rank: Write the leading components of the merged matrices as a PEFT adapter of this rank, instead of a full
                 model. What is averaged can't be in it, and is named in the remarks.
-            device: Where to compute; the CPU by default.
+            device: Where to compute, as for :meth:`DCMergeAdapter.merge`; the CPU by default.
             allow_identical: Accept models that are equal to the base model.
             max_memory: As for :meth:`DCMergeAdapter.merge`.
             max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
             trust_remote_code: Run the Python code that the models bring along.
+            resume: ``True`` keeps finished matrices and weight files beside ``out`` while the merge runs, a folder keeps them there; the
+                same merge goes on with them if it was interrupted. They are deleted in the end.
             progress: Show progress bars; by default on a terminal only.
             overwrite: Replace ``out`` if it exists.
             push_to: A Hub repository to upload the result to, in one commit; ``private``, ``commit_message`` and
@@ -89,7 +94,7 @@ class FullModelMerger:
             IncompatibleAdaptersError: models of another class, with other tensors or shapes, or equal to the base model.
             UnsupportedAdapterError: quantised weights; layers that no adapter holds, with ``lora_rank``.
             OptionError: a method that needs LoRA factors (``"robust"``), a wrong weight, rank, pattern or device.
-            OutputError: nowhere to write, or the result can't be written or pushed.
+            OutputError: nowhere to write, the result can't be written or pushed, or ``resume`` finds what another merge has left.
         """
         if out is None and push_to is None:
             raise OutputError("found no output: expected a directory, or a Hub repository to push to")
@@ -98,14 +103,17 @@ class FullModelMerger:
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
             create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *models],
         )  # fmt: skip
+        if out is not None:
+            tidy_up(out)  # now: what is left there may be as large as the model
         destination.check()
-        checked = checked_device(device)
-        plan = self.plan_full(
-            base, models, weights, average=average, lora_rank=lora_rank, allow_identical=allow_identical,
-            max_shard_size=max_shard_size, trust_remote_code=trust_remote_code, progress=progress, token=token,
-        )  # fmt: skip
-        job = _Job(plan, self._full_method(), destination, checked, allow_identical, progress, max_memory)
-        return job.extract() if lora_rank is not None else job.write()
+        devices = checked_devices(device)
+        with work_place(resume, out) as place:
+            plan = self.plan_full(
+                base, models, weights, average=average, lora_rank=lora_rank, allow_identical=allow_identical,
+                max_shard_size=max_shard_size, trust_remote_code=trust_remote_code, progress=progress, token=token,
+            )  # fmt: skip
+            job = _Job(plan, self._full_method(), destination, devices, allow_identical, progress, max_memory, place)
+            return job.extract() if lora_rank is not None else job.write()
 
     def plan_full(
         self,
@@ -149,10 +157,11 @@ class _Job:
     plan: FullPlan
     method: Method
     destination: Destination
-    device: torch.device | None
+    devices: tuple[torch.device, ...]
     allow_identical: bool
     progress: bool | None
     max_memory: int | str | None
+    place: WorkPlace | None  # of finished matrices, where they are kept
 
     def write(self) -> FusedModel:
         """The full model."""
@@ -162,11 +171,13 @@ class _Job:
         base = self.plan.base
         # The merged deltas are as many numbers as the base model has, in float32: they wait on disk for their turn.
         with self.destination.directory() as out, hidden_beside(out) as folder:
-            check_room(out, sum(tensor.size for tensor in base.files.tensors.values()))
+            there = 0 if self.place is None else self.place.written()
+            check_room(out, sum(tensor.size for tensor in base.files.tensors.values()) - there)
             merged = self._merged(keep_dense=folder)
             saved = stream_fused(
                 base, full_changes(self.plan), merged, out, overwrite=self.destination.overwrite,
                 max_shard_size=self.destination.max_shard_size, progress=progress_bar(self.progress),
+                work=self.place.folder if self.place is not None and self.place.resume else None,
             )  # fmt: skip
             url = self.destination.push(None, merged, base.files.base, saved)
         return FusedModel(saved if self.destination.out is not None else None, url, merged, merged.remarks)
@@ -186,8 +197,18 @@ class _Job:
         return FusedModel(saved, url, adapter, adapter.remarks)
 
     def _merged(self, *, keep_dense: bool | Path) -> MergeResult:
+        work = None if self.place is None else (self.place, self._manifest(keep_dense=bool(keep_dense)))
         result = run_merge(
-            self.plan.merge, self.plan.sources, self.method, device=self.device, allow_zero=self.allow_identical,
-            keep_dense=keep_dense, max_memory=self.max_memory, progress=progress_bar(self.progress),
+            self.plan.merge, self.plan.sources, self.method, device=self.devices or None, allow_zero=self.allow_identical,
+            keep_dense=keep_dense, max_memory=self.max_memory, work=work, progress=progress_bar(self.progress),
         )  # fmt: skip
         return dataclasses.replace(result, full=self.plan.record)
+
+    def _manifest(self, *, keep_dense: bool) -> dict[str, Any]:
+        """What the merged matrices, and the files in which they are written, depend on."""
+        plan = self.plan
+        made_of = manifest(
+            plan.merge, plan.sources, self.method, plan.base,
+            devices=self.devices, allow_zero=self.allow_identical, keep_dense=keep_dense,
+        )  # fmt: skip
+        return {**made_of, "average": list(plan.record.average)}

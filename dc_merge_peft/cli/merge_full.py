@@ -11,7 +11,7 @@ import typer
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
-from dc_merge_peft.cli.processes import one_process
+from dc_merge_peft.cli.processes import work_place
 from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
@@ -50,9 +50,10 @@ def merge_full(
         int | None,
         typer.Option(help="Write a LoRA adapter of this rank instead of a full model.", rich_help_panel=shared.RUN),
     ] = None,
-    device: shared.Device = None,
+    device: shared.Devices = None,
     max_memory: shared.MaxMemory = None,
     config: shared.ConfigFile = None,
+    resume: shared.Resume = False,
     allow_identical: Annotated[
         bool,
         typer.Option("--allow-identical", help="Accept models equal to the base model.", rich_help_panel=shared.RUN),
@@ -96,7 +97,6 @@ def merge_full(
             "merge-full --help"
         )
     check_kind(run, adapters=False)
-    one_process("merge-full")
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
@@ -113,8 +113,9 @@ def merge_full(
         if dry_run:
             print_full_plan(merger.plan_full(run.base, run.models, run.weights, **settings), run, as_json=as_json)
             return
-        merged = merger.merge_full(
-            run.base, run.models, run.output, run.weights, device=run.device, max_memory=run.max_memory,
-            overwrite=overwrite, push_to=push_to, **push, **settings,
-        )  # fmt: skip
+        with work_place(run, resume=resume) as (place, here):
+            merged = merger.merge_full(
+                run.base, run.models, run.output, run.weights, device=here.device, max_memory=run.max_memory,
+                overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
+            )  # fmt: skip
     print_full(merged, run.output, time.perf_counter() - start, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What is the same in ``dc-merge merge`` and ``dc-merge fuse`` about resuming, and about several processes."""
+"""What is the same in ``dc-merge merge``, ``fuse`` and ``merge-full`` about resuming, and about several processes."""
 
 from __future__ import annotations
 

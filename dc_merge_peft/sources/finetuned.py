@@ -125,7 +125,7 @@ class FullModelSource(Source):
     cheap = False
 
     def __init__(self, model: FullModel, base: BaseReader, matrices: Sequence[StoredMatrix]) -> None:
-        self.info = model.info
+        self.info, self.files = model.info, model.files
         self._tensors, self._base = model.tensors, base
         self._matrices = {matrix.name: matrix for matrix in matrices}
         self.modules = {

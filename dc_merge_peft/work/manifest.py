@@ -19,16 +19,17 @@ from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.methods import Method
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.sources.base import Source
-from dc_merge_peft.sources.base_files import CONFIG
+from dc_merge_peft.sources.base_files import CONFIG, BaseFiles
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.dora import DoraSource
+from dc_merge_peft.sources.finetuned import FullModelSource
 from dc_merge_peft.sources.hub import CARD_FILE, CONFIG_FILE, TRAINABLES_FILE, WEIGHT_FILES
 from dc_merge_peft.statistics.opening import statistics_files
 
 _ADAPTER_FILES = (CONFIG_FILE, *WEIGHT_FILES, TRAINABLES_FILE, CARD_FILE)
 _CHUNK = 1 << 22
-# A base model is not read as a whole only to know it again: this much at the start of every so many bytes, beside size and time.
+# A model is not read as a whole only to know it again: this much at the start of every so many bytes, beside size and time.
 _CHANGED = "changed"
 _SAMPLE, _STEP = 1 << 16, 1 << 26
 
@@ -47,7 +48,7 @@ def manifest(
 
     Args:
         plan: The merge.
-        sources: Its adapters.
+        sources: Its adapters, or full models.
         method: Its method.
         base: The base model, where one is at hand.
         devices: Where it is computed.
@@ -76,7 +77,7 @@ def manifest(
         "device": sorted({device.type for device in devices}) or ["cpu"],
         "modules": len(plan.modules),
         "adapters": [
-            {"location": info.whole_location, "files": _adapter_files(source)}
+            {"location": info.whole_location, "files": _files(source)}
             for info, source in zip(plan.adapters, sources, strict=True)
         ],
         "base": _base(base) if base is not None and needs_base else None,
@@ -127,7 +128,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _adapter_files(source: Source) -> dict[str, Any]:
+def _files(source: Source) -> dict[str, Any]:
+    """What an adapter, or a full model, is read from."""
+    if isinstance(source, FullModelSource):
+        return _model_files(source.files)
     if source.directory is None:
         raise OptionError(
             f"adapter '{source.info.name}' is in memory: expected adapters in files, so that finished modules can be used again; save "
@@ -139,12 +143,16 @@ def _adapter_files(source: Source) -> dict[str, Any]:
         return {file.name: content for file, content in zip(files, pool.map(_whole, files), strict=True)}
 
 
+def _model_files(model: BaseFiles) -> dict[str, Any]:
+    used = {tensor.file for tensor in model.tensors.values()}
+    return {file.name: _sampled(file) for file in sorted({*used, model.folder / CONFIG})}
+
+
 def _base(base: BaseModel) -> dict[str, Any]:
     """The base model's place, and its files or its commit."""
     if isinstance(base, FiledModel):
-        used = {tensor.file for tensor in base.files.tensors.values()}
-        files = sorted({*used, base.files.folder / CONFIG})
-    elif base.location is not None and Path(base.location).expanduser().is_dir():
+        return {"location": base.location, "files": _model_files(base.files)}
+    if base.location is not None and Path(base.location).expanduser().is_dir():
         folder = Path(base.location).expanduser()
         files = sorted(file for ending in ("json", "safetensors", "bin") for file in folder.glob(f"*.{ending}"))
     else:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.support.full import write_models
 from tests.support.fused import BERT, saved
 from tests.support.many import finished, many_modules, program, started, wait_until
-from tests.support.models import bert
+from tests.support.models import bert, llama
 from tests.support.refused import listing
 from tests.support.versions import needs_v5
 
@@ -81,6 +82,18 @@ def test_fusing(tmp_path: Path) -> None:
     alone, process = program([*arguments, "one"], tmp_path), launched([*arguments, "two", "--resume"], tmp_path)
     finished(alone)
     finished(process)
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_v5
+def test_full_models(tmp_path: Path) -> None:
+    """The same for full fine-tuned models."""
+    write_models(tmp_path, llama(), 2)
+    arguments = ["merge-full", "base", "tuned-0", "tuned-1", "-o"]
+    alone, process = program([*arguments, "one"], tmp_path), launched([*arguments, "two"], tmp_path)
+    finished(alone)
+    assert "error" not in finished(process)
     assert listing(tmp_path / "two") == listing(tmp_path / "one")
     assert not list(tmp_path.glob(".*"))
 

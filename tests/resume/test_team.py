@@ -221,13 +221,6 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         Team.join(None)
 
 
-def test_full_models_are_merged_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Several would all write the same."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run("merge-full", "base", "tuned", "-o", str(tmp_path / "out"))
-    assert result.exit_code == 2 and "merge-full is given to 2 processes: expected one" in result.stderr
-
-
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of a launcher without the launcher."""
     from accelerate.state import PartialState

@@ -60,11 +60,11 @@ def gpt2(seed: int = 0, *, tied: bool = True) -> Any:
     return seeded(lambda: GPT2LMHeadModel(config), seed)
 
 
-def llama(seed: int = 0) -> Any:
-    """A Llama of two layers, width 16, with grouped key and value heads."""
+def llama(seed: int = 0, *, width: int = 16, layers: int = 2) -> Any:
+    """A Llama with grouped key and value heads."""
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=24, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCAB, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=3 * width // 2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return seeded(lambda: LlamaForCausalLM(config), seed)
 
