@@ -8,21 +8,21 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from dc_merge_peft.batching import Stacker, batches
 from dc_merge_peft.budget import kept_bytes, workers
 from dc_merge_peft.completion import completed
-from dc_merge_peft.dense import Dense, FiledDense
+from dc_merge_peft.dense import Delta, Dense, FiledDense
 from dc_merge_peft.errors import MergeError, MergeWarning
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks, stacked_merge
 from dc_merge_peft.methods.rescaling import AlphaFit, Rule
 from dc_merge_peft.one_module import merge_module, merge_one, seen_by
-from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread
+from dc_merge_peft.parallel import cost, dealt, in_lanes, in_parallel, one_thread, read_ahead
 from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, Reader, checked_devices
@@ -35,6 +35,7 @@ from dc_merge_peft.work.place import WorkPlace
 
 __all__ = ["merge_module", "run_merge"]
 
+Read: TypeAlias = "Sequence[Delta]"  # of one module, a delta a task
 # Relative truncation error that needs no remark: bfloat16, in which most adapters are stored, costs 2e-3.
 TOLERATED = 2e-3
 
@@ -154,8 +155,9 @@ class _Run:
         stacked = None if self.stacking is False else stacked_merge(self.method)
         stacker = Stacker(self.method, stacked, plan.svd_rank) if stacked else None
 
-        def merge_batch(batch: Sequence[PlannedModule]) -> list[Finished]:
-            return self._merge_batch(merge, stacker, batch)
+        def merge_batch(batch: Sequence[PlannedModule], read: Callable[[], Sequence[Read]]) -> list[Finished]:
+            tasks = [reader.placed(module, deltas) for module, deltas in zip(batch, read(), strict=True)]
+            return self._merge_batch(merge, stacker, batch, tasks)
 
         def together(module: PlannedModule) -> bool:
             return stacker is not None and (bool(self.stacking) or not reader.on_cpu(module))
@@ -164,13 +166,16 @@ class _Run:
             return self._in_lanes(merge_batch, together, modules)
         drawn = batches(self.progress(modules, "merging"), self.method, together)
         results = in_parallel(
-            merge_batch, drawn, workers=self.side_by_side, on_cpu=lambda batch: reader.on_cpu(batch[0])
+            lambda item: merge_batch(*item),
+            read_ahead(self._read_batch, drawn, lambda batch: not reader.on_cpu(batch[0])),
+            workers=self.side_by_side,
+            on_cpu=lambda item: reader.on_cpu(item[0][0]),
         )
         return (finished for batch in results for finished in batch)
 
     def _in_lanes(
         self,
-        merge_batch: Callable[[Sequence[PlannedModule]], list[Finished]],
+        merge_batch: Callable[[Sequence[PlannedModule], Callable[[], Sequence[Read]]], list[Finished]],
         together: Callable[[PlannedModule], bool],
         modules: Sequence[PlannedModule],
     ) -> Iterator[Finished]:
@@ -181,7 +186,8 @@ class _Run:
             by_lane.setdefault(self.lanes[module.name], []).append(module)
         dealt_out = [batch for lane in by_lane.values() for batch in batches(lane, self.method, together)]
         dealt_out.sort(key=lambda batch: order[batch[0].name])
-        results = zip(dealt_out, in_lanes(merge_batch, dealt_out, lambda batch: self.lanes[batch[0].name]), strict=True)
+        done = in_lanes(merge_batch, self._read_batch, dealt_out, lambda batch: self.lanes[batch[0].name])
+        results = zip(dealt_out, done, strict=True)
         waiting: dict[str, Finished] = {}
         for module in self.progress(modules, "merging"):
             while module.name not in waiting:
@@ -189,12 +195,18 @@ class _Run:
                 waiting |= zip((each.name for each in batch), finished, strict=True)
             yield waiting.pop(module.name)
 
+    def _read_batch(self, batch: Sequence[PlannedModule]) -> list[Read]:
+        return [self.reader.read(module) for module in batch]
+
     def _merge_batch(
-        self, merge: ModuleMerge, stacker: Stacker | None, batch: Sequence[PlannedModule]
+        self,
+        merge: ModuleMerge,
+        stacker: Stacker | None,
+        batch: Sequence[PlannedModule],
+        tasks: Sequence[ModuleTasks],
     ) -> list[Finished]:
         if stacker is None or len(batch) == 1:
-            return [self._merge_one(merge, module, self.reader.tasks(module)) for module in batch]
-        tasks = [self.reader.tasks(module) for module in batch]
+            return [self._merge_one(merge, module, read) for module, read in zip(batch, tasks, strict=True)]
         found = stacker.merged(batch, tasks, [self._again(module) for module in batch])
         return [
             self._merge_one(merge, module, read) if finished is None else finished

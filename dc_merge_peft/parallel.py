@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +23,7 @@ from dc_merge_peft.plan import PlannedModule
 
 X = TypeVar("X")
 Y = TypeVar("Y")
+Z = TypeVar("Z")
 
 
 class _FullProducts:
@@ -138,18 +139,57 @@ def in_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def in_lanes(work: Callable[[X], Y], items: Sequence[X], lane_of: Callable[[X], int]) -> Iterator[Y]:
-    """``map(work, items)``, in order, where the items of each lane follow each other on a thread of its own: one for each GPU."""
-    pools = {lane: _pool(1) for lane in dict.fromkeys(map(lane_of, items))}
+def read_ahead(
+    read: Callable[[X], Z], items: Iterable[X], ahead: Callable[[X], bool]
+) -> Generator[tuple[X, Callable[[], Z]], None, None]:
+    """Each item with what gives what is read of it. While one is worked on, the next one is read by a thread of its own: a GPU need
+    not wait for the disk.
+
+    Args:
+        read: Of an item, from any thread.
+        items: In the order in which they are worked on.
+        ahead: Whether an item is read like this; else whoever works on it reads it.
+    """
+    pool = _pool(1)
+
+    def begun(item: X) -> Callable[[], Z]:
+        return pool.submit(_without_gradients(read), item).result if ahead(item) else partial(read, item)
+
     try:
-        waiting = deque(pools[lane_of(item)].submit(_without_gradients(work), item) for item in items)
+        last: list[tuple[X, Callable[[], Z]]] = []
+        for item in items:
+            following = (item, begun(item))
+            yield from last
+            last = [following]
+        yield from last
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_lanes(
+    work: Callable[[X, Callable[[], Z]], Y], read: Callable[[X], Z], items: Sequence[X], lane_of: Callable[[X], int]
+) -> Iterator[Y]:
+    """What ``work`` makes of each item and what gives what is read of it, in order. The items of each lane follow each other on a
+    thread of its own: one for each GPU, and one that reads for it."""
+    by_lane: dict[int, list[X]] = {}
+    for item in items:
+        by_lane.setdefault(lane_of(item), []).append(item)
+    lanes = {lane: read_ahead(read, some, lambda _: True) for lane, some in by_lane.items()}
+    pools = {lane: _pool(1) for lane in lanes}
+
+    def next_of(lane: int) -> Y:
+        return work(*next(lanes[lane]))
+
+    try:
+        waiting = deque(pools[lane].submit(_without_gradients(next_of), lane) for lane in map(lane_of, items))
         while waiting:
             yield waiting.popleft().result()
     finally:
         for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
-        for pool in pools.values():
+        for lane, pool in pools.items():
             pool.shutdown()
+            lanes[lane].close()
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:

@@ -39,16 +39,25 @@ class Reader:
         Raises:
             SourceError: a factor can't be read, or holds NaN, Inf or, unless allowed, only zeros.
         """
+        return self.placed(module, self.read(module))
+
+    def read(self, module: PlannedModule) -> list[Delta]:
+        """The deltas of one module where they are stored, checked.
+
+        Raises:
+            SourceError: as for :meth:`tasks`.
+        """
         deltas = self._read(module)
         factors = [factor for delta in deltas if isinstance(delta, LowRank) for factor in (delta.A, delta.B)]
         if factors and are_ordinary(factors):
-            return self._tasks(module, deltas)
+            return deltas
         with self._reading:  # of a zero factor the others are looked at that share its stored pair
             for task, delta in zip(module.tasks, deltas, strict=True):
                 check_factors(delta, self.sources[task], module.name, self.allow_zero)
-        return self._tasks(module, deltas)
+        return deltas
 
-    def _tasks(self, module: PlannedModule, deltas: Sequence[Delta]) -> ModuleTasks:
+    def placed(self, module: PlannedModule, deltas: Sequence[Delta]) -> ModuleTasks:
+        """What was read of a module for a method, where it is computed."""
         weights = [self.plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, self._placed(deltas, module), weights, module.tasks)
 

@@ -16,7 +16,7 @@ from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.parallel import in_parallel, one_thread, read_ahead
 from dc_merge_peft.plan import plan_merge
 
 from ..support.strategies import MemorySource, memory_sources, random_tasks
@@ -144,6 +144,39 @@ def test_few_items_wait() -> None:
     for _ in in_parallel(lambda item: item, items(), workers=2, on_cpu=lambda item: True):
         done += 1
     assert done == 30
+
+
+def test_the_next_one_is_read_while_one_is_worked_on() -> None:
+    """One ahead, on another thread without gradients, where that is wanted; else by whoever works, when it does."""
+    begun = {item: threading.Event() for item in range(6)}
+    threads: dict[int, tuple[bool, bool]] = {}
+
+    def read(item: int) -> int:
+        begun[item].set()
+        threads[item] = (threading.current_thread() is threading.main_thread(), torch.is_grad_enabled())
+        return 10 * item
+
+    for item, content in read_ahead(read, range(6), ahead=lambda item: item < 4):
+        if item < 3:  # at work: the next one is read meanwhile, the one after it is not
+            assert begun[item + 1].wait(timeout=10) and not begun[item + 2].is_set()
+        assert begun[item].is_set() == (item < 4)
+        assert content() == 10 * item
+    assert threads == {item: (item >= 4, item >= 4) for item in range(6)}
+
+
+def test_what_can_not_be_read_ahead() -> None:
+    """The error comes at the item that it is of, and the thread ends with it."""
+
+    def read(item: int) -> int:
+        if item == 2:
+            raise ValueError("two")
+        return item
+
+    seen: list[int] = []
+    with pytest.raises(ValueError, match="two"):
+        seen.extend(content() for _, content in read_ahead(read, range(9), ahead=lambda item: True))
+    assert seen == [0, 1]
+    assert list(read_ahead(read, [], ahead=lambda item: True)) == []
 
 
 def test_one_thread() -> None:

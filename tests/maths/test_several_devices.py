@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,13 +27,13 @@ def test_same_bytes_on_several_devices(method: str, monkeypatch: pytest.MonkeyPa
     sources, merger = memory_sources(modules), method_named(method)
     plan, threads = plan_merge(sources, merger, svd_rank=9), {}
     expected = run_merge(plan, sources, merger)
-    tasks = Reader.tasks
+    placed = Reader.placed
 
-    def seen(self: Reader, module):
+    def seen(self: Reader, module, deltas):
         threads.setdefault(threading.current_thread(), set()).add(module.name)
-        return tasks(self, module)
+        return placed(self, module, deltas)
 
-    monkeypatch.setattr(Reader, "tasks", seen)
+    monkeypatch.setattr(Reader, "placed", seen)
     found = run_merge(plan, sources, merger, device="cpu, cpu,cpu")
     lanes = {frozenset(names) for thread, names in threads.items() if thread is not threading.main_thread()}
     assert len(lanes) == 3 and sorted(name for names in lanes for name in names) == list("abcde")
@@ -73,16 +74,23 @@ def test_lanes() -> None:
     """Each lane in order on one thread, results in the order of all; an error ends it."""
     seen: dict[int, list[tuple[int, str]]] = {0: [], 1: []}
 
-    def work(item: int) -> int:
+    def read(item: int) -> int:
+        if item == 9:
+            raise ValueError("nine")
+        return 10 * item
+
+    def work(item: int, content: Callable[[], int]) -> int:
         seen[item % 2].append((item, threading.current_thread().name))
         if item == 8:
             raise ValueError("eight")
-        return item
+        return content()
 
-    assert list(in_lanes(work, range(7), lambda item: item % 2)) == list(range(7))
+    assert list(in_lanes(work, read, range(7), lambda item: item % 2)) == list(range(0, 70, 10))
     assert [item for item, _ in seen[0]] == [0, 2, 4, 6] and len({name for _, name in seen[0]}) == 1
-    with pytest.raises(ValueError, match="eight"):
-        list(in_lanes(work, range(4, 40), lambda item: item % 2))
+    for first, error in ((4, "eight"), (9, "nine")):
+        with pytest.raises(ValueError, match=error):
+            list(in_lanes(work, read, range(first, 40), lambda item: item % 2))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("dc-merge")]
 
 
 @pytest.mark.parametrize(

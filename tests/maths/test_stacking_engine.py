@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dc_merge_peft import batching, budget
+from dc_merge_peft.dense import Delta
 from dc_merge_peft.engine import run_merge
-from dc_merge_peft.errors import MergeError
+from dc_merge_peft.errors import MergeError, SourceError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.methods.base import ModuleTasks, stacked_merge
 from dc_merge_peft.methods.dc import DCMerge
-from dc_merge_peft.plan import plan_merge
+from dc_merge_peft.plan import PlannedModule, plan_merge
+from dc_merge_peft.reading import Reader
 from dc_merge_peft.stacked import StackedFrame, StackedSVD, stacked_factors
 from tests.support.refused import refused
 from tests.support.stacking import CASES, assert_same, merged, odd_modules, ordinary
@@ -30,6 +33,28 @@ def test_several_devices() -> None:
     expected = merged(odd_modules(), "dc", {}, False, allow_zero=True)
     found = merged(odd_modules(), "dc", {}, True, allow_zero=True, device="cpu,cpu,cpu")
     assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("stacking", [True, False])
+def test_a_gpu_does_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch, stacking: bool) -> None:
+    """Off the CPU the next batch is read by another thread while one is merged, and checked as ever; the result is the same."""
+    expected, modules = merged(ordinary(6), "dc", {}, False), ordinary(6)
+    read, readers, merging = Reader.read, set[str](), threading.main_thread()
+
+    def watched(self: Reader, module: PlannedModule) -> list[Delta]:
+        assert threading.current_thread() is not merging
+        readers.add(module.name)
+        return read(self, module)
+
+    monkeypatch.setattr(Reader, "on_cpu", lambda self, module: False)
+    monkeypatch.setattr(Reader, "read", watched)
+    monkeypatch.setattr(batching, "MOST_IN_A_BATCH", 2)
+    assert_same(merged(modules, "dc", {}, stacking), expected)
+    assert readers == set(modules)
+    last = list(modules)[-1]
+    modules[last][0].B[0, 0] = float("nan")
+    with refused(SourceError, f"lora_B of '{last}'", "holds NaN"):
+        merged(modules, "dc", {}, stacking)
 
 
 def test_small_room(monkeypatch: pytest.MonkeyPatch) -> None:
