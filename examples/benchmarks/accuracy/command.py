@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from accuracy.plan import Settings
 from accuracy.report import markdown, with_tables
 from accuracy.results import REFERENCE, results_of, write
 from accuracy.suite import Trainable
-from accuracy.workers import say
+from accuracy.workers import ending_together, say
 
 STAGES = ("data", "train", "evaluate", "report")
 SEEDS = (0, 1, 2)
@@ -89,15 +87,12 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
         only=tuple(options.only),
     )
     rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
-    try:
+    with ending_together():
         for stage in STAGES:
             if stage in options.stages:
                 start = time.perf_counter()
                 done = _run_stage(stage, benchmark, suite, settings, rows, options)
                 say(f"{stage}: {done}, in {time.perf_counter() - start:.0f} s")
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -4,10 +4,12 @@ with any number of processes."""
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 J = TypeVar("J")
@@ -43,6 +45,16 @@ def shared_out(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """SIGTERM ends this process as an error would, so that its worker processes end too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begin(make: Callable[[Any], Any], argument: Any) -> None:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from accuracy.carrier import PRECISIONS
 from accuracy.evaluate import Rows
 from accuracy.suite import Suite
-from accuracy.workers import say
+from accuracy.workers import ending_together, say
 
 from figures.bank import Bank
 from figures.catalogue import FIGURES, figures_of
@@ -36,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing, and draw."""
     options = parse(arguments)
     suite = suite_named(options.suite, options.cache, options.seeds)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that worker processes end too
-    try:
+    with ending_together():
         scope = scope_of(suite, directions_merged(suite), options.examples, options.precision)
         make(
             suite,
@@ -50,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.section:
             link = Path(os.path.relpath(options.out, options.section.parent)).as_posix()
             options.section.write_text(section(options.out, link) + "\n", encoding="utf-8")
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
