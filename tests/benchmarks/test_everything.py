@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 from everything import command
 from everything.command import BENCHMARKS, main, pages, parse
-from everything.directions import dir_sim, saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page, figures_text
 from everything.found import Found, saved
 from everything.guide import guide, with_guide
 from everything.page import section, with_section
 from everything.tables import beyond, costs, losses
 from everything.texts import default_text, losses_text, own_text
-
-from dc_merge_peft import DCMergeAdapter, inspect_merge
-from tests.support.suites import small_suite
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -117,29 +113,6 @@ def test_guide_takes_the_best_where_the_default_is_not() -> None:
         found.data["merged"][:] = [row for row in found.data["merged"] if row["label"] != "wudi_closed"]
     assert guide([one]).count("| `ta` | `ta` 95.0, `dc` 90.0, `dc, none` 89.5, `tsvm` 80.0 | 90.0 | a |") == 2
     assert guide([one, two, results("c", 0.3, "model")]).count("| `dc` | `dc` 90.0, `dc, none` 89.5, `ta` 82.5") == 2
-
-
-@pytest.mark.parametrize("better", [0.05, -0.05])
-def test_directions_of_what_is_ahead(tmp_path: Path, better: float) -> None:
-    """DirSim of the reference and of the method that is ahead, means over tasks and modules of the adapters themselves."""
-    suite = small_suite(tmp_path / "suite")
-    found = results("small", better)
-    write_dir_sims(suite, found, tmp_path)
-    (tmp_path / "docs/small").mkdir(parents=True)
-    (tmp_path / "dirsim.json").rename(tmp_path / "docs/small/dirsim.json")
-    similar = saved_dir_sims(tmp_path / "docs", ["small", "none"])
-    if better < 0:
-        assert similar == {}
-        return
-    assert set(similar) == {("small", 2, "dc"), ("small", 2, "ta")}
-    expected = []
-    for group in (suite.tasks[:2], suite.tasks[2:4]):
-        folders = [suite.adapter(task, suite.seeds[0]) for task in group]
-        merged = DCMergeAdapter(method="ta").merge(folders)
-        kept = inspect_merge(merged, folders).modules
-        expected += [each.projected_dir_sim for module in kept.values() for each in module.values()]
-    assert similar["small", 2, "ta"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
-    assert dir_sim(suite, "ta", 2) == pytest.approx(similar["small", 2, "ta"], abs=1e-4)
 
 
 def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 import study
 import study_alpha
 from accuracy.command import STAGES
-from accuracy.workers import say
+from accuracy.evaluate import Rows
+from accuracy.workers import ending_together, say
 
 from everything.directions import saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = ("text8", "vision", "text8_fft")  # of which figures are drawn
 CHOSEN = "load 0.375"  # of the study's rules: what the method `rzf` became
+DIRECTIONS = "rows-directions.jsonl"  # in the results of each benchmark's cache
 STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "directions", "pages")
 
@@ -192,8 +194,11 @@ def _study(name: str, options: argparse.Namespace) -> None:
 def _measure_directions(name: str, options: argparse.Namespace) -> None:
     """How well directions are kept where one benchmark's best method is another than DC-Merge."""
     (found,) = saved(options.docs, [BENCHMARKS[name]])
-    suite = importlib.import_module(f"{name}.command").suite(options.cache / name, tuple(found.data["seeds"]))
-    write_dir_sims(suite, found, options.docs / found.name)
+    cache = options.cache / name
+    suite = importlib.import_module(f"{name}.command").suite(cache, tuple(found.data["seeds"]))
+    rows = Rows(cache / "results" / DIRECTIONS)
+    with ending_together():
+        write_dir_sims(suite, found, options.docs / found.name, rows, options.workers)
 
 
 def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:

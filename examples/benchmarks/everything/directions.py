@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
+from accuracy.bench import Row
 from accuracy.contenders import groups
+from accuracy.evaluate import Rows
+from accuracy.keys import content_key
 from accuracy.merging import factors
+from accuracy.plan import adapter_key, library_key
 from accuracy.results import REFERENCE
 from accuracy.suite import Suite
-from accuracy.workers import say
+from accuracy.workers import as_given, say, shared_out
 
 from dc_merge_peft.dense import Delta, Dense, leading_svd
 from dc_merge_peft.lowrank import LowRank
@@ -19,6 +25,21 @@ from dc_merge_peft.metrics import projected_dir_sim
 from everything.found import Found
 
 FILE = "dirsim.json"  # in the folder of each benchmark: by number of tasks and method
+MEASURING = 1  # counts up with changes of how a DirSim is measured
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One DirSim to be measured: what a method at its defaults keeps of so many tasks, with the first seed."""
+
+    method: str
+    count: int
+    key: str  # of everything that it depends on
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return f"{self.method} | {self.count}"
 
 
 def behind(found: Found) -> dict[int, list[str]]:
@@ -32,14 +53,32 @@ def behind(found: Found) -> dict[int, list[str]]:
     return wanted
 
 
-def write_dir_sims(suite: Suite, found: Found, folder: Path) -> None:
-    """Measure what :func:`behind` names, with the first seed, and write it down."""
+def write_dir_sims(suite: Suite, found: Found, folder: Path, rows: Rows, workers: int) -> int:
+    """Measure what :func:`behind` names and no row answers, and write all of it down; how many rows are new."""
+    wanted = pieces(suite, behind(found))
+    left = [piece for piece in wanted if rows.found.get(piece.name, {}).get("key") != piece.key]
+    for piece, row in shared_out(_measure, left, as_given, suite, workers):
+        rows.add(row)
+        say(f"{suite.name}: DirSim of {piece.method} with {piece.count} tasks")
     measured: dict[str, dict[str, float]] = {}
-    for count, methods in behind(found).items():
-        for method in methods:
-            measured.setdefault(str(count), {})[method] = round(dir_sim(suite, method, count), 4)
-            say(f"{suite.name}: DirSim of {method} with {count} tasks")
+    for piece in wanted:
+        measured.setdefault(str(piece.count), {})[piece.method] = round(rows.found[piece.name]["dir_sim"], 4)
     (folder / FILE).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    return len(left)
+
+
+def pieces(suite: Suite, methods: Mapping[int, Sequence[str]]) -> list[Piece]:
+    """Of methods by number of tasks, in their order."""
+    adapter, code = cache(partial(adapter_key, suite, seed=suite.seeds[0])), library_key(suite)
+    found = []
+    for count, names in methods.items():
+        merged = [[adapter(task) for task in group] for group in groups(suite.tasks, count)]
+        found += [Piece(name, count, content_key([MEASURING, name, merged, code])) for name in names]
+    return found
+
+
+def _measure(suite: Suite, piece: Piece) -> Row:
+    return {"name": piece.name, "key": piece.key, "dir_sim": dir_sim(suite, piece.method, piece.count)}
 
 
 def dir_sim(suite: Suite, method: str, count: int) -> float:
