@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
 from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.plots import FORMATS, dirsim_figure, inspection_figures, require_matplotlib, save_figures
+from dc_merge_peft.sources.base_model import BaseModel
 
 _MERGE, _OUT = "What a merge keeps", "Output"
 
@@ -52,6 +53,16 @@ def inspect(
         typer.Option(
             help="YAML file of a merge; with --merged only its adapters are used, if none are given here.",
             rich_help_panel=_MERGE,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model of DoRA adapters (directory or Hub id).", rich_help_panel=_OUT),
+    ] = None,
+    dora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=_OUT
         ),
     ] = None,
     allow_different_bases: Annotated[
@@ -97,6 +108,8 @@ def inspect(
         options=dict(assignments(option or [], {})),
         svd_rank=svd_rank,
         device=device,
+        base=base,
+        dora_rank=dora_rank,
         allow_different_bases=allow_different_bases,
         allow_zero=allow_zero,
     )
@@ -104,12 +117,14 @@ def inspect(
     if not run.adapters:
         raise OptionError("found no adapters to inspect: expected directories or Hub ids; see dc-merge inspect --help")
     target: str | MergedAdapter | None = merged
+    model = BaseModel.of(run.base, None)  # loaded once, where an adapter is DoRA
+    dora: dict[str, Any] = {"base": model, "dora_rank": run.dora_rank}
     if merged is None and (on_the_fly or config is not None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)  # the findings say it
-            target = merged_in_memory(run)
-    before = inspect_adapters(run.adapters, device=run.device)
-    after = None if target is None else inspect_merge(target, run.adapters, device=run.device)
+            target = merged_in_memory(run, base=model)
+    before = inspect_adapters(run.adapters, **dora, device=run.device)
+    after = None if target is None else inspect_merge(target, run.adapters, **dora, device=run.device)
     files = _plot(before, after, plot, kinds) if plot is not None else []
     if as_json:
         plain = {**before.to_dict(), "merge": after.to_dict() if after else None, "figures": list(map(str, files))}

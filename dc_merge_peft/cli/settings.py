@@ -14,6 +14,7 @@ from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.runconfig import RunConfig, check_adapters, read_record
+from dc_merge_peft.sources.base_model import BaseModel
 
 # Settings of one kind of input alone.
 FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras", "allow_different_bases", "allow_zero")
@@ -60,7 +61,9 @@ def check_kind(run: RunConfig, *, adapters: bool) -> None:
         )
 
 
-def merged_in_memory(run: RunConfig, *, base: str | None = None, device: str | None = None) -> MergedAdapter:
+def merged_in_memory(
+    run: RunConfig, *, base: str | BaseModel | None = None, device: str | None = None
+) -> MergedAdapter:
     """The merge of a configuration, written nowhere."""
     return DCMergeAdapter(method_named(run.method, run.options).config).merge(
         run.adapters,

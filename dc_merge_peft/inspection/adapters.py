@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dc_merge_peft import metrics
 from dc_merge_peft.errors import MergeError
@@ -31,6 +32,8 @@ from dc_merge_peft.metrics.energy import effective_rank_of
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.sources import Source
+from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading
 
 
 @torch.no_grad()
@@ -38,25 +41,29 @@ from dc_merge_peft.sources import Source
 def inspect_adapters(
     sources: Sequence[str | Path | Source],
     *,
+    base: str | Path | nn.Module | BaseModel | None = None,
+    dora_rank: int | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Inspection:
     """Look at adapters before merging them: what they are, how they lie to each other, and what may go wrong.
 
-    Nothing m x n is formed. An adapter that can't be merged is no error: its config is shown, with the reason. Neither are
+    Nothing m x n is formed but of DoRA adapters. An adapter that can't be merged is no error: its config is shown, with the reason. Neither are
     adapters that don't belong together; the findings say so.
 
     Args:
         sources: Directories, Hub ids or open sources, as for :meth:`DCMergeAdapter.merge`; the same one twice is fine.
+        base: The base model of DoRA adapters, which are not measured without: a directory, a Hub id or a model in memory.
+        dora_rank: As for :meth:`DCMergeAdapter.merge`.
         device: Where to compute; by default where the factors are.
         progress: Show a progress bar; by default on a terminal only.
 
     Raises:
-        OptionError: no adapters, or an unknown device.
-        SourceError: an adapter without a readable ``adapter_config.json``.
+        OptionError: no adapters, no rank of DoRA adapters, or an unknown device.
+        SourceError: an adapter without a readable ``adapter_config.json``, or a base model that can't be loaded.
     """
     where = checked_device(device)
-    opened = open_leniently(sources)
+    opened = open_leniently(sources, BaseModel.of(base, None), DoraReading(dora_rank, where))
     try:
         return _inspect(opened, where, progress)
     finally:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dc_merge_peft import metrics
 from dc_merge_peft.dense import Delta
@@ -24,6 +25,8 @@ from dc_merge_peft.result import MergedModule, MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base import IN_MEMORY
+from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.opening import sources_opened
 from dc_merge_peft.together import uniquely_named
 
@@ -36,6 +39,8 @@ def inspect_merge(
     merged: MergeResult | str | Path | Source,
     sources: Sequence[str | Path | Source] | None = None,
     *,
+    base: str | Path | nn.Module | BaseModel | None = None,
+    dora_rank: int | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> MergeInspection:
@@ -44,11 +49,13 @@ def inspect_merge(
     Args:
         merged: What :meth:`DCMergeAdapter.merge` gave, or a merged adapter's directory or Hub id.
         sources: The adapters it was made from; for a merge in memory by default those it was made from, read again.
+        base: The base model of DoRA adapters; by default the one that the merge has recorded.
+        dora_rank: As for :meth:`DCMergeAdapter.merge`; by default as recorded.
         device: Where to compute; by default where the factors are.
         progress: Show a progress bar; by default on a terminal only.
 
     Raises:
-        OptionError: no adapters given and none known, or an unknown device.
+        OptionError: no adapters given and none known, no rank of DoRA adapters, or an unknown device.
         SourceError, UnsupportedAdapterError: an adapter, or the merged one, can't be read.
         IncompatibleAdaptersError: a module of the merge has another shape than an adapter's.
     """
@@ -56,10 +63,13 @@ def inspect_merge(
     given = sources_of(merged) if sources is None else sources
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
-    with sources_opened(given, rename=rename_of(merged)) as opened, _target(merged) as target:
+    made_by = settings_of(merged)
+    model = BaseModel.of(made_by.base if base is None else base, None)
+    reading = DoraReading(made_by.dora_rank if dora_rank is None else dora_rank, where, allow_zero=True)
+    with sources_opened(given, rename=made_by.rename) as opened, _target(merged) as target:
         found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
         names = [info.name for info in uniquely_named(found)]
-        return _inspect(target, opened, names, where, progress)
+        return _inspect(target, with_base(opened, model, reading), names, where, progress)
 
 
 @contextmanager
@@ -87,12 +97,13 @@ def sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
     return [info.whole_location for info in merged.adapters]
 
 
-def rename_of(merged: MergeResult | str | Path | Source) -> str | None:
-    """The rename under which a merge has read its adapters; that of a directory stands in its record."""
+def settings_of(merged: MergeResult | str | Path | Source) -> RunConfig:
+    """How a merge has read its adapters, as far as it says so; a directory does in its record."""
     if isinstance(merged, MergeResult):
-        return merged.rename
+        of_dora = {"base": merged.dora.base, "dora_rank": merged.dora.rank} if merged.dora else {}
+        return RunConfig(rename=merged.rename, **of_dora)
     record = None if isinstance(merged, Source) else Path(merged) / FILE_NAME
-    return RunConfig.read(record).rename if record is not None and record.is_file() else None
+    return RunConfig.read(record) if record is not None and record.is_file() else RunConfig()
 
 
 def _inspect(

@@ -11,6 +11,8 @@ from typing import Any
 
 from dc_merge_peft.errors import MergeError, OptionError
 from dc_merge_peft.sources import AdapterInfo, CheckpointSource, Source
+from dc_merge_peft.sources.base_model import BaseModel
+from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.hub import CONFIG_FILE, locate
 from dc_merge_peft.sources.opening import short_names
 from dc_merge_peft.together import uniquely_named
@@ -26,12 +28,14 @@ class Opened:
     problem: str | None = None
 
 
-def open_leniently(sources: Sequence[str | Path | Source]) -> list[Opened]:
-    """Open adapters under unique names.
+def open_leniently(
+    sources: Sequence[str | Path | Source], base: BaseModel | None, reading: DoraReading
+) -> list[Opened]:
+    """Open adapters under unique names, DoRA ones with their base model where there is one.
 
     Raises:
         OptionError: no list, or an empty one.
-        SourceError: an adapter without a readable config, of which nothing is known.
+        SourceError: an adapter without a readable config, of which nothing is known, or a base model that can't be loaded.
     """
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
@@ -42,8 +46,17 @@ def open_leniently(sources: Sequence[str | Path | Source]) -> list[Opened]:
         Opened(source.info, source.config, source) if isinstance(source, Source) else _open(source, names[str(source)])
         for source in sources
     ]
+    if base is not None and any(adapter.source.is_dora for adapter in opened if adapter.source):
+        _ = base.model  # loaded now: that it can't be is no trouble of one module
     infos = uniquely_named([adapter.info for adapter in opened])
-    return [dataclasses.replace(adapter, info=info) for adapter, info in zip(opened, infos, strict=True)]
+    return [
+        dataclasses.replace(adapter, info=info, source=_joined(adapter.source, base, reading))
+        for adapter, info in zip(opened, infos, strict=True)
+    ]
+
+
+def _joined(source: Source | None, base: BaseModel | None, reading: DoraReading) -> Source | None:
+    return None if source is None else with_base([source], base, reading)[0]
 
 
 def _open(path: str | Path, name: str) -> Opened:
