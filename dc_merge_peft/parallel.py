@@ -76,6 +76,39 @@ def _full_for_all() -> Callable[[], object]:
 _FULL_PRODUCTS = _FullProducts()
 
 
+class _OneThread:
+    """One thread for torch's arithmetic in each thread that merges, and for all of them the number that there was before the first."""
+
+    def __init__(self) -> None:
+        self._lock, self._merging, self._before = threading.Lock(), 0, 1
+
+    def __enter__(self) -> int:
+        with self._lock:
+            before = set_one_thread()
+            self._before = self._before if self._merging else before
+            self._merging += 1
+            return self._before
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._merging -= 1
+            torch.set_num_threads(self._before)
+
+
+def set_one_thread() -> int:
+    """One thread for torch's arithmetic in the calling thread; the number that there was.
+
+    A thread takes over the number that was set last in any thread when it first asks for it, and from then on its own counts: it has
+    to ask first.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return before
+
+
+_ONE_THREAD = _OneThread()
+
+
 @contextmanager
 def one_thread() -> Iterator[int]:
     """One thread for torch's arithmetic on the CPU; gives the number that there was, for :func:`in_parallel`.
@@ -85,10 +118,9 @@ def one_thread() -> Iterator[int]:
     everywhere. For the same reason float32 products are full ones, new tensors are where this library expects them, and none is one
     of inference mode, whatever a script has set.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         with ExitStack() as settings:
+            threads = settings.enter_context(_ONE_THREAD)
             settings.enter_context(_FULL_PRODUCTS)
             if torch.is_inference_mode_enabled():
                 settings.enter_context(torch.inference_mode(False))
@@ -97,7 +129,6 @@ def one_thread() -> Iterator[int]:
                 settings.enter_context(torch.device("cpu"))
             yield threads
     finally:
-        torch.set_num_threads(threads)
         SCRATCH.forget()
 
 
@@ -193,7 +224,7 @@ def in_lanes(
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, "dc-merge", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(workers, "dc-merge", initializer=set_one_thread)
 
 
 def _without_gradients(work: Callable[[X], Y]) -> Callable[[X], Y]:

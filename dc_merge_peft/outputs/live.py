@@ -4,7 +4,7 @@ leaves it as it was."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import peft
@@ -51,7 +51,8 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
         check_extras(result, model, shared=False)
         config = _config_for(result, seen)
         with own_layers_on_failure(model):
-            wrapped = PeftModel(model, config, adapter_name, low_cpu_mem_usage=not result.extras.values)  # type: ignore[arg-type]
+            with _without_numbers(not result.extras.values):
+                wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
             write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
         return wrapped
@@ -92,12 +93,18 @@ def install_in_tuner(
     config = _config_for(result, seen)
     with unchanged_but_for(tuner, adapter_name):
         tuner.peft_config[adapter_name] = config
-        with _readable_refusals(config):
-            # Random numbers for factors that are replaced at once take as long as the merge. What stands outside them is copied.
-            empty = not result.extras.values and not (_FILLED and isinstance(tuner, MixedModel))
-            tuner.inject_adapter(tuner.model, adapter_name, low_cpu_mem_usage=empty)
+        # What stands outside the factors is copied.
+        empty = not result.extras.values and not (_FILLED and isinstance(tuner, MixedModel))
+        with _readable_refusals(config), _without_numbers(empty):
+            tuner.inject_adapter(tuner.model, adapter_name)
         write_factors(result, tuner.model, adapter_name)
         write_extras(result, tuner.model, adapter_name)
+
+
+def _without_numbers(empty: bool) -> AbstractContextManager[object]:
+    """New factors on the meta device: random numbers, which are replaced at once, take as long as the merge. PEFT's own
+    ``low_cpu_mem_usage`` patches ``nn.Module`` for all threads of the process; this is for the calling one."""
+    return torch.device("meta") if empty else nullcontext()
 
 
 def check_name(adapter_name: str, taken: Any) -> None:

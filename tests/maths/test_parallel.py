@@ -195,3 +195,33 @@ def test_one_thread() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_merges_of_two_threads_leave_the_number_as_it_was() -> None:
+    """Whichever ends first: both know how many there were, and so does a thread that comes later."""
+    before, inside, outside = torch.get_num_threads(), threading.Event(), threading.Event()
+    known: list[int] = []
+
+    def second() -> None:
+        with one_thread() as threads:
+            known.append(threads)
+            inside.set()
+            outside.wait(timeout=10)
+            known.append(torch.get_num_threads())
+        known.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        other = threading.Thread(target=second)
+        with one_thread() as threads:
+            other.start()
+            inside.wait(timeout=10)
+        assert threads == 3 and torch.get_num_threads() == 3
+        outside.set()
+        other.join()
+        later = threading.Thread(target=lambda: known.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert known == [3, 1, 3, 3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
