@@ -16,6 +16,7 @@ from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import FullRecord
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.finetuned import BaseReader, FullModel, FullModelSource
+from dc_merge_peft.sources.full_doubts import odd_models
 from dc_merge_peft.sources.full_kinds import Kinds, StoredMatrix, tensors_of
 from dc_merge_peft.sources.full_match import same
 from dc_merge_peft.sources.stored import FLOATS, StoredTensor
@@ -105,7 +106,7 @@ def plan_full(
             f"lora_rank is {lora_rank!r}: expected a whole number of at least 1, or none for a full model"
         )
     named = uniquely_named([model.info for model in models])
-    checked = check_weights(weights, named)
+    checked = check_weights(weights, named, what="model")
     kinds = Kinds(base, average, tasks=len(models), lora=lora_rank is not None)
     buffers = {name for name, _ in base.skeleton.named_buffers()}
     matrices: dict[str, tuple[StoredMatrix, ...]] = {}
@@ -153,7 +154,7 @@ def plan_full(
         weights=checked,
         svd_rank=lora_rank,
         dtype=reduce(torch.promote_types, (FLOATS[base.files.tensors[key].dtype] for key in matrices)),
-        remarks=_remarks(method, every, len(models), averaged, record),
+        remarks=(*_remarks(method, every, len(models), averaged, record), *odd_models(base, models, named, every)),
     )
     with_statistics(method, merge.modules, [info.name for info in infos])  # refused now where they don't fit
     sources = tuple(FullModelSource(model, reader, every) for model in models)

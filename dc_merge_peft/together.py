@@ -31,8 +31,10 @@ def uniquely_named(infos: Sequence[AdapterInfo]) -> tuple[AdapterInfo, ...]:
     return tuple(unique)
 
 
-def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo]) -> tuple[float, ...]:
-    """One finite weight an adapter, not all zero; ``None`` is 1 for each.
+def check_weights(
+    weights: Sequence[float] | None, infos: Sequence[AdapterInfo], what: str = "adapter"
+) -> tuple[float, ...]:
+    """One finite weight an adapter, or whatever is merged, not all zero; ``None`` is 1 for each.
 
     Raises:
         OptionError: another number of weights, or no such numbers.
@@ -41,13 +43,13 @@ def check_weights(weights: Sequence[float] | None, infos: Sequence[AdapterInfo])
         return (1.0,) * len(infos)
     weights = weights.tolist() if isinstance(weights, torch.Tensor) else weights
     if isinstance(weights, (str, Mapping)) or not hasattr(weights, "__len__"):
-        raise OptionError(f"weights is {weights!r}: expected a list with one number an adapter, as in [1.0, 0.5]")
+        raise OptionError(f"weights is {weights!r}: expected a list with one number for each {what}, as in [1.0, 0.5]")
     if len(weights) != len(infos):
-        raise OptionError(f"found {len(weights)} weights for {len(infos)} adapters: expected one weight an adapter")
+        raise OptionError(f"found {len(weights)} weights for {len(infos)} {what}s: expected one weight for each {what}")
     weights = [plain(weight) for weight in weights]
     for info, weight in zip(infos, weights, strict=True):
         if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise OptionError(f"the weight of adapter '{info.name}' is {weight!r}: expected a finite number")
+            raise OptionError(f"the weight of {what} '{info.name}' is {weight!r}: expected a finite number")
     if not any(weights):
         raise OptionError("all weights are 0, so that nothing would be merged: expected at least one that is not")
     return tuple(float(weight) for weight in weights)

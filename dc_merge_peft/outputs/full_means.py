@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.finetuned import check_finite
+from dc_merge_peft.sources.finetuned import change, check_finite
 from dc_merge_peft.sources.stored import StoredTensor
 
 
@@ -48,5 +48,5 @@ class Mean:
             tensor.read_into(memoryview(content), first * tensor.itemsize)
             trained = torch.frombuffer(content, dtype=tensor.torch_dtype or torch.uint8)
             check_finite(trained, self.key, f"model '{name}'")
-            total.add_(trained.to(wide).sub_(base), alpha=share)
+            total.add_(change(trained, base, numbers.dtype), alpha=share)
         numbers.copy_(total)

@@ -126,7 +126,10 @@ def _refuse_endless(config: Mapping[str, Any], tensors: int, base: str | Path) -
 
 def _fetched(hub_id: HubId, patterns: tuple[str, ...], token: str | bool | None) -> Path:
     if hub_id.subfolder:
-        raise NotStreamable("it lies in a subfolder of a Hub repository")
+        raise SourceError(
+            f"the base model '{hub_id.repo}/{hub_id.subfolder}' is not there: found no such directory, and as a Hub id it would be a folder "
+            f"in the repository '{hub_id.repo}', from which no model is loaded; check the path, or give a Hub id such as 'org/name'"
+        )
     try:
         return fetch_files(hub_id, patterns, token)
     except SourceError as error:

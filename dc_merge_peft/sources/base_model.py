@@ -129,7 +129,7 @@ def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known:
         )
     if hub_id is not None and failed_at_the_hub(error):
         return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
-    if hub_id is None and not Path(base).expanduser().is_dir():
+    if (hub_id is None or hub_id.subfolder) and not Path(base).expanduser().is_dir():
         return (
             f"there is no directory '{base}', and as a model of the Hub it can't be loaded ({in_words(error, known)}): expected an existing "
             "transformers model directory or a Hub id such as 'org/name'"

@@ -135,15 +135,30 @@ class FullModelSource(Source):
 
     def factors(self, module: str) -> Dense:
         matrix = self._matrices[module]
-        trained = read_finite(matrix.of(self._tensors[matrix.key]), matrix.key, f"model '{self.info.name}'")
-        base = self._base.read(matrix)
-        delta = trained - base if trained.dtype == base.dtype else trained.double() - base.double()
+        trained = matrix.of(self._tensors[matrix.key]).read()
+        check_finite(trained, matrix.key, f"model '{self.info.name}'")
         # float64 numbers may be beyond float32, which the engine refuses by name.
-        W = delta.to(torch.float32).flatten(1)
+        kind = self._base.tensors[matrix.key].torch_dtype
+        W = change(trained, self._base.read(matrix), kind).to(torch.float32).flatten(1)
         return Dense(W.mT if matrix.transposed else W)
 
     def unmatched_targets(self) -> list[str]:
         return []
+
+
+def change(trained: Tensor, base: Tensor, kind: torch.dtype | None) -> Tensor:
+    """``W_i - W_base`` in float32, or float64 where one of them is. A number of a model in another type than its base model is no
+    change where it is the base model's, rounded to that type: saving in a smaller type trains nothing.
+
+    Args:
+        trained: As it is stored.
+        base: In float32 or float64.
+        kind: The type in which the base model is stored.
+    """
+    wide = torch.promote_types(torch.promote_types(trained.dtype, base.dtype), torch.float32)
+    if trained.dtype in (kind, wide):
+        return trained.to(wide) - base
+    return trained.to(wide).sub_(base).masked_fill_(base.to(trained.dtype) == trained, 0)
 
 
 def read_finite(tensor: StoredTensor, key: str, whose: str) -> Tensor:

@@ -28,7 +28,8 @@ def matched_tensors(name: str, model: FiledModel, base: FiledModel) -> Mapping[s
     if own != expected:
         raise IncompatibleAdaptersError(
             f"model '{name}' is a {own}, the base model a {expected}: expected models of one class, fine-tuned from this base model; "
-            f"load the base model as a {own} and save it, if that is where the training began"
+            f"load the models as a {expected} and save them, which leaves out heads that the base model lacks (a base model that is loaded "
+            "with such a head gets random numbers in it, which would be merged)"
         )
     ties, base_ties = _ties(model), _ties(base)
     if ties != base_ties:
@@ -111,15 +112,16 @@ def _refuse_quantised(model: str, name: str, found: StoredTensor, base: StoredTe
         )
 
 
-def same(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; read piece by piece, and no further than their first difference."""
-    width = _PIECE // max(one.itemsize, other.itemsize)
-    count = max(one.size // one.itemsize, other.size // other.itemsize)
-    if one.dtype != other.dtype and (one.torch_dtype is None or other.torch_dtype is None):
+def same(base: StoredTensor, model: StoredTensor) -> bool:
+    """Whether a model has the base model's numbers in a tensor, rounded to its own type where that is another one; read piece by
+    piece, and no further than the first difference."""
+    width = _PIECE // max(base.itemsize, model.itemsize)
+    count = max(base.size // base.itemsize, model.size // model.itemsize)
+    if base.dtype != model.dtype and (base.torch_dtype is None or model.torch_dtype is None):
         return False
     for first in range(0, count, width):
         pieces = []
-        for tensor in (one, other):
+        for tensor in (base, model):
             size = tensor.size // max(count, 1)
             content = bytearray(min(width, count - first) * size)
             tensor.read_into(memoryview(content), first * size)
@@ -129,7 +131,7 @@ def same(one: StoredTensor, other: StoredTensor) -> bool:
             if left != right:
                 return False
         elif not torch.equal(
-            torch.frombuffer(left, dtype=kind).double(), torch.frombuffer(right, dtype=other_kind).double()
+            torch.frombuffer(left, dtype=kind).to(other_kind), torch.frombuffer(right, dtype=other_kind)
         ):
             return False
     return True

@@ -31,6 +31,7 @@ pytestmark = needs_v5
 TA = DCMergeAdapter(method="ta", alpha=1.0)
 
 
+@pytest.mark.filterwarnings("ignore:the weights of model '.*' have a cosine")
 def test_what_no_model_changes_is_copied(tmp_path: Path) -> None:
     """Frozen tensors byte for byte, also those that one model alone has trained count as its own."""
     base, places = write_models(tmp_path, models.llama(), 2)

@@ -81,7 +81,9 @@ def test_another_head(tmp_path: Path) -> None:
     """A head that the base model lacks: another class of one architecture."""
     made = write_models(tmp_path, models.bert(), 2)
     other(made, tune(models.bert(kind=BertForSequenceClassification), 1))
-    merge_refused(made, IncompatibleAdaptersError, "is a BertForSequenceClassification", "load the base model as a")
+    merge_refused(
+        made, IncompatibleAdaptersError, "is a BertForSequenceClassification", "load the models as a BertModel"
+    )
 
 
 def test_another_size_of_vocabulary(llamas: tuple[Path, list[Path]]) -> None:

@@ -41,7 +41,7 @@ STRANGE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a model": ({"sources": [nn.Linear(2, 2)]}, ("found a Linear among the adapters", "expected directories", "in memory")),
     "none": ({"sources": ["one", None]}, ("found a NoneType among the adapters", "expected directories and Hub ids")),
     "one weight": ({"weights": 0.5}, ("weights is 0.5", "expected a list", "as in [1.0, 0.5]")),
-    "weights by name": ({"weights": {"one": 1}}, ("weights is {'one': 1}", "expected a list with one number an adapter")),
+    "weights by name": ({"weights": {"one": 1}}, ("weights is {'one': 1}", "expected a list with one number for each adapter")),
     "weights as text": ({"weights": "1"}, ("weights is '1'", "expected a list")),
     "two renames": ({"rename": ["vit-v5"]}, ("unknown rename '['vit-v5']'", "valid names are: llava-hf")),
     "base": ({"base": 3}, ("base is a int", "expected a model directory, a Hub id or a model in memory")),

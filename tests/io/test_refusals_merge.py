@@ -142,9 +142,9 @@ def test_repeated_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spel
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "too few weights": ({"weights": [1.0]}, ("1 weights for 2 adapters", "expected one weight an adapter")),
-    "too many weights": ({"weights": [1, 2, 3]}, ("3 weights for 2 adapters", "expected one weight an adapter")),
-    "no weights": ({"weights": []}, ("0 weights for 2 adapters", "expected one weight an adapter")),
+    "too few weights": ({"weights": [1.0]}, ("1 weights for 2 adapters", "expected one weight for each adapter")),
+    "too many weights": ({"weights": [1, 2, 3]}, ("3 weights for 2 adapters", "expected one weight for each adapter")),
+    "no weights": ({"weights": []}, ("0 weights for 2 adapters", "expected one weight for each adapter")),
     "NaN": ({"weights": [1, math.nan]}, ("weight of adapter 'two' is nan", "expected a finite number")),
     "Inf": ({"weights": [-math.inf, 1]}, ("weight of adapter 'one' is -inf", "expected a finite number")),
     "text": ({"weights": [1, "2"]}, ("weight of adapter 'two' is '2'", "expected a finite number")),

@@ -1,0 +1,72 @@
+"""What speaks against a model having been fine-tuned from the base model at hand, or against its numbers: seen before anything is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.sources.base_names import FiledModel
+from dc_merge_peft.sources.finetuned import FullModel
+from dc_merge_peft.sources.full_kinds import StoredMatrix
+from dc_merge_peft.sources.stored import FLOATS, StoredTensor
+
+# Of so many matrices, spread over the model, so many numbers are looked at.
+MATRICES, NUMBERS = 16, 1 << 14
+# The cosine of the weights of two models that know nothing of each other is about 0, of one fine-tuned from the other nearly 1.
+STRANGERS = 0.1
+
+
+def odd_models(
+    base: FiledModel, models: Sequence[FullModel], infos: Sequence[AdapterInfo], matrices: Sequence[StoredMatrix]
+) -> Iterator[str]:
+    """A remark on every model whose weights are as far from the base model's as a stranger's, or that is stored in a coarser type.
+
+    Args:
+        base: The base model.
+        models: Its models.
+        infos: How they are called in this merge.
+        matrices: What is merged.
+    """
+    looked_at = matrices[:: max(len(matrices) // MATRICES, 1)][:MATRICES]
+    for model, info in zip(models, infos, strict=True):
+        pairs = [
+            (matrix.of(base.files.tensors[matrix.key]), matrix.of(model.tensors[matrix.key])) for matrix in looked_at
+        ]
+        if (cosine := _cosine(pairs)) < STRANGERS:
+            yield (
+                f"the weights of model '{info.name}' have a cosine of {cosine:.2f} with the base model's: expected a model that was fine-tuned "
+                "from it, whose weights are nearly the same; check that the two belong together"
+            )
+        if found := next(((_named(b), _named(a)) for a, b in pairs if _coarser(b, a)), None):
+            yield (
+                f"model '{info.name}' is stored in {found[0]}, coarser than the base model's {found[1]}: changes below its "
+                "rounding are lost, and what is the base model's number, rounded, counts as unchanged; give the model as it was trained "
+                "where there is one"
+            )
+
+
+def _cosine(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> float:
+    """Of the first numbers of each, all pairs laid end to end; 1 where one side has none but zeros."""
+    inner = first = second = 0.0
+    for one, other in pairs:
+        count = min(one.size // one.itemsize, NUMBERS)
+        W, trained = _first(one, count), _first(other, count)
+        inner += float(W @ trained)
+        first, second = first + float(W @ W), second + float(trained @ trained)
+    return inner / (first * second) ** 0.5 if first and second else 1.0
+
+
+def _first(tensor: StoredTensor, count: int) -> torch.Tensor:
+    content = bytearray(count * tensor.itemsize)
+    tensor.read_into(memoryview(content), 0)
+    return torch.frombuffer(content, dtype=FLOATS[tensor.dtype]).to(torch.float64)
+
+
+def _coarser(one: StoredTensor, other: StoredTensor) -> bool:
+    return torch.finfo(FLOATS[one.dtype]).eps > torch.finfo(FLOATS[other.dtype]).eps
+
+
+def _named(tensor: StoredTensor) -> str:
+    return str(FLOATS[tensor.dtype]).removeprefix("torch.")
