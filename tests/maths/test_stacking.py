@@ -60,8 +60,10 @@ def test_what_is_odd_falls_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dc_merge_peft.engine.merge_one", counted)
     monkeypatch.setattr("dc_merge_peft.methods.stacks.are_orthonormal", looked_at)
     merged(odd_modules(), "dc", {}, True, allow_zero=True)
-    assert orthonormal.count(False) == 2  # one module's two sides
-    assert alone == ["0.tight", "1.tight", "2.tight", "deficient", "zero", "twice", "crowded"]
+    assert orthonormal.count(False) == 4  # two modules' two sides
+    by_shape = ["0.tight", "1.tight", "2.tight"]
+    lost = ["deficient", "zero", "twice", "one_A", "one_B", "faint", "rankless", "rankless too"]
+    assert alone == [*by_shape, *lost, "nearer", "nearest", "crowded"]
 
 
 @pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c", "rzf"])

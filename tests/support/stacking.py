@@ -81,9 +81,21 @@ def odd_modules() -> dict[str, list[LowRank]]:
     modules["deficient"] = [rank_deficient(first), second, third]
     modules["zero"] = [first, zero_task((30, 24), 3), third]
     modules["twice"] = [first, second, first]
-    generator = torch.Generator().manual_seed(1)
-    near = LowRank(*(factor + 2e-3 * torch.randn(factor.shape, generator=generator) for factor in (first.B, first.A)))
-    modules["near"] = [first, second, near]  # whitened, but not orthonormal to float64's rounding
+    # One side alone that is dependent, as of adapters that share a frozen factor, and a rank that rounding has eaten.
+    modules["one_A"] = [first, second, LowRank(third.B, first.A)]
+    modules["one_B"] = [first, second, LowRank(first.B, third.A)]
+    modules["faint"] = [first, LowRank(second.B * torch.tensor([1.0, 1.0, 1e-9]), second.A), third]
+    for name in ("rankless", "rankless too"):
+        modules[name] = [first, LowRank(second.B[:, :0], second.A[:0]), third]
+    modules["near"] = [first, second, beside(first, 2e-3)]  # whitened, but not orthonormal to float64's rounding
+    modules["nearer"] = [first, second, beside(first, 5e-5)]  # not whitened by those that whiten
+    modules["nearest"] = [first, second, beside(first, 1e-5)]
     modules["crowded"] = random_tasks(9, (10, 24), RANKS)
     modules["cancelling"] = [first, LowRank(2 * second.B, second.A), third]
     return modules
+
+
+def beside(task: LowRank, distance: float) -> LowRank:
+    """Another task that is almost the same."""
+    generator = torch.Generator().manual_seed(1)
+    return LowRank(*(X + distance * torch.randn(X.shape, generator=generator) for X in (task.B, task.A)))
