@@ -108,6 +108,25 @@ def test_ranges(options: dict[str, Any], text: str) -> None:
             DCMergeConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "values", "text"),
+    [
+        ("wudi", "steps", (-1,), "at least 0"),
+        ("wudi", "lr", (-1e-5, 1.5), "from 0 to 1"),
+        ("wudi_closed", "ridge", (-0.1,), "at least 0"),
+        ("robust", "keep", (-0.1, 1.1), "from 0 to 1"),
+        ("robust", "attenuation", (-0.1, 1.1), "from 0 to 1"),
+        ("iso_c", "rank", (0,), "at least 1"),
+        ("iso_cts", "rank", (0,), "at least 1"),
+        ("iso_cts", "common_fraction", (-0.1, 1.1), "from 0 to 1"),
+    ],
+)
+def test_ranges_of_other_methods(method: str, name: str, values: tuple[float, ...], text: str) -> None:
+    """Steps that would go nowhere or to infinity, and shares that are none, are refused before anything is read."""
+    for value in values:
+        assert refusal(method, **{name: value}) == f"option '{name}' is {value}: expected {text}"
+
+
 @pytest.mark.parametrize("options", [{"rho": 1}, {"tau": 0}, {"tau": 1}, {"density": 0}, {"density": 1}, {"rank": 1}])
 def test_ranges_are_closed(options: dict[str, Any]) -> None:
     """The bounds themselves are allowed."""

@@ -77,3 +77,10 @@ def test_robust_refuses_what_it_cannot_add() -> None:
         "method 'robust' found a delta without LoRA factors: expected A and B of every task; full weights can be merged by any "
         "other method"
     )
+
+
+def test_robust_of_no_directions() -> None:
+    """Adapters of rank 0 are an adapter of rank 0."""
+    nothing = LowRank(torch.zeros(18, 0), torch.zeros(0, 14))
+    delta, S, _ = merge_module(method_named("robust"), [nothing, nothing], [1.0, 1.0], None)
+    assert delta.shape == (18, 14) and delta.rank == len(S) == 0

@@ -96,6 +96,15 @@ def test_wudi_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(chunked.dense(), whole.dense()) <= 1e-6
 
 
+def test_wudi_in_blocks_of_many_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same by the n x n matrix, where the tasks have more directions than columns, as full fine-tuning leaves them."""
+    tasks = [Dense(torch.from_numpy(dense(task))) for task in random_tasks(8, (24, 10), (6, 6))]
+    method = method_named("wudi", {"steps": 20, "lr": 1e-3})
+    whole = method.merge(tasks, [1.0, -0.5])
+    monkeypatch.setattr(dense_deltas, "BLOCK", 7 * 10)
+    assert relative(method.merge(tasks, [1.0, -0.5]).dense(), whole.dense()) <= 1e-6
+
+
 def test_wudi_under_autocast() -> None:
     """A program's autocast does not reach the steps."""
     tasks = random_tasks(9, (24, 20), (4, 4))
