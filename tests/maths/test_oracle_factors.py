@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import merge_module
-from dc_merge_peft.linalg import FLOAT32_EPS
+from dc_merge_peft.linalg import FLOAT32_EPS, SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.methods.arithmetic import average_vectors
-from dc_merge_peft.methods.iso import directions_of_a_task
+from dc_merge_peft.methods.iso import directions, directions_of_a_task, significant
 
 from ..support import oracle, oracle_factors
 from ..support.strategies import (
@@ -120,6 +120,21 @@ def test_isotropic_means_isotropic() -> None:
         _, S, _ = merge_module(method_named(name), tasks, [1.0] * 3, None)
         assert len(S) == 11 and float(S[0] / S[-1]) == pytest.approx(1.0, abs=1e-9)
         assert mean is None or float(S[0]) == pytest.approx(mean)
+
+
+def test_what_counts_as_a_direction() -> None:
+    """numpy's rule, by the longer side of the matrix and the size of the summands."""
+    svd = SVD(torch.eye(400, 3), torch.tensor([1.0, 1e-4, 1e-5]), torch.eye(3, 4))
+    assert [len(significant(svd, scale).S) for scale in (1e-2, 1.0, 10.0, 1e5)] == [3, 2, 1, 0]
+
+
+def test_full_models_need_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first task fills all directions there are; the others aren't looked at to count them."""
+    tasks = [Dense(torch.randn(12, 9, generator=torch.Generator().manual_seed(seed))) for seed in range(3)]
+    for task in tasks[1:]:
+        monkeypatch.setitem(task.__dict__, "real_rank", lambda _: pytest.fail("decomposed"))
+    assert directions(tasks, None) == 9
+    assert directions([tasks[0], *random_tasks(5, (12, 9), (2, 2))], 4) == 4 + 2 + 2
 
 
 @pytest.mark.parametrize(
