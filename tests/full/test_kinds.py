@@ -9,7 +9,10 @@ import pytest
 import torch
 import transformers
 
-from dc_merge_peft import DCMergeAdapter, OptionError
+from dc_merge_peft import DCMergeAdapter, OptionError, UnsupportedAdapterError
+from dc_merge_peft.budget import working_bytes
+from dc_merge_peft.methods import method_named
+from dc_merge_peft.plan import PlannedModule
 from tests.full.test_numbers import gpt_oss
 from tests.support import models, oracle_factors
 from tests.support.families import FAMILIES, IMAGE, WIDTH
@@ -120,3 +123,22 @@ def test_patterns_are_of_whole_names(tmp_path: Path) -> None:
     plan = TA.plan_full(base, places, average=["layers.0.mlp.up_proj", r"model\.layers\.1\.mlp\..*"])
     names = {f"model.layers.{place}_proj.weight" for place in ("0.mlp.up", "1.mlp.up", "1.mlp.gate", "1.mlp.down")}
     assert names == {name for name in plan.averaged if "_proj" in name}
+
+
+@pytest.mark.filterwarnings("ignore:.*averaged tensors can't be in:dc_merge_peft.errors.MergeWarning")
+def test_a_fused_projection_as_an_adapter(tmp_path: Path) -> None:
+    """PEFT's LoRA on torch's attention is no plain one; averaged, it is no obstacle."""
+    base, places = write_models(tmp_path, siglip(), 2)
+    with refused(UnsupportedAdapterError, "in_proj_weight' belongs to experts or to an attention module", "--average"):
+        TA.plan_full(base, places, lora_rank=2)
+    plan = TA.plan_full(base, places, lora_rank=2, average=["in_proj_weight", "head.attention.out_proj"])
+    assert {matrix.layout.kind for found in plan.matrices.values() for matrix in found} == {"linear", "conv"}
+
+
+def test_directions_of_a_full_model(tmp_path: Path) -> None:
+    """All of each matrix's: by this the memory is reckoned that dense deltas take."""
+    base, places = write_models(tmp_path, models.llama(), 2)
+    modules = TA.plan_full(base, places).merge.modules
+    assert len(modules) == 14 and all(module.ranks == (min(module.shape),) * 2 for module in modules)
+    small = PlannedModule("small", modules[0].shape, modules[0].layout, (0, 1), (1, 1))
+    assert working_bytes(method_named("dc"), modules[0]) > 4 * working_bytes(method_named("dc"), small)
