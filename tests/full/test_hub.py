@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.support import models
 from tests.support.full import write_models
 from tests.support.fused import tensors
 from tests.support.hub_adapters import MERGED, adapter_hub
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import HubServer, point_client_at
 from tests.support.refused import listing, refused
 from tests.support.versions import needs_v5
 
@@ -77,6 +78,22 @@ def test_local_models_are_published_without_their_places(server: HubServer, tmp_
     assert record["models"] == ["tuned-0", "tuned-1"] and "base" not in record
     assert not any(b"jane.doe" in data for data in files.values())
     assert server.commits(MERGED, "main")[-1].title == "Merge of 2 fine-tuned models with ta"
+
+
+@pytest.mark.filterwarnings("ignore:.*averaged tensors can't be in:dc_merge_peft.errors.MergeWarning")
+def test_a_given_token_and_revision(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private models of whom nobody is logged in, and a base model at a commit, which the adapter's config names."""
+    base, places = write_models(tmp_path, models.llama(), 2)
+    commit = server.add_repo("org/base", listing(base), private=True)
+    for place in places:
+        server.add_repo(f"org/{place.name}", listing(place), private=True)
+    names = [f"org/{place.name}" for place in places]
+    point_client_at(monkeypatch, server, tmp_path / "anonymous", token=None)
+    with pytest.raises(SourceError, match="org/base"):
+        TA.plan_full("org/base", names)
+    TA.merge_full(f"org/base@{commit}", names, tmp_path / "out", lora_rank=2, token=server.token)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
 
 
 def test_failures(server: HubServer, tmp_path: Path) -> None:
