@@ -242,7 +242,8 @@ def test_options(llamas: tuple[Path, list[Path]]) -> None:
         llamas, OptionError, "method 'robust' works on the LoRA factors A and B", "such as 'dc'", method="robust"
     )
     merge_refused(llamas, OptionError, "found 1 weights for 2", weights=[1.0])
-    merge_refused(llamas, OptionError, "lora_rank is 0: expected a whole number", lora_rank=0)
+    for rank in (0, True, 2.0):
+        merge_refused(llamas, OptionError, f"lora_rank is {rank}: expected a whole number", lora_rank=rank)
     merge_refused(
         llamas, OptionError, "average is 'nothing'", "no parameter of the base model matches", average=["nothing"]
     )
