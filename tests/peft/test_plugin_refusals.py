@@ -61,7 +61,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = 
     ),
     "no adapters": ({"adapters": [], "weights": []}, OptionError, ("found no adapters", "expected at least one")),
     "one adapter as text": ({"adapters": "topic"}, OptionError, ("single adapter 'topic'", "expected a list")),
-    "too few weights": ({"weights": [1.0]}, OptionError, ("1 weights for 2 adapters", "expected one weight an adapter")),
+    "too few weights": ({"weights": [1.0]}, OptionError, ("1 weights for 2 adapters", "expected one weight for each adapter")),
     "too many weights": ({"weights": [1.0] * 3}, OptionError, ("3 weights for 2 adapters", "expected one weight")),
     "NaN": ({"weights": [1.0, math.nan]}, OptionError, ("'topic' is nan", "expected a finite number")),
     "all zero": ({"weights": [0.0, 0.0]}, OptionError, ("all weights are 0", "expected at least one")),

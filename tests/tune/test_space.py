@@ -43,7 +43,7 @@ def never(merged: Any) -> float:
         ({"density": {"min": 0.1, "max": 0.5, "log": "yes"}}, ["min below max"]),
         ({"density": {"min": 0.1, "max": 0.5, "step": -1}}, ["expected a step above 0, and at most 10000 of them"]),
         ({"density": {"min": 0.1, "max": 0.5, "step": 1e-6}}, ["at most 10000 of them"]),
-        ({"weights": [0.5, 1]}, ["weights is 0.5: expected a list with one number an adapter, as in [1.0, 0.5]"]),
+        ({"weights": [0.5, 1]}, ["weights is 0.5: expected a list with one number for each adapter, as in [1.0, 0.5]"]),
         ({"weights": [[1, 1], [1]]}, ["found 1 weights for 2 adapters"]),
         ({"weights": [[0, 0]]}, ["all weights are 0"]),
         ({"weights": {"maths-lora": [1]}}, ["unknown adapter in the weights of the search space 'maths-lora'", "'math-lora'"]),
