@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import MergeWarning, OutputError
+from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.outputs.directory import check_target, hidden_beside, tidy_up
 from dc_merge_peft.outputs.room import check_room, scratch
 from dc_merge_peft.plan import MergePlan
@@ -35,6 +35,13 @@ class Destination:
     create_pr: bool = False
     token: str | bool | None = None
     inputs: Sequence[Any] = ()  # what the model is made from, by directories among others
+
+    def __post_init__(self) -> None:
+        if self.out is not None and not isinstance(self.out, (str, Path)):
+            raise OptionError(
+                f"found a {type(self.out).__name__} in the place of the output: expected a directory; weights come after it, or by name "
+                "(weights=[...])"
+            )
 
     def check(self) -> None:
         """Refuse what can't be written or pushed to, before any work is done.

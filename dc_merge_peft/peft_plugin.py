@@ -32,7 +32,7 @@ def add_merged_adapter(
     adapter_name: str = "merged",
     combination_type: str = "dc",
     svd_rank: int | None = None,
-    *,
+    *others: object,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     allow_different_bases: bool = False,
@@ -50,6 +50,7 @@ def add_merged_adapter(
         adapter_name: Name of the new adapter. It is frozen, and the active adapter stays active.
         combination_type: Name of a method; one that PEFT has a type for with ``_dw`` behind it, as ``"ties_dw"``.
         svd_rank: Rank of the new adapter at most; all of it by default.
+        *others: What stands here belongs to PEFT's own types, and is refused.
         dtype: Of the new factors; the widest of the adapters by default.
         device: Where to compute; by default where each module lives.
         allow_different_bases: Merge adapters whose configs name different base models.
@@ -62,6 +63,11 @@ def add_merged_adapter(
     Raises:
         MergeError: as :meth:`DCMergeAdapter.merge`; the model is unchanged then.
     """
+    if others:
+        raise OptionError(
+            f"found {len(others)} more arguments without a name behind svd_rank, where PEFT's own combination types have "
+            f"{', '.join(_PEFT_ONLY)}: combination_type='{combination_type}' has none of them; give options by name, as in rho=5.0"
+        )
     for name in _PEFT_ONLY:
         if name in options:
             raise OptionError(

@@ -14,7 +14,7 @@ from dc_merge_peft.extras import ExtrasPlan, plan_extras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import plain
-from dc_merge_peft.sources.base import AdapterInfo, Source
+from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
@@ -199,7 +199,9 @@ def _refuse_renamed_experts(modules: Sequence[PlannedModule]) -> None:
 
 def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:
     """Adapters that fall into groups without a common module have nothing to be merged with: most often the base model
-    was loaded with another class, whose modules have other names."""
+    was loaded with another class, whose modules have other names. In one model in memory they can't have others."""
+    if all(source.info.location == IN_MEMORY for source in sources):
+        return
     group = list(range(len(sources)))
     for module in modules:
         joined = {group[task] for task in module.tasks}
@@ -210,7 +212,8 @@ def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule
             raise IncompatibleAdaptersError(
                 f"adapter '{source.info.name}' has no target module in common with '{other.info.name}': it has "
                 f"{preview(source.modules, 2)}, '{other.info.name}' has {preview(other.modules, 2)}; expected adapters of one "
-                "base model, under the same module names"
+                "base model, under the same module names; where they are, and adapt other parts of it, load them all with PEFT and merge "
+                "there, by add_weighted_adapter"
             )
 
 

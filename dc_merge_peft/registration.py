@@ -19,13 +19,17 @@ from typing import Any
 import wrapt
 
 from dc_merge_peft.combination_types import combination_types
+from dc_merge_peft.errors import unknown_name
 
 _ORIGINAL = "__dc_merge_peft_original__"
 _state = {"wanted": False, "hooked": False}
 
 
 class Registration:
-    """What :func:`register` returns: as a context manager it unregisters at the end."""
+    """What :func:`register` returns: as a context manager it leaves PEFT at the end as it was before."""
+
+    def __init__(self, registered: bool) -> None:
+        self._registered = registered  # before
 
     def __enter__(self) -> Registration:
         return self
@@ -33,21 +37,23 @@ class Registration:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unregister()
+        if not self._registered:
+            unregister()
 
 
 def register() -> Registration:
     """Add this library's combination types to PEFT's ``add_weighted_adapter``.
 
-    ``import dc_merge_peft`` calls it; calling it again does nothing. ``with register(): ...`` takes them out again.
+    ``import dc_merge_peft`` calls it; calling it again does nothing. ``with register(): ...`` takes them out again where they were
+    out before.
     """
-    _state["wanted"] = True
+    registered, _state["wanted"] = _state["wanted"], True
     if not _state["hooked"]:
         _state["hooked"] = True
         wrapt.register_post_import_hook(_on_import, "peft")  # runs at once if PEFT is there already
     elif "peft" in sys.modules:
         _on_import(sys.modules["peft"])
-    return Registration()
+    return Registration(registered)
 
 
 def unregister() -> None:
@@ -84,8 +90,13 @@ def _with_door(original: Callable[..., None]) -> Callable[..., None]:
             from dc_merge_peft.peft_plugin import add_merged_adapter
 
             add_merged_adapter(self, *args, **kwargs)
-        else:
+            return
+        try:
             original(self, *args, **kwargs)
+        except ValueError as error:  # a name that neither PEFT nor this library knows
+            if not (isinstance(kind, str) and str(error) == f"Invalid combination_type: {kind}"):
+                raise
+            raise ValueError(f"{error}; of dc_merge_peft: {unknown_name('type', kind, combination_types())}") from error
 
     setattr(add_weighted_adapter, _ORIGINAL, original)
     return add_weighted_adapter

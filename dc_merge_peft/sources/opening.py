@@ -28,6 +28,11 @@ def open_sources(
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     check_order(sources)
+    if not isinstance(sources, Iterable):
+        raise OptionError(
+            f"found a {type(sources).__name__} in the place of the adapters: expected a list of directories and Hub ids; adapters of a "
+            "model in memory are merged by its add_weighted_adapter"
+        )
     sources = list(sources)  # it is gone through twice
     strangers = [type(source).__name__ for source in sources if not isinstance(source, (str, Path, Source))]
     if strangers:

@@ -38,6 +38,7 @@ def test_mergers(arguments: tuple[Any, ...], options: dict[str, Any], words: tup
 
 
 STRANGE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a number": ({"sources": 3}, ("found a int in the place of the adapters", "expected a list of directories")),
     "a model": ({"sources": [nn.Linear(2, 2)]}, ("found a Linear among the adapters", "expected directories", "in memory")),
     "none": ({"sources": ["one", None]}, ("found a NoneType among the adapters", "expected directories and Hub ids")),
     "one weight": ({"weights": 0.5}, ("weights is 0.5", "expected a list", "as in [1.0, 0.5]")),
@@ -53,8 +54,20 @@ STRANGE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_arguments_of_another_type(tmp_path: Path, given: dict[str, Any], words: tuple[str, ...]) -> None:
     """What such an argument is, and what it should be: no error of Python's."""
     write_checkpoint(tmp_path / "one")
-    sources = [tmp_path / source if source == "one" else source for source in given.get("sources", ["one"])]
+    named = given.get("sources", ["one"])
+    sources: Any = (
+        [tmp_path / source if source == "one" else source for source in named] if isinstance(named, list) else named
+    )
     merge_refused(tmp_path, sources, OptionError, *words, **{key: given[key] for key in given if key != "sources"})
+
+
+def test_weights_in_the_place_of_the_output(tmp_path: Path) -> None:
+    """``merge`` takes them second, and what makes full models third."""
+    write_checkpoint(tmp_path / "one")
+    merger: Any = DCMergeAdapter()
+    for make in (merger.fuse, merger.fuse_to_disk, merger.merge_full):
+        with refused(OptionError, "found a list in the place of the output", "weights=[...]"):
+            make(tmp_path / "base", [tmp_path / "one"], [1.0])
 
 
 def test_a_tensor_of_weights(tmp_path: Path) -> None:

@@ -245,3 +245,15 @@ def test_merged_adapters_merge_again() -> None:
         assert difference(delta, each[0][module] + each[1][module]) < 2e-6
     dropouts = [module.lora_dropout["whole"] for module in models.layers(model, "whole").values()]
     assert all(isinstance(dropout, nn.Identity) for dropout in dropouts)
+
+
+def test_adapters_of_different_modules() -> None:
+    """In one model they belong together without a common module: each one's delta comes back by itself."""
+    parts = {"sentiment": ["query"], "topic": ["key"]}
+    model = models.with_lora(models.bert(), {name: {"r": 2, "target_modules": part} for name, part in parts.items()})
+    model.add_weighted_adapter(list(parts), [1.0, 0.5], "both", combination_type="ta")
+    merged = models.deltas(model, "both")
+    assert len(merged) == 4
+    for (name, _), weight in zip(parts.items(), (1.0, 0.5), strict=True):
+        for module, own in models.deltas(model, name).items():
+            assert difference(merged[module], weight * own) < 1e-5
