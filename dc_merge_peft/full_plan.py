@@ -11,6 +11,7 @@ import torch
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, preview
 from dc_merge_peft.methods import Method
+from dc_merge_peft.methods.options import without_effect
 from dc_merge_peft.plan import MergePlan, PlannedModule, check_weights, uniquely_named
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import FullRecord
@@ -154,7 +155,11 @@ def plan_full(
         weights=checked,
         svd_rank=lora_rank,
         dtype=reduce(torch.promote_types, (FLOATS[base.files.tensors[key].dtype] for key in matrices)),
-        remarks=(*_remarks(method, every, len(models), averaged, record), *odd_models(base, models, named, every)),
+        remarks=(
+            *without_effect(method.config),
+            *_remarks(method, every, len(models), averaged, record),
+            *odd_models(base, models, named, every),
+        ),
     )
     with_statistics(method, merge.modules, [info.name for info in infos])  # refused now where they don't fit
     sources = tuple(FullModelSource(model, reader, every) for model in models)

@@ -13,7 +13,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, Unsuppo
 from dc_merge_peft.extras import ExtrasPlan, plan_extras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
-from dc_merge_peft.methods.options import plain
+from dc_merge_peft.methods.options import plain, without_effect
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
@@ -128,6 +128,7 @@ def plan_merge(
             *planned.remarks(infos),
             *unknown_settings(sources, infos),
             *(() if allow_different_bases or base is None else another_base(base, infos)),
+            *without_effect(method.config),
             *_remarks(method, modules),
         ),
         extras=planned,

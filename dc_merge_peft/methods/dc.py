@@ -39,6 +39,7 @@ class DCMergeConfig(CoverConfig):
         "entry for each of the task's directions",
         minimum=0,
         maximum=1,
+        only={"aggregation": ("ties",)},
     )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from dc_merge_peft.errors import OptionError, unknown_name
@@ -18,9 +18,29 @@ from dc_merge_peft.errors import OptionError, unknown_name
 C = TypeVar("C")
 
 
-def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field with its help text and its closed range."""
-    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    only: Mapping[str, tuple[Any, ...]] = types.MappingProxyType({}),
+) -> Any:
+    """A dataclass field with its help text, its closed range, and the values that other options must have for it to matter."""
+    about = {"help": help, "minimum": minimum, "maximum": maximum, "only": only}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def without_effect(config: Any) -> Iterator[str]:
+    """A remark on every option that was given and changes nothing, by what the others are."""
+    for field in dataclasses.fields(config):
+        value, only = getattr(config, field.name), field.metadata.get("only", {})
+        missed = [name for name, needed in only.items() if getattr(config, name, needed[0]) not in needed]
+        if value != field.default and missed:
+            yield (
+                f"option '{field.name}' is {value} and changes nothing, since '{missed[0]}' is {getattr(config, missed[0])}: expected "
+                f"{missed[0]}={' or '.join(map(str, only[missed[0]]))} beside it, or leave it out"
+            )
 
 
 def build_config(config_type: type[C], values: Mapping[str, Any], *, method: str) -> C:

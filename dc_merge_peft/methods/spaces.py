@@ -31,12 +31,18 @@ class SmoothingConfig(MethodConfig):
     smoothing: Smoothing = option(
         "none", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
     )
-    rho: float = option(5.0, "largest ratio of the first to the last singular value after linear smoothing", minimum=1)
+    rho: float = option(
+        5.0,
+        "largest ratio of the first to the last singular value after linear smoothing",
+        minimum=1,
+        only={"smoothing": ("linear",)},
+    )
     tau: float = option(
         0.0,
         "share of the original singular values mixed back in: 0 smooths fully, 1 not at all (Eq. 41)",
         minimum=0,
         maximum=1,
+        only={"smoothing": ("linear", "average")},
     )
     rank: int | None = option(
         None, "singular components used of each task (the paper's r); none: all of them", minimum=1
@@ -51,16 +57,29 @@ class CoverConfig(SmoothingConfig):
         "whitening",
         "how the cover basis is found: 'whitening' of the stacked bases (Eq. 25), or 'optimized', ascent on Eq. 8 "
         "(Algorithm 2)",
+        only={"cover": (True,)},
     )
     basis_steps: int = option(
-        500, "the most steps of basis=optimized; it ends earlier where it has converged", minimum=0
+        500,
+        "the most steps of basis=optimized; it ends earlier where it has converged",
+        minimum=0,
+        only={"basis": ("optimized",)},
     )
     basis_lr: float = option(
-        0.5, "length of the first step of basis=optimized; later ones find their own", minimum=1e-6, maximum=1e6
+        0.5,
+        "length of the first step of basis=optimized; later ones find their own",
+        minimum=1e-6,
+        maximum=1e6,
+        only={"basis": ("optimized",)},
     )
-    mask: bool = option(True, "in cover space, keep each task's own block of the merged core only (Eq. 11)")
+    mask: bool = option(
+        True, "in cover space, keep each task's own block of the merged core only (Eq. 11)", only={"cover": (True,)}
+    )
     mask_size: int | None = option(
-        None, "squares of this size along the diagonal instead of the tasks' blocks (Figure 5)", minimum=1
+        None,
+        "squares of this size along the diagonal instead of the tasks' blocks (Figure 5)",
+        minimum=1,
+        only={"mask": (True,), "cover": (True,)},
     )
 
 

@@ -15,6 +15,7 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import MergeWarning
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, method_named
+from dc_merge_peft.methods.options import without_effect
 from dc_merge_peft.sources.base import AdapterInfo, Source
 from dc_merge_peft.tuning.space import WEIGHT, Settings
 
@@ -78,7 +79,9 @@ class Merges:
             with ExitStack() as stack:
                 merged = self._merge(stack, {**settings, "alpha": "auto" if self.fitted else 1.0})
                 self._held[key] = (stack.pop_all(), merged)
-            self.remarks |= dict.fromkeys(merged.remarks)
+            # A search tries rho beside smoothing=none, too, which is its own affair.
+            idle = set(without_effect(method_named(merged.method, merged.options).config))
+            self.remarks |= dict.fromkeys(remark for remark in merged.remarks if remark not in idle)
         self._held.move_to_end(key)
         return self._held[key][1]
 

@@ -18,7 +18,7 @@ from tests.support.models import difference
 METHODS: dict[str, dict[str, Any]] = {
     "dc": {},
     "dc-average": {"smoothing": "average", "alpha": 0.8, "density": 0.3},
-    "dc-none": {"smoothing": "none", "aggregation": "ta", "mask": False, "tau": 0.5, "rank": 2},
+    "dc-none": {"smoothing": "none", "aggregation": "ta", "mask": False, "rank": 2},
     "ta": {"alpha": 0.5},
     "average": {"alpha": "auto"},
 }
