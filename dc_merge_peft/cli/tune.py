@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +19,12 @@ from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.outputs.single import check_file
-from dc_merge_peft.plots import figure_kind, require_matplotlib
+from dc_merge_peft.plots import MARK, figure_kind, require_matplotlib
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.runconfig import RunConfig, loaded_yaml
 from dc_merge_peft.tuning import CommandEvaluation, Search, TuneResult, prepare
 from dc_merge_peft.tuning.journal import Journal
+from dc_merge_peft.tuning.outcome import check_place
 from dc_merge_peft.tuning.search import journal_of
 
 _SEARCH = "Search"
@@ -144,7 +145,8 @@ def tune(
     journal = f"{output}.trials.jsonl"
     # What an earlier run of this search had written is its own; a search without a journal has had none.
     replace = overwrite or (resume and Path(journal).expanduser().exists())
-    _check_outputs(output, save, plot, overwrite=replace, dry_run=dry_run)
+    files = [*filter(None, (config, space)), *(evaluate.words if evaluate is not None else ())]
+    _check_outputs(output, save, plot, files, overwrite=replace, dry_run=dry_run)
     prepared = _prepared(
         run, _space(space, tried or []), alphas=alphas.split(",") if alphas is not None else None, minimize=minimize,
         search=search, trials=trials, seed=seed,
@@ -173,17 +175,25 @@ def _evaluation(
     return None if command is None else CommandEvaluation(command, beside=output or ".", timeout=timeout)
 
 
-def _check_outputs(output: str | None, save: str | None, plot: Path | None, *, overwrite: bool, dry_run: bool) -> None:
-    """Whatever stands in the way of an output, before any work."""
+def _check_outputs(
+    output: str | None,
+    save: str | None,
+    plot: Path | None,
+    files: Sequence[str | Path],
+    *,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Whatever stands in the way of an output, before any work; ``files`` are those that the search reads or runs."""
     if plot is not None:
         figure_kind(plot)
         require_matplotlib()
-        check_file(plot, overwrite=overwrite, example="tuned.png")
+        check_file(plot, overwrite=overwrite, mark=MARK, example="tuned.png", inputs=files)
     if save is not None:
         shared.checked_output(save, overwrite=overwrite, dry_run=dry_run)
     if output is not None:
         shared.tidied_output(output, dry_run=dry_run)
-        check_file(output, overwrite=overwrite)
+        check_place(output, overwrite=overwrite, inputs=files)
 
 
 def _space(path: Path | None, tried: list[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
             raise OutputError(f"the output '{path}': '{target}' is a file, expected a directory; choose another path")
         if target.is_dir() and any(target.iterdir()):
             _check_overwrite(path, target, overwrite)
-            _refuse_inputs(path, target, inputs)
+            refuse_inputs(path, target, inputs)
         return target
 
 
@@ -86,15 +86,26 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
         )
 
 
-def _refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:
+def refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output in whose place an input stands, or a directory of inputs.
+
+    Args:
+        path: The output as the user calls it.
+        target: Where that is.
+        inputs: What it is made from, as users name it.
+
+    Raises:
+        OutputError: it would replace one.
+    """
     for name in inputs:
         held = False
         with suppress(OSError, RuntimeError, ValueError):  # no path at all
             place = Path(name).expanduser().resolve()
-            held = place.is_dir() and place.is_relative_to(target)
+            held = place == target or (place.is_dir() and place.is_relative_to(target))
         if held:
+            kind = "directory" if target.is_dir() else "file"
             raise OutputError(
-                f"the output '{path}' is '{name}', of which it is to be made: expected another directory, so that the original stays"
+                f"the output '{path}' is '{name}', of which it is to be made: expected another {kind}, so that the original stays"
             )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from dc_merge_peft.errors import OutputError
-from dc_merge_peft.outputs.directory import hidden_beside, in_words, resolved, tidy_up
+from dc_merge_peft.outputs.directory import hidden_beside, in_words, refuse_inputs, resolved, tidy_up
 from dc_merge_peft.outputs.placing import place_file, to_disk
 from dc_merge_peft.work.workshop import NEW
 
@@ -14,15 +15,16 @@ _HEAD = 4000
 
 
 def check_file(
-    path: str | Path, *, overwrite: bool = False, example: str = "tuned.yaml", mark: str | None = None
+    path: str | Path, *, overwrite: bool = False, mark: str, example: str, inputs: Iterable[str | Path] = ()
 ) -> Path:
     """Where a file goes, refused where something stands in its way; called before any work is done.
 
     Args:
         path: The file.
         overwrite: Whether an earlier one may be replaced.
+        mark: What stands near the beginning of an earlier output, which alone can be replaced.
         example: A name, for errors.
-        mark: What stands near the beginning of an earlier output, which alone can be replaced then; None for any file.
+        inputs: What it is made from, as users name it: never replaced.
 
     Raises:
         OutputError: the path exists and may not be replaced, is a directory, or can't be looked at.
@@ -38,7 +40,8 @@ def check_file(
                 f"the output '{path}' already exists: expected a new file; choose another path, or overwrite it "
                 "(overwrite=True, --overwrite)"
             )
-        if target.exists() and not (target.is_file() and (mark is None or mark.encode() in _head(target))):
+        refuse_inputs(path, target, inputs)
+        if target.exists() and not (target.is_file() and mark.encode() in _head(target)):
             raise OutputError(
                 f"the output '{path}' is something else than an earlier output, and is not overwritten: choose another path, "
                 "or delete it yourself"
@@ -46,9 +49,7 @@ def check_file(
         return target
 
 
-def write_file(
-    path: str | Path, content: bytes, *, overwrite: bool = False, example: str = "tuned.yaml", mark: str | None = None
-) -> Path:
+def write_file(path: str | Path, content: bytes, *, overwrite: bool = False, mark: str, example: str) -> Path:
     """Write a file in a hidden folder beside its place, and put it there in one step; arguments as for :func:`check_file`.
 
     Raises:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
+MARK = "dc_merge_peft figure"  # in the head of each file, by which it is known again
 
 __all__ = [
     "FORMATS",
+    "MARK",
     "cover_figure",
     "dirsim_figure",
     "figure_kind",
@@ -76,7 +78,9 @@ def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Ite
             for name, figure in figures.items():
                 for suffix in formats:
                     path = target / f"{name}.{suffix}"
-                    figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+                    figure.savefig(
+                        path, dpi=150, metadata={"Creator": MARK} | ({"Date": None} if suffix == "svg" else {})
+                    )
                     written.append(path)
     except OSError as error:
         raise OutputError(f"figures can't be written to '{folder}' ({first_line(error)}): expected a folder") from error

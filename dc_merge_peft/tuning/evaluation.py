@@ -47,12 +47,12 @@ class CommandEvaluation:
             OptionError: no words, or a timeout that is no time.
         """
         try:
-            self._words = shlex.split(command)
+            self.words = shlex.split(command)
         except ValueError as error:
             raise OptionError(
                 f"the command '{command}' can't be split into words ({error}): close its quotes"
             ) from error
-        if not self._words:
+        if not self.words:
             raise OptionError("the command is empty: expected a program, as in 'python evaluate.py {adapter}'")
         if timeout is not None and (isinstance(timeout, bool) or not math.isfinite(timeout) or timeout <= 0):
             raise OptionError(f"the timeout is {timeout!r}: expected a number of seconds above 0")
@@ -72,7 +72,7 @@ class CommandEvaluation:
             return last_number(self._output(str(candidate)), self.command)
 
     def _output(self, adapter: str) -> str:
-        words = [word.replace(PLACEHOLDER, adapter) for word in self._words]
+        words = [word.replace(PLACEHOLDER, adapter) for word in self.words]
         try:
             # A session of its own, so that whatever it starts can be ended with it.
             process = subprocess.Popen(

@@ -20,6 +20,10 @@ from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.tuning.merges import Merges, Recipe
 from dc_merge_peft.tuning.space import Choices, Settings, Space
 
+# The first line of a configuration that a search has written, by which it is known again.
+MARK = "# found by dc-merge tune"
+_EXAMPLE = "tuned.yaml"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -88,10 +92,10 @@ class TuneResult:
 
         Args:
             path: The file.
-            overwrite: Replace one that is there.
+            overwrite: Replace one that an earlier search has written.
 
         Raises:
-            OutputError: it exists, can't be written, or an adapter is in memory, where no configuration can find it.
+            OutputError: it exists (pass ``overwrite=True``), is none of a search, can't be written, or an adapter is in memory, where no configuration can find it.
         """
         for info in self._recipe.adapters:
             if info.location == IN_MEMORY:
@@ -99,7 +103,7 @@ class TuneResult:
                     f"adapter '{info.name}' is in memory: expected adapters in files, which a configuration can name; save it, or keep "
                     "the merged adapter itself (result.merge().save_pretrained(...))"
                 )
-        check_file(path, overwrite=overwrite)
+        check_place(path, overwrite=overwrite)
         best = self.best
         record = {
             "dc_merge_peft": __version__,
@@ -112,7 +116,7 @@ class TuneResult:
             },
         }
         content = yaml.safe_dump({**self.config.to_dict(), "record": record}, sort_keys=False, allow_unicode=True)
-        return write_file(path, content.encode(), overwrite=overwrite)
+        return write_file(path, f"{MARK}\n{content}".encode(), overwrite=overwrite, mark=MARK, example=_EXAMPLE)
 
     def plot(self, path: str | Path) -> Path:
         """Write a figure of the search as PNG or SVG, by the path's ending; needs the extra ``plots``.
@@ -125,6 +129,15 @@ class TuneResult:
 
         rows = [(trial.settings, trial.alpha, trial.score) for trial in self.trials]
         return save_figure(tuning_figure(rows, self.trials.index(self.best), minimize=self.minimize), path)
+
+
+def check_place(path: str | Path, *, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a place where the configuration of a search can't go; arguments as for :func:`check_file`.
+
+    Raises:
+        OutputError: something stands there, or it is no place.
+    """
+    check_file(path, overwrite=overwrite, mark=MARK, example=_EXAMPLE, inputs=inputs)
 
 
 def best_of(trials: Iterable[Trial], *, minimize: bool) -> Trial:

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 from typer.testing import Result
 
+from dc_merge_peft.tuning.outcome import MARK
 from tests.support.evaluating import NAMES, combined, count_merges, runs, write_program
 from tests.support.program import run
 from tests.support.refused import listing
@@ -127,6 +128,29 @@ def test_resuming_what_failed(workspace: Path, command: str, deltas: Deltas) -> 
     assert tune(command, "--resume", "--save", "best").exit_code == 0 and len(runs(workspace)) == 7
     failed(tune(command), "the output 'tuned.yaml' already exists")
     assert tune(command, "--overwrite").exit_code == 0 and len(runs(workspace)) == 13
+
+
+def test_what_overwrite_replaces(workspace: Path, command: str) -> None:
+    """Files of an earlier search, and nothing else: no adapter's, no other configuration or figure, and no input."""
+    Path("space.yaml").write_text(f"{MARK}\nalpha: [1, 2]\n")
+    Path("other.yaml").write_text("method: ta\n")
+    Path("other.png").write_bytes(b"\x89PNG")
+    assert tune(command, "--plot", "search.svg").exit_code == 0
+    before = listing(workspace)
+    words = "of which it is to be made: expected another file"
+    searched = ("tune", *NAMES, "--command", command, "--overwrite")
+    failed(run(*searched, "-o", "evaluate.py"), words)
+    failed(run(*searched, "-o", "./space.yaml", "--space", "space.yaml"), words)
+    failed(run(*searched, *OUT, "--config", "tuned.yaml"), words)
+    for file in ("math-lora/adapter_model.safetensors", "code-lora/adapter_config.json", "other.yaml"):
+        failed(run(*searched, "-o", file), "is something else than an earlier output")
+    failed(run(*searched, *OUT, "--plot", "other.png"), "is something else than an earlier output")
+    assert listing(workspace) == before
+    assert tune(command, "--plot", "search.svg", "--overwrite").exit_code == 0
+    assert {name for name, content in listing(workspace).items() if content != before[name]} <= {
+        "runs.txt",
+        "tuned.yaml.trials.jsonl",
+    }
 
 
 def test_resuming_what_was_never_begun(workspace: Path, command: str) -> None:

@@ -172,6 +172,8 @@ def test_the_best_again(workspace: Path) -> None:
     with refused(OutputError, "the output 'tuned.yaml' already exists", "overwrite"):
         result.to_yaml("tuned.yaml")
     result.to_yaml("tuned.yaml", overwrite=True)
+    with refused(OutputError, "'math-lora/adapter_config.json' is something else than an earlier output"):
+        result.to_yaml("math-lora/adapter_config.json", overwrite=True)
 
 
 def test_results_are_frozen(workspace: Path) -> None:
