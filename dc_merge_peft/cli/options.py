@@ -142,6 +142,11 @@ def checked_output(
     check_target(output, overwrite=overwrite, inputs=inputs)
 
 
+def inputs_of(run: RunConfig) -> list[str]:
+    """What an output is made from, as users name it."""
+    return [*run.adapters, *run.models, *([run.base] if run.base else [])]
+
+
 def tidied_output(output: str | Path, *, dry_run: bool = False) -> None:
     """Remove what dead runs had left beside an output, with a note on standard error."""
     if not dry_run:
@@ -197,7 +202,6 @@ def checked_destination(
     if run.output is None and push_to is None and not dry_run:
         raise OptionError("found no output: expected -o DIRECTORY, --push-to REPOSITORY or --dry-run")
     if run.output is not None:
-        inputs = [*run.adapters, *run.models, *([run.base] if run.base else [])]
-        checked_output(run.output, overwrite=overwrite, dry_run=dry_run, inputs=inputs)
+        checked_output(run.output, overwrite=overwrite, dry_run=dry_run, inputs=inputs_of(run))
     checked_devices(run.device)
     return push

@@ -146,7 +146,9 @@ def tune(
     # What an earlier run of this search had written is its own; a search without a journal has had none.
     replace = overwrite or (resume and Path(journal).expanduser().exists())
     files = [*filter(None, (config, space)), *(evaluate.words if evaluate is not None else ())]
-    _check_outputs(output, save, plot, files, overwrite=replace, dry_run=dry_run)
+    if save is not None:
+        shared.checked_output(save, overwrite=replace, dry_run=dry_run, inputs=shared.inputs_of(run))
+    _check_outputs(output, plot, files, overwrite=replace, dry_run=dry_run)
     prepared = _prepared(
         run, _space(space, tried or []), alphas=alphas.split(",") if alphas is not None else None, minimize=minimize,
         search=search, trials=trials, seed=seed,
@@ -176,21 +178,13 @@ def _evaluation(
 
 
 def _check_outputs(
-    output: str | None,
-    save: str | None,
-    plot: Path | None,
-    files: Sequence[str | Path],
-    *,
-    overwrite: bool,
-    dry_run: bool,
+    output: str | None, plot: Path | None, files: Sequence[str | Path], *, overwrite: bool, dry_run: bool
 ) -> None:
-    """Whatever stands in the way of an output, before any work; ``files`` are those that the search reads or runs."""
+    """Whatever stands in the way of a file, before any work; ``files`` are those that the search reads or runs."""
     if plot is not None:
         figure_kind(plot)
         require_matplotlib()
         check_file(plot, overwrite=overwrite, mark=MARK, example="tuned.png", inputs=files)
-    if save is not None:
-        shared.checked_output(save, overwrite=overwrite, dry_run=dry_run)
     if output is not None:
         shared.tidied_output(output, dry_run=dry_run)
         check_place(output, overwrite=overwrite, inputs=files)

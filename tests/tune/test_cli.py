@@ -145,6 +145,7 @@ def test_what_overwrite_replaces(workspace: Path, command: str) -> None:
     for file in ("math-lora/adapter_model.safetensors", "code-lora/adapter_config.json", "other.yaml"):
         failed(run(*searched, "-o", file), "is something else than an earlier output")
     failed(run(*searched, *OUT, "--plot", "other.png"), "is something else than an earlier output")
+    failed(run(*searched, *OUT, "--save", "math-lora"), "of which it is to be made: expected another directory")
     assert listing(workspace) == before
     assert tune(command, "--plot", "search.svg", "--overwrite").exit_code == 0
     assert {name for name, content in listing(workspace).items() if content != before[name]} <= {
