@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import os
@@ -9,12 +10,12 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dc_merge_peft.errors import EvaluationError, OptionError, first_line
+from dc_merge_peft.errors import EvaluationError, OptionError, first_line, unknown_name
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.directory import hidden_beside
 
@@ -23,6 +24,9 @@ VARIABLE = "DC_MERGE_ADAPTER"  # in the environment of the command
 _GRACE = 5.0  # seconds that a program has to end before it is killed
 # A word may hold digits (epoch3, top@5) and is no number for it.
 _NUMBER = re.compile(r"(?<![\w.@])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)(?![\w@])", re.IGNORECASE)
+
+# A word with a name in braces that is neither code nor of a shell, and such names in code.
+_BRACED, _IN_CODE = re.compile(r"[\w=/.:~-]*\{(\w+)\}[\w/.-]*"), re.compile(r"(?<!\$)\{(\w+)\}")
 
 # Takes the merged adapter, or the PEFT model with the candidate active.
 Evaluate: TypeAlias = Callable[[Any], float]
@@ -44,7 +48,7 @@ class CommandEvaluation:
             timeout: Seconds that one run may take; without end by default.
 
         Raises:
-            OptionError: no words, or a timeout that is no time.
+            OptionError: no words, a placeholder of another name, or a timeout that is no time.
         """
         try:
             self.words = shlex.split(command)
@@ -54,6 +58,7 @@ class CommandEvaluation:
             ) from error
         if not self.words:
             raise OptionError("the command is empty: expected a program, as in 'python evaluate.py {adapter}'")
+        _check_placeholders(command, self.words)
         if timeout is not None and (isinstance(timeout, bool) or not math.isfinite(timeout) or timeout <= 0):
             raise OptionError(f"the timeout is {timeout!r}: expected a number of seconds above 0")
         self.command, self.timeout = command, timeout
@@ -100,6 +105,19 @@ class CommandEvaluation:
                 "run it by hand on an adapter of your own"
             )
         return stdout
+
+
+def _check_placeholders(command: str, words: Sequence[str]) -> None:
+    """Refuse a command that names no candidate but something like it; one that names nothing may read the variable."""
+    if PLACEHOLDER in command or VARIABLE in command:
+        return
+    whole = (found[1] for word in words if (found := _BRACED.fullmatch(word)))
+    inside = (name for name in _IN_CODE.findall(command) if difflib.get_close_matches(name.lower(), ["adapter"]))
+    for name in (*whole, *inside):
+        raise OptionError(
+            f"the command '{command}' has an {unknown_name('placeholder', f'{{{name}}}', [PLACEHOLDER])}; the directory of the "
+            f"candidate is also in the environment variable {VARIABLE}"
+        )
 
 
 def last_number(text: str, command: str) -> float:

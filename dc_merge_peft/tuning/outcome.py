@@ -173,6 +173,17 @@ def _named(device: Devices) -> str | None:
     return ",".join(map(str, device))
 
 
+def flat_remark(trials: Sequence[Trial]) -> str | None:
+    """That candidates of other settings are all worth the same, so that the first of them is called the best by chance."""
+    scores, first = {trial.score for trial in trials}, trials[0]
+    if len(scores) > 1 or all(trial.settings == first.settings for trial in trials):
+        return None
+    return (
+        f"all {len(trials)} trials scored {first.score:.6g}: the search says nothing, and the best is the first of them; check that the "
+        "evaluation reads the candidate that it is given, and can tell candidates apart"
+    )
+
+
 def edge_remark(space: Space, trials: Sequence[Trial], *, minimize: bool) -> str | None:
     """That the best alpha is the first or last of those tried, so that there may be better ones beyond."""
     found, best = space.dimensions["alpha"], best_of(trials, minimize=minimize).settings["alpha"]

@@ -22,7 +22,7 @@ from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.tuning.evaluation import CommandEvaluation, Evaluate, checked_score
 from dc_merge_peft.tuning.journal import Journal, opened
 from dc_merge_peft.tuning.merges import Merges, Recipe
-from dc_merge_peft.tuning.outcome import Trial, TuneResult, edge_remark
+from dc_merge_peft.tuning.outcome import Trial, TuneResult, edge_remark, flat_remark
 from dc_merge_peft.tuning.sampling import Grid, Sampler, optuna_version, sampler_for
 from dc_merge_peft.tuning.space import Choices, Settings, Space, read_space
 from dc_merge_peft.tuning.staging import from_model, staged
@@ -90,8 +90,8 @@ class Search:
                 tried.setdefault(_key(settings), trial)
                 self.sampler.tell(trial.score)
                 trials.append(trial)
-        edge = edge_remark(self.space, trials, minimize=self.minimize)
-        remarks = (*merges.remarks, *([edge] if edge else []))
+        seen = (flat_remark(trials), edge_remark(self.space, trials, minimize=self.minimize))
+        remarks = (*merges.remarks, *filter(None, seen))
         return TuneResult(tuple(trials), self.minimize, remarks, _recipe=self.recipe)
 
     @property

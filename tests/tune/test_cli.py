@@ -87,6 +87,17 @@ def test_minimize(workspace: Path, command: str) -> None:
     assert yaml.safe_load(Path("tuned.yaml").read_text())["options"]["alpha"] == 0.3
 
 
+def test_all_the_same(workspace: Path) -> None:
+    """A program that does not look at what it is given finds no best, which is said; one trial alone says nothing of the sort."""
+    said = run("tune", *NAMES, "--command", "echo 0.5", *OPTIONS, *OUT)
+    assert said.exit_code == 0
+    assert "note: all 6 trials scored 0.5: the search says nothing" in " ".join(said.output.split())
+    told = json.loads(run("tune", *NAMES, "--command", "echo 0.5", *OPTIONS, *OUT, "--json", "--overwrite").stdout)
+    assert any("check that the evaluation reads the candidate" in remark for remark in told["remarks"])
+    single = run("tune", *NAMES, "--command", "echo 0.5", "--alphas", "1", "-o", "one.yaml", "--json")
+    assert not json.loads(single.stdout)["remarks"], single.stdout
+
+
 def test_dry_run(workspace: Path, command: str) -> None:
     """The trials, or the space that optuna would search; nothing is run or written."""
     before = listing(workspace)

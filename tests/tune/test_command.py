@@ -58,6 +58,29 @@ def test_the_candidate_is_an_adapter(merged: MergedAdapter) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        ("python evaluate.py {adaptor}", "{adaptor}"),
+        ("python evaluate.py --adapter={model}/weights", "{model}"),
+        ("sh -c 'python evaluate.py {Adapter} | tail -1'", "{Adapter}"),
+        ("python evaluate.py", None),
+        ("python evaluate.py {adapter} {task}", None),
+        ("sh -c 'python evaluate.py ${DC_MERGE_ADAPTER} {adaptor}'", None),
+        ("sh -c 'python evaluate.py | awk \"{print}\"'", None),
+        ("sh -c 'python evaluate.py ${adapters}'", None),
+        ("python -c 'import mine; print(f\"{mine.score()} {points}\")'", None),
+    ],
+)
+def test_placeholders_of_other_names(command: str, found: str | None) -> None:
+    """Are refused with the right one, where nothing else names the candidate; braces of code and of a shell are no placeholders."""
+    if found is None:
+        assert CommandEvaluation(command, beside="out").command == command
+        return
+    with refused(OptionError, f"unknown placeholder '{found}'", "valid names are: {adapter}", "DC_MERGE_ADAPTER"):
+        CommandEvaluation(command, beside="out")
+
+
+@pytest.mark.parametrize(
     ("text", "number"),
     [
         ("0.5", 0.5),

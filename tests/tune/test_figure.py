@@ -13,7 +13,7 @@ from dc_merge_peft.plots import tuning_figure
 from tests.support.evaluating import NAMES
 from tests.support.refused import refused
 
-pytestmark = pytest.mark.filterwarnings("ignore:the best alpha")
+pytestmark = pytest.mark.filterwarnings("ignore:the best alpha", "ignore:all .* trials scored")
 
 
 def score(merged: MergedAdapter) -> float:

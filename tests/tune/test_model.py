@@ -20,6 +20,7 @@ from tests.support.evaluating import NAMES, combined, count_merges
 from tests.support.refused import refused
 from tests.support.workspace import ADAPTERS
 
+pytestmark = pytest.mark.filterwarnings("ignore:all .* trials scored")
 SUM = DCMergeAdapter(method="ta")
 
 

@@ -15,7 +15,7 @@ from tests.support.evaluating import NAMES, combined, count_merges, distance
 from tests.support.refused import refused
 
 optuna = pytest.importorskip("optuna")
-pytestmark = pytest.mark.filterwarnings("ignore:the best alpha")
+pytestmark = pytest.mark.filterwarnings("ignore:the best alpha", "ignore:all .* trials scored")
 
 SPACE: dict[str, Any] = {
     "weights": {"min": 0.5, "max": 2.0},
