@@ -28,7 +28,7 @@ def report(
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(help="The adapters it was made from, in their order. Default: those it has recorded."),
+        typer.Argument(help="The adapters it was made from, in any order. Default: those it has recorded."),
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The file, as in report.html.", rich_help_panel=shared.OUT)

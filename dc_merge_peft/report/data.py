@@ -16,10 +16,11 @@ _ORDER = ("refused", "warning", "note")
 class MergeReport:
     """A merge: the two inspections, and what was asked for."""
 
-    before: Inspection  # of the adapters, in the order of the merge
+    before: Inspection  # of the adapters
     after: MergeInspection
     record: Mapping[str, Any]  # as in dc_merge.yaml; empty for a merged adapter that came without
     weights: tuple[float, ...] | None  # one an adapter; None where unknown
+    remarks: tuple[Finding, ...] = ()  # on whether the adapters are those of the merge
 
     @property
     def method(self) -> str | None:
@@ -39,8 +40,8 @@ class MergeReport:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Those before and after, each once, the gravest first."""
-        every: Iterable[Finding] = dict.fromkeys((*self.before.findings, *self.after.findings))
+        """Those on the adapters, before and after, each once, the gravest first."""
+        every: Iterable[Finding] = dict.fromkeys((*self.remarks, *self.before.findings, *self.after.findings))
         return tuple(sorted(every, key=lambda finding: _ORDER.index(finding.level)))
 
     def _outcome(self, name: str) -> float | None:

@@ -16,6 +16,7 @@ from dc_merge_peft.inspection.adapters import inspect_adapters
 from dc_merge_peft.inspection.merged import inspect_merge, sources_of
 from dc_merge_peft.outputs.public import public_copy
 from dc_merge_peft.report.data import MergeReport
+from dc_merge_peft.report.weights import assigned, recorded_adapters
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, RunConfig, check_adapters, read_record, run_record
 from dc_merge_peft.sources.base import AdapterInfo, Source
@@ -36,6 +37,7 @@ class _Origin:
     run: RunConfig
     adapters: Sequence[str | Path | Source]
     infos: Sequence[AdapterInfo] | None = None  # how the merge calls its adapters; None as they are called here
+    merged: Sequence[AdapterInfo] | None = None  # those of the merge, where others may have been given
 
 
 def gather(
@@ -60,11 +62,10 @@ def gather(
     with _opened(origin, base or origin.run.base, device, token) as opened:
         before = inspect_adapters(opened, device=device, progress=progress)
         after = inspect_merge(target, opened, device=device, progress=progress)
-    weights = origin.run.weights
-    if origin.record and weights is None:
-        weights = (1.0,) * len(opened)
-    fitting = weights is not None and len(weights) == len(opened)
-    return MergeReport(before=before, after=after, record=origin.record, weights=weights if fitting else None)
+    infos = [source.info for source in opened]
+    merged_infos = infos if origin.merged is None else origin.merged
+    weights, remarks = assigned(infos, merged_infos, origin.run.weights) if origin.record else (None, ())
+    return MergeReport(before=before, after=after, record=origin.record, weights=weights, remarks=remarks)
 
 
 def _of_result(merged: MergeResult, sources: Sequence[str | Path | Source] | None) -> _Origin:
@@ -75,8 +76,9 @@ def _of_result(merged: MergeResult, sources: Sequence[str | Path | Source] | Non
         adapters=tuple(record["adapters"]), weights=merged.weights, method=merged.method, rename=merged.rename,
         base=record.get("base"), dora_rank=record.get("dora_rank"),
     )  # fmt: skip
-    adapters = sources_of(merged) if sources is None else sources
-    return _Origin(record, run, adapters, merged.adapters if sources is None else None)
+    if sources is None:
+        return _Origin(record, run, sources_of(merged), infos=merged.adapters)
+    return _Origin(record, run, sources, merged=merged.adapters)
 
 
 def _of_directory(merged: str | Path, sources: Sequence[str | Path | Source] | None) -> _Origin:
@@ -96,7 +98,8 @@ def _of_directory(merged: str | Path, sources: Sequence[str | Path | Source] | N
         raise OptionError(f"the {FILE_NAME} of '{merged}' names no adapters: name them behind it")
     if sources is None:
         check_adapters(file, record, run.adapters)
-    return _Origin(record, run, run.adapters if sources is None else sources)
+        return _Origin(record, run, run.adapters)
+    return _Origin(record, run, sources, merged=recorded_adapters(record, run.adapters))
 
 
 @contextmanager

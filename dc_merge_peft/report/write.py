@@ -41,7 +41,7 @@ def report_merge(
     Args:
         merged: What :meth:`DCMergeAdapter.merge` gave, or a merged adapter's directory or Hub id.
         path: The file, as in ``"report.html"``.
-        sources: The adapters, in the order of the merge; by default those that the merge has recorded.
+        sources: The adapters, in any order; by default those that the merge has recorded.
         base: The base model of DoRA adapters; by default the recorded one.
         overwrite: Replace an earlier report.
         device: Where to compute; by default where the factors are.

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dc_merge_peft import DCMergeAdapter, report_merge
 from dc_merge_peft.errors import OptionError, OutputError, SourceError, UnsupportedAdapterError
@@ -97,6 +98,51 @@ def test_adapters_that_have_moved(merged: Path) -> None:
     root = tree("r.html")
     assert "Not recorded" in root.one("section", id="configuration").text
     assert {row[3] for row in root.one("section", id="sources").one("table").cells()} == {"\N{EN DASH}"}
+
+
+def warned(*arguments: str) -> tuple[list[str], list[list[str]]]:
+    """A report's warnings on its adapters, and name and weight of each."""
+    told = json.loads(shown("report", *arguments, "-o", "report.html", "--overwrite", "--json"))
+    texts = [each["text"] for each in told["findings"] if each["level"] == "warning" and "merged" in each["text"]]
+    rows = tree("report.html").one("section", id="sources").one("table").cells()
+    return texts, [[row[0], row[3]] for row in rows]
+
+
+def test_weights_belong_to_adapters(merged: Path) -> None:
+    """In whatever order they are named, and wherever they lie now; without a name for some a warning says so."""
+    right = [["code-lora", "0.5"], ["math-lora", "1"]]
+    assert warned("merged", "code-lora", "math-lora") == ([], right)
+    shutil.copytree("math-lora", "moved")
+    assert warned("merged", "./code-lora", "moved") == ([], [right[0], ["moved", "1"]])
+    texts, rows = warned("merged", "code-lora")
+    assert rows == right[:1] and len(texts) == 1 and "'math-lora' of the 2 adapters that were merged" in texts[0]
+    report_merge("merged", "python.html", ["code-lora", "math-lora"], progress=False)
+    merge = DCMergeAdapter().merge(["math-lora", "code-lora"], [1.0, 0.5], svd_rank=6, progress=False)
+    report_merge(merge, "memory.html", ["code-lora", "math-lora"], progress=False)
+    for page in ("python.html", "memory.html"):
+        assert [row[3] for row in tree(page).one("section", id="sources").one("table").cells()] == ["0.5", "1"]
+
+
+def test_no_weights_of_strangers(merged: Path) -> None:
+    """Other adapters, also in the place of one of the merge, ones that can't be told apart, and ones of a record that says too little."""
+    dash = "\N{EN DASH}"
+    model = with_lora(bert(), {"foreign": {"r": 2, "target_modules": ["query"]}})
+    save_adapters(model, Path())
+    texts, rows = warned("merged", "math-lora", "foreign")
+    assert rows == [["math-lora", dash], ["foreign", dash]]
+    assert len(texts) == 1 and "'foreign' can't be told" in texts[0] and "'math-lora', 'code-lora'" in texts[0]
+    shutil.copytree("math-lora", "twin")
+    shown("merge", "math-lora", "twin", "-o", "twins", "-m", "ta", "--weights", "2,0.25")
+    assert warned("twins", "twin", "math-lora") == ([], [["twin", "0.25"], ["math-lora", "2"]])
+    shutil.copytree("math-lora", "third")
+    assert warned("twins", "third", "foreign")[1] == [["third", dash], ["foreign", dash]]
+    shutil.rmtree("code-lora")
+    shutil.move("foreign", "code-lora")
+    assert warned("merged", "math-lora", "code-lora")[1] == [["math-lora", dash], ["code-lora", dash]]
+    record = yaml.safe_load((merged / "dc_merge.yaml").read_text())
+    (merged / "dc_merge.yaml").write_text(yaml.safe_dump({**record, "record": {}}))
+    assert warned("merged", "math-lora", "twin")[1] == [["math-lora", dash], ["twin", dash]]
+    assert warned("merged", "code-lora", "math-lora") == ([], [["code-lora", "0.5"], ["math-lora", "1"]])
 
 
 def test_what_merging_was_allowed_is_said(workspace: Path) -> None:
