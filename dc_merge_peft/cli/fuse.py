@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_set
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.methods import method_named
+from dc_merge_peft.runconfig import RunConfig, read_record
 
 
 @reports_errors
@@ -83,6 +85,7 @@ def fuse(
         allow_zero=allow_zero,
     )
     check_kind(run, adapters=True)
+    _check_dtype(run, config)
     if run.base is None:
         raise OptionError("found no base model: expected a directory or Hub id first; see dc-merge fuse --help")
     if not run.adapters:
@@ -114,3 +117,12 @@ def fuse(
                 allow_zero=run.allow_zero, overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
             )  # fmt: skip
     print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)
+
+
+def _check_dtype(run: RunConfig, config: Path | None) -> None:
+    """Refuse a dtype, which a full model has from its base model. The record of an output has that of its merge."""
+    if config is not None and run.dtype is not None and "record" not in read_record(config):
+        raise OptionError(
+            f"the configuration '{config}' has dtype: {run.dtype!r}, which is for merged adapters: expected none, since a fused model's "
+            "tensors keep the types of the base model; leave it out, or use dc-merge merge"
+        )

@@ -45,6 +45,26 @@ def test_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert small.exit_code == 2 and "max_memory" in small.stderr, small.output
 
 
+def test_types_are_those_of_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dtype in a configuration is refused; one in the record of a fused model or of a merged adapter is that of its merge."""
+    monkeypatch.chdir(tmp_path)
+    bert().save_pretrained("base")
+    for number, name in enumerate(("one", "two")):
+        A, B = factors(16, 16, 2, seed=number)
+        tensors = {f"{QUERY}A.weight": A, f"{QUERY}B.weight": B}
+        write_checkpoint(Path(name), tensors, base_model_name_or_path="base")
+    found = fused("base", "one", "two", "-o", "out", "-m", "ta")
+    assert run("merge", "one", "two", "-o", "merged", "-m", "ta", "--dtype", "bfloat16").exit_code == 0
+    for record in ("out/dc_merge.yaml", "merged/dc_merge.yaml"):
+        assert "dtype" in yaml.safe_load(Path(record).read_text())
+    assert fused("--config", "out/dc_merge.yaml", "-o", "out") == found
+    assert fused("base", "--config", "merged/dc_merge.yaml", "-o", "out").keys() == found.keys()
+    Path("run.yaml").write_text("adapters: [one, two]\nbase: base\ndtype: bfloat16\n", encoding="utf-8")
+    odd = run("fuse", "--config", "run.yaml", "-o", "other")
+    assert odd.exit_code == 2 and "'run.yaml' has dtype: 'bfloat16'" in odd.stderr and "leave it out" in odd.stderr
+    assert not Path("other").exists()
+
+
 def test_ranks_of_dora_and_of_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--dora-rank`` and ``--svd-rank`` by flags, from the record, and in Python."""
     monkeypatch.chdir(tmp_path)
