@@ -10,6 +10,7 @@ from dc_merge_peft.cli.inspect import inspect
 from dc_merge_peft.cli.merge import merge
 from dc_merge_peft.cli.merge_full import merge_full
 from dc_merge_peft.cli.methods import methods
+from dc_merge_peft.cli.pipes import outlive_readers
 from dc_merge_peft.cli.report import report
 from dc_merge_peft.cli.tune import tune
 
@@ -43,4 +44,5 @@ def version(show: bool = typer.Option(False, "--version", help="Show the version
 
 def main() -> None:
     """The entry point of the ``dc-merge`` program."""
+    outlive_readers()
     app()

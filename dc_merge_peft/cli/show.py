@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import typer
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dc_merge_peft.cli.pipes import print_no_more
 from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
 from dc_merge_peft.errors import MergeError, first_line, printable
 from dc_merge_peft.memory import memory_in_words
@@ -56,7 +55,7 @@ def reports_errors(command: F) -> F:
                 raise
             # Files have names, and words of their own where there is no room for them: this is standard output.
             typer.secho(f"error: the outcome can't be printed ({first_line(error)})", err=True, fg=typer.colors.RED)
-            _print_no_more()
+            print_no_more(sys.stdout)
             raise typer.Exit(2) from error
         except Stopped as stop:
             left = (
@@ -66,12 +65,6 @@ def reports_errors(command: F) -> F:
             raise typer.Exit(stop.exit_code) from stop
 
     return wrapped  # type: ignore[return-value]
-
-
-def _print_no_more() -> None:
-    """Python prints what is left when it ends, and would fail once more."""
-    with suppress(OSError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def say(out: Console, text: object) -> None:
