@@ -16,7 +16,14 @@ from dc_merge_peft.cli.show import console, reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
 from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.plots import FORMATS, dirsim_figure, inspection_figures, require_matplotlib, save_figures
+from dc_merge_peft.plots import (
+    FORMATS,
+    check_folder,
+    dirsim_figure,
+    inspection_figures,
+    require_matplotlib,
+    save_figures,
+)
 from dc_merge_peft.sources.base_model import BaseModel
 
 _MERGE, _OUT = "What a merge keeps", "Output"
@@ -94,6 +101,7 @@ def inspect(
     kinds = _formats(formats)
     if plot is not None:
         require_matplotlib()
+        check_folder(plot)
     on_the_fly = any(value is not None for value in (method, option, weights, svd_rank))
     if merged is not None and on_the_fly:
         raise OptionError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dc_merge_peft.errors import OptionError, OutputError, first_line
 from dc_merge_peft.inspection.data import Inspection
+from dc_merge_peft.outputs.directory import in_words, resolved
 from dc_merge_peft.plots.figures import cover_figure, dirsim_figure, overlap_figure, spectrum_figure
 from dc_merge_peft.plots.style import require_matplotlib
 from dc_merge_peft.plots.tuning import tuning_figure
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
+_OF_MODELS = ("adapter_config.json", "config.json", "dc_merge.yaml")  # one of them is in each directory of these
 MARK = "dc_merge_peft figure"  # in the head of each file, by which it is known again
 
 __all__ = [
     "FORMATS",
     "MARK",
+    "check_folder",
     "cover_figure",
     "dirsim_figure",
     "figure_kind",
@@ -59,6 +62,21 @@ def png_bytes(figure: Figure, widest: int = 1600) -> bytes:
     figure.savefig(drawn, format="png", dpi=min(100.0, widest / figure.get_figwidth()))
     Image.open(drawn).convert("RGB").quantize(256).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder for figures that is an adapter's or a model's own, before any work is done.
+
+    Raises:
+        OutputError: it is one.
+    """
+    with in_words(folder):
+        target = resolved(folder)
+        if any((target / name).is_file() for name in _OF_MODELS):
+            raise OutputError(
+                f"the folder for figures '{folder}' holds an adapter or a model: expected one for figures alone; choose another, as in "
+                f"{Path(folder) / 'figures'}"
+            )
 
 
 def save_figures(figures: Mapping[str, Figure], folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:

@@ -15,6 +15,7 @@ from tests.support import models
 from tests.support.extras import QUERY, save_extras
 from tests.support.models import write_checkpoint
 from tests.support.program import run
+from tests.support.refused import listing
 
 
 def shown(*arguments: str) -> str:
@@ -87,6 +88,20 @@ def test_figures(workspace: Path) -> None:
     assert "figures/dirsim.png" in output.replace("\n", "")
     plain = json.loads(shown("inspect", "math-lora", "--plot", "one", "--format", "png", "--json"))
     assert plain["figures"] == ["one/spectrum.png"] and len(list(Path("one").iterdir())) == 1
+
+
+def test_figures_go_into_no_adapter(workspace: Path) -> None:
+    """Nor into a model or a merge, looked at or not; earlier figures in a folder of their own are replaced."""
+    shown("merge", "math-lora", "code-lora", "-o", "merged", "-m", "ta")
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    before = listing(workspace)
+    for folder in ("math-lora", "code-lora", "merged", "model/"):
+        failed(run("inspect", "math-lora", "--plot", folder), "holds an adapter or a model", f"{Path(folder)}/figures")
+    assert listing(workspace) == before
+    for _ in range(2):
+        shown("inspect", "math-lora", "--plot", "figures", "--format", "svg")
+    assert {*listing(workspace)} - {*before} == {"figures/", "figures/spectrum.svg"}
 
 
 def test_an_adapter_that_cannot_be_merged(workspace: Path) -> None:
