@@ -45,7 +45,8 @@ def workers(method: Method, plan: MergePlan, threads: int, max_memory: int | Non
         raise OptionError(
             f"max_memory is {_in_words(max_memory)}: expected at least {_in_words(there + kept + needed)}, of which the program has "
             f"{_in_words(there)}, the result takes {_in_words(kept)}, and module '{largest.name}' {_in_words(needed)} while it is merged; "
-            f"give more{', write the result instead of keeping it (merging, dc-merge merge)' if kept else ''}, or take a method in factor space, such as dc"
+            f"give more{', or write the result instead of keeping it (merging, dc-merge merge)' if kept else ''}"
+            f"{'' if method.equivariant else ', or take a method in factor space, such as dc'}"
         )
     return max(min(most, (max_memory - there - kept) // needed), 1)
 
@@ -103,4 +104,4 @@ def _matrices(method: Method, module: PlannedModule) -> int:
 
 
 def _in_words(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count} bytes"

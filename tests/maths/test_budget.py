@@ -30,8 +30,9 @@ def test_as_many_as_there_is_room_for(name: str, monkeypatch: pytest.MonkeyPatch
         memory = there + kept + count * needed
         assert workers(method, plan, 8, memory, kept) == count
         assert workers(method, plan, 2, memory, kept) == min(count, 2)
-    with refused(OptionError, "max_memory is", "expected at least", "module '0'", "while it is merged", "such as dc"):
+    with refused(OptionError, "max_memory is", "expected at least", "module '0'", "while it is merged") as refusal:
         workers(method, plan, 8, there + kept + needed - 1, kept)
+    assert ("such as dc" in refusal.text) == (name == "ties")
 
 
 def test_what_is_kept() -> None:
@@ -95,6 +96,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size, words in (("3MB", "expected at least"), ("many", "expected a size as in 8GB")):
         result = run("merge", "lora-0", "lora-1", "-o", "out", "--max-memory", size)
         assert result.exit_code == 2 and words in result.stderr and not Path("out").exists()
+    with refused(OptionError, "max_memory is 8 bytes: expected at least", " MB, of which"):
+        DCMergeAdapter().merge(sources, max_memory="8")
     with refused(OptionError, "max_memory is 3 MB", "expected at least"):
         DCMergeAdapter().merge(sources, max_memory="3MB")
     assert torch.equal(
