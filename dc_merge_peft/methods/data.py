@@ -166,8 +166,8 @@ class DataMethod(Method):
 def missing(method: DataMethod) -> OptionError:
     """No statistics were given."""
     return OptionError(
-        f"method '{method.name}' needs {KINDS[method.kind]} of each adapter's own data, and found none: expected "
-        f"statistics=[...], one an adapter; {COLLECTING}"
+        f"method '{method.name}' needs {KINDS[method.kind]} of each adapter's or model's own data, and found none: expected "
+        f"statistics=[...], one for each (-O statistics=FILE,FILE); {COLLECTING}"
     )
 
 

@@ -32,7 +32,9 @@ def option(
 
 
 def without_effect(config: Any) -> Iterator[str]:
-    """A remark on every option that was given and changes nothing, by what the others are."""
+    """A remark on every option that was given and changes nothing, by what the others are, and on an alpha of 0."""
+    if config.alpha == 0:
+        yield "alpha is 0, so that the result changes nothing in the base model: expected another number, or auto"
     for field in dataclasses.fields(config):
         value, only = getattr(config, field.name), field.metadata.get("only", {})
         missed = [name for name, needed in only.items() if getattr(config, name, needed[0]) not in needed]

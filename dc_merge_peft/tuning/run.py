@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.adapter import DCMergeAdapter
-from dc_merge_peft.errors import MergeWarning
+from dc_merge_peft.errors import MergeWarning, OptionError
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.sources import Source
 from dc_merge_peft.tuning.evaluation import Evaluate
@@ -84,6 +84,11 @@ def tune(
         >>> result.best.settings, result.best.score  # doctest: +SKIP
         >>> result.to_yaml("tuned.yaml")  # doctest: +SKIP
     """
+    if not callable(evaluate):
+        raise OptionError(
+            f"found a {type(evaluate).__name__} in the place of evaluate: expected a function that takes a merged adapter (or the model with "
+            "it, where one is given) and gives its score"
+        )
     prepared = prepare(
         sources, space, merger=merger, alphas=alphas, weights=weights, svd_rank=svd_rank, minimize=minimize, search=search,
         trials=trials, seed=seed, model=model, **merge_options,

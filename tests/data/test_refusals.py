@@ -32,7 +32,7 @@ def changed(given: Statistics, change: Spoil) -> Statistics:
 @pytest.mark.parametrize("name", ["fisher", "regmean"])
 def test_no_statistics(name: str, prepared: Prepared) -> None:
     """Neither in Python nor in a dry run nor in PEFT, where the model stays as it was."""
-    expected = rf"'{name}' needs .* of each adapter's own data, and found none: expected statistics=.*input_grams"
+    expected = rf"'{name}' needs .* of each adapter's or model's own data, and found none: expected statistics=.*-O statistics=.*input_grams"
     with pytest.raises(OptionError, match=expected):
         DCMergeAdapter(method=name).merge(prepared.adapters)
     with pytest.raises(OptionError, match=expected):

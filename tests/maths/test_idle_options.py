@@ -70,3 +70,10 @@ def test_defaults_are_never_idle() -> None:
                 assert isinstance(values, tuple) and values
                 if hasattr(config, needed):
                     method_named(name, {needed: values[0]})
+
+
+def test_an_alpha_of_zero() -> None:
+    """The result is there and changes nothing, which is said."""
+    with pytest.warns(MergeWarning, match="alpha is 0, so that the result changes nothing"):
+        found = merged("ta", {"alpha": 0.0})
+    assert not found.any()

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dc_merge_peft import DCMergeAdapter, tune
-from dc_merge_peft.errors import OutputError
+from dc_merge_peft.errors import OptionError, OutputError
 from tests.support.dora import save_dora
 from tests.support.evaluating import NAMES
 from tests.support.models import bert, factors, write_checkpoint
@@ -122,3 +122,10 @@ def test_another_setting_is_another_search(workspace: Path, setting: dict[str, A
     tune(NAMES, lambda merged: 1.0, merger=SUM, alphas=[1], journal="trials.jsonl")
     with refused(OutputError, f"is of another search ({words})"):
         tune(NAMES, lambda merged: 1.0, merger=SUM, alphas=[1], journal="trials.jsonl", resume=True, **setting)
+
+
+@pytest.mark.parametrize("evaluate", [None, 0.5])
+def test_no_evaluation(evaluate: Any) -> None:
+    """What stands in its place is named before anything is opened."""
+    with refused(OptionError, f"found a {type(evaluate).__name__} in the place of evaluate", "expected a function"):
+        tune(["nowhere"], evaluate)
