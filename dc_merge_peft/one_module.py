@@ -79,13 +79,20 @@ def merge_one(
         merged = LowRank(torch.zeros(m, 0, **options), torch.zeros(0, n, **options))
     # Of dense deltas it takes products or decompositions that not every method needs.
     fitted = method.config.alpha == "auto" or space is not None
-    fit = fit_alpha(seen.tasks, seen.weights, merged, takes_apart=method.takes_apart) if fitted else AlphaFit()
+    fit = _fit(method, seen, merged) if fitted else AlphaFit()
     if keep_dense and isinstance(merged, Dense):
         return merged.to(torch.float32), None, fit
     kept = LowRank.from_svd(merged.svd.truncate(svd_rank or sum(task.rank for task in module.tasks)))
     if space is None:
         return kept.to(torch.float32), merged.svd.S, fit
     return (put_off(space, kept, read) if read else space.expand(kept)), merged.svd.S, fit
+
+
+def _fit(method: Method, module: ModuleTasks, merged: Delta) -> AlphaFit:
+    """The terms of ``alpha="auto"``."""
+    if method.fits_itself:
+        return AlphaFit.of_itself(merged.norm())
+    return fit_alpha(module.tasks, module.weights, merged, takes_apart=method.takes_apart)
 
 
 def refuse_overflow(norm: float, what: str, module: str, method: Method) -> None:

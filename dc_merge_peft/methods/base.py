@@ -73,6 +73,8 @@ class Method(ABC):
     needs_factors: ClassVar[bool] = False
     # Whether it bends the tasks' directions so that none answers to another, which decides what alpha="auto" compares.
     takes_apart: ClassVar[bool] = False
+    # Whether its result has its strength already, as the minimiser of an objective of its own: alpha="auto" is then 1.
+    fits_itself: ClassVar[bool] = False
     # Defaults that are others for full fine-tuned models.
     full_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 

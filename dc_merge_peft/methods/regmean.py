@@ -48,6 +48,7 @@ class RegMean(DataMethod):
     reference = "Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023"
     link = "https://arxiv.org/abs/2212.09849"
     kind = "gram"
+    fits_itself = True  # its size says little: along inputs without energy the result may be as large as it likes
     Config = RegMeanConfig
     config: RegMeanConfig
 

@@ -11,6 +11,9 @@ flat spectra, as smoothing makes them, be too weak; one of higher order counts t
 the merged delta is there to cancel and answers no task, so that its size says little. There it is made as large as the tasks are
 inside their own directions, in the Frobenius norm: a task's inputs are answered with the energy of after fine-tuning.
 
+**Methods with an objective.** Where the result minimises the distance from all tasks' outputs on their own inputs
+(:attr:`Method.fits_itself`), its strength is a part of what is minimised, and alpha is 1.
+
 **Full fine-tuning.** Together the tasks' leading directions fill the whole space, and orthogonal bases of it lie far from the tasks' own:
 of a merged delta of their size, little is left where a task looks for it. There the tasks are fitted inside their own directions.
 """
@@ -51,6 +54,12 @@ class AlphaFit(NamedTuple):
             self.found_fourth + other.found_fourth,
             max(self.rule, other.rule),
         )
+
+    @classmethod
+    def of_itself(cls, norm: float) -> AlphaFit:
+        """Of a method that gives its result its strength itself."""
+        one = float(norm > 0)
+        return cls(one, one, rule=Rule.LEAST_SQUARES)
 
     @property
     def alpha(self) -> float | None:

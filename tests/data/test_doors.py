@@ -79,6 +79,7 @@ def test_result_is_kept_whole(name: str, prepared: Prepared) -> None:
     assert merged.alpha > 0 and (merged.max_rank, merged.truncation_error) == (
         (4, 0.0) if name == "regmean" else (16, 0.0)
     )
+    assert (merged.alpha == 1.0) == (name == "regmean")  # an optimum has its strength already
     plain = DCMergeAdapter(method="average").merge(prepared.adapters, [1.0, 0.5])
     module = next(iter(merged.modules))
     assert 1e-3 < models.difference(merged.with_alpha(1.0).delta(module), plain.delta(module)) < 1

@@ -51,3 +51,6 @@ def test_full_models(name: str, tmp_path: Path) -> None:
         expected = (deltas[0] @ G[0] + deltas[1] @ G[1]) @ torch.linalg.inv(G[0] + G[1])
     found = merged.get_parameter(f"{W}.weight") - before.get_parameter(f"{W}.weight")
     assert difference(found.detach(), expected) < 1e-4
+    fitted = DCMergeAdapter(method=name, statistics=given, alpha="auto")
+    done = fitted.merge_full(base, models, tmp_path / "auto", average=average, progress=False)
+    assert (done.merged.alpha == 1.0) == (name == "regmean")
