@@ -115,6 +115,16 @@ def test_guide_takes_the_best_where_the_default_is_not() -> None:
     assert guide([one, two, results("c", 0.3, "model")]).count("| `dc` | `dc` 90.0, `dc, none` 89.5, `ta` 82.5") == 2
 
 
+def test_guide_has_a_word_on_data() -> None:
+    """What a method with inputs of the tasks kept beside the best without, on adapters; no word where it was not measured."""
+    one, models = results("a", 0.05), results("c", 0.3, "model")
+    text = "it kept on [a](../a.md) 98.0 with 2 adapters (99.0); in brackets"
+    assert text in guide([one, models]) and "(../c.md)" not in guide([one, models])
+    other = results("b", 0.05)
+    other.data["merged"][:] = [row for row in other.data["merged"] if row["label"] != "regmean"]
+    assert "training inputs" not in guide([other, models])
+
+
 def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of benchmarks of adapters, each kind into a file of its own, which the page reads; what is there stays."""
     made: list[list[str]] = []

@@ -12,6 +12,7 @@ from common.tables import markdown as table
 from everything.found import Found, value
 
 SHOWN = 4  # methods a row of the guide names
+INFORMED = "regmean"  # the method that stands for those that look at data
 WITHIN = 0.01  # this near to the best nobody can tell who is better
 MARKED = re.compile(r"(<!-- guide: written by [^\n]*-->\n).*?(<!-- /guide -->)", re.DOTALL)
 
@@ -43,6 +44,7 @@ def guide(found: Sequence[Found]) -> str:
     return (
         f"**In short**, by the number of adapters. {short(found)} These are averages over few benchmarks of small models, ranked by their test examples, so that the "
         "winner's number is a little too high; differences of a point or two are noise ([intervals and everything else](../benchmarks.md)).\n\n"
+        f"{with_inputs(adapters)}"
         f"From {names}, averaged over the benchmarks that have so many tasks. `{REFERENCE}`, the default, where it is within {100 * WITHIN:g} point of the "
         'best, and otherwise the best, of all that need no training data. Labels after a comma are options: `dc, none` is `smoothing="none"`, '
         '`ta, cover, smoothing` is `method="ta", cover=True, smoothing="linear"`.\n\n'
@@ -59,6 +61,25 @@ def short(found: Sequence[Found]) -> str:
             *_, chosen = _ranked([one for one in adapters if count in one.counts], count, rule)
             takes[rule].setdefault(f"`{chosen}`", []).append(str(count))
     return f"Without validation data: {_in_words(takes['auto'])}. With alpha picked on validation data: {_in_words(takes['validation'])}."
+
+
+def with_inputs(found: Sequence[Found]) -> str:
+    """What a method that looks at inputs of every task keeps beside the best that looks at none; nothing where it was not measured."""
+    parts = []
+    for one in found:
+        counts = [count for count in one.counts if INFORMED in one.methods(count, "validation")]
+        kept = [
+            f"{100 * value(one.methods(count, 'validation')[INFORMED]):.1f} with {count} adapters "
+            f"({100 * max(map(value, one.variants(count, 'validation').values())):.1f})"
+            for count in counts
+        ]
+        parts += [f"on [{one.name}](../{one.name}.md) {' and '.join(kept)}"] if kept else []
+    if not parts:
+        return ""
+    return (
+        f"**With some hundred training inputs of every task** there is also [`{INFORMED}`]({INFORMED}.md): with alpha by validation it kept {', '.join(parts)}; in "
+        "brackets what the best method without data kept.\n\n"
+    )
 
 
 def _counts(found: Sequence[Found]) -> list[int]:
