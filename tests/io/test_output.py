@@ -177,6 +177,7 @@ def test_overflow_is_refused(tmp_path: Path) -> None:
     DCMergeAdapter(method="ta").merge([folder], dtype="bfloat16").save_pretrained(tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:alpha is 0")
 def test_with_alpha(tmp_path: Path) -> None:
     """Another alpha is the same merge rescaled, also a negative one; 0 is the base model."""
     folders = saved(tmp_path, "bert", {}, {})
