@@ -81,18 +81,22 @@ class _OneThread:
 
     def __init__(self) -> None:
         self._lock, self._merging, self._before = threading.Lock(), 0, 1
+        self._here = threading.local()  # depth: how many blocks of the calling thread are open
 
     def __enter__(self) -> int:
         with self._lock:
             before = set_one_thread()
             self._before = self._before if self._merging else before
             self._merging += 1
+            self._here.depth = getattr(self._here, "depth", 0) + 1
             return self._before
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._merging -= 1
-            torch.set_num_threads(self._before)
+            self._here.depth -= 1
+            if not self._here.depth:
+                torch.set_num_threads(self._before)
 
 
 def set_one_thread() -> int:

@@ -197,6 +197,20 @@ def test_one_thread() -> None:
         torch.set_num_threads(before)
 
 
+def test_one_thread_inside_another() -> None:
+    """It stays one until the outer block ends; the inner one says how many there were, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            with one_thread() as threads:
+                assert threads == 3
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_merges_of_two_threads_leave_the_number_as_it_was() -> None:
     """Whichever ends first: both know how many there were, and so does a thread that comes later."""
     before, inside, outside = torch.get_num_threads(), threading.Event(), threading.Event()
