@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.inspect_tables import print_findings, print_inspection, print_merge
 from dc_merge_peft.cli.processes import one_process
 from dc_merge_peft.cli.settings import assignments, check_kind, merged_in_memory, numbers, run_settings
@@ -62,25 +63,15 @@ def inspect(
             rich_help_panel=_MERGE,
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base model of DoRA adapters (directory or Hub id).", rich_help_panel=_OUT),
-    ] = None,
-    dora_rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Rank at which DoRA's dense deltas are read. Default: twice the adapter's.", rich_help_panel=_OUT
-        ),
-    ] = None,
+    base: shared.Base = None,
+    dora_rank: shared.DoraRank = None,
     allow_different_bases: Annotated[
         bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=_MERGE)
     ] = False,
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=_MERGE)
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=_OUT)
-    ] = None,
+    device: shared.Device = None,
     plot: Annotated[
         Path | None, typer.Option(help="Folder for figures; needs the extra `plots`.", rich_help_panel=_OUT)
     ] = None,

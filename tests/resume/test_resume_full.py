@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError
-from dc_merge_peft.dense import Dense
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.outputs.fused_stream import Piece
 from dc_merge_peft.sources.finetuned import FullModelSource
@@ -18,7 +17,7 @@ from dc_merge_peft.work.place import WorkPlace
 from tests.support import models
 from tests.support.full import tune, write_models
 from tests.support.fused import weight_files
-from tests.support.many import finished, program, stop_after, wait_until
+from tests.support.many import finished, program, reads, stop_after, wait_until
 from tests.support.refused import listing, refused
 from tests.support.versions import needs_v5
 
@@ -35,18 +34,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 def work_of(out: Path) -> Path:
     """Where a run to this output keeps what is finished."""
     return WorkPlace.beside(out, resume=True).folder
-
-
-def deltas_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the differences of each matrix are read from now on."""
-    read, count = FullModelSource.factors, Counter[str]()
-
-    def counted(self: FullModelSource, module: str) -> Dense:
-        count[module] += 1
-        return read(self, module)
-
-    monkeypatch.setattr(FullModelSource, "factors", counted)
-    return count
 
 
 @pytest.mark.filterwarnings("ignore:7 averaged tensors can't be in a LoRA", "ignore:method 'ties' works on the entries")
@@ -66,7 +53,7 @@ def test_resumed_is_undisturbed(
             merger.merge_full(base, places, out, lora_rank=lora_rank, resume=True)
         go_on()
     assert len(list(work_of(out).glob("*.module"))) == 6 and not out.exists()
-    read = deltas_read(monkeypatch)
+    read = reads(monkeypatch, FullModelSource, "factors")
     done = merger.merge_full(base, places, out, lora_rank=lora_rank, resume=True)
     surveyed = read[every[0]]  # thresholds of the whole model are found anew
     assert read == Counter({name: surveyed + (0 if name in every[:6] else 2) for name in every})
@@ -96,7 +83,7 @@ def test_resumed_writing(made: tuple[Path, list[Path]], tmp_path: Path, monkeypa
     assert sorted(mark.name for mark in (work_of(out) / "written").iterdir()) == names[:2]
     stop = False
     touched.clear()
-    read = deltas_read(monkeypatch)
+    read = reads(monkeypatch, FullModelSource, "factors")
     merger.merge_full(base, places, out, max_shard_size=SIZE, resume=True)
     assert touched == set(names[2:]) and not read
     assert listing(out) == listing(tmp_path / "plain") and not work_of(out).exists()

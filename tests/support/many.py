@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.plan import PlannedModule
+from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.checkpoint import CheckpointSource
 from dc_merge_peft.work.finished import Finished, WorkFolder
 from tests.support.models import factors, write_checkpoint
@@ -80,13 +80,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, modules: int) -> Callable[[], No
     return lambda: monkeypatch.setattr(WorkFolder, "keep", keep)
 
 
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the factors of each module are read from now on."""
-    read, count = CheckpointSource.lora, Counter[str]()
+def reads(monkeypatch: pytest.MonkeyPatch, kind: type[Source] = CheckpointSource, method: str = "lora") -> Counter[str]:
+    """How often each module is read from now on, by this method of this kind of source."""
+    read, count = getattr(kind, method), Counter[str]()
 
-    def counted(self: CheckpointSource, module: str) -> LowRank:
+    def counted(self: Source, module: str) -> Any:
         count[module] += 1
         return read(self, module)
 
-    monkeypatch.setattr(CheckpointSource, "lora", counted)
+    monkeypatch.setattr(kind, method, counted)
     return count
