@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dc_merge_peft.methods.elementwise import total
+from dc_merge_peft.methods.elementwise import masked, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
 
@@ -45,9 +45,10 @@ class ConsensusTA(SwitchedMethod):
     def survey(self, views: Views) -> Aggregate:
         def aggregate(view: View) -> Tensor:
             merged = total(view.matrices())
-            needed = torch.zeros(merged.shape, dtype=torch.int32, device=merged.device)
+            needed = torch.zeros_like(merged)
             for X in view.matrices():
-                needed += X.abs() > self.config.threshold * (merged - X).abs()
-            return merged.where(needed >= min(self.config.min_tasks, len(view.module.tasks) + 1), 0)
+                own, others = X.abs(), (merged - X).abs_()
+                needed += torch.gt(own, others.mul_(self.config.threshold), out=own)
+            return masked(merged, needed >= min(self.config.min_tasks, len(view.module.tasks) + 1))
 
         return aggregate

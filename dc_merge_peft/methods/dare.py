@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dc_merge_peft.methods.elementwise import Reduce, total
+from dc_merge_peft.methods.elementwise import Reduce, masked, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
 from dc_merge_peft.methods.ties import REDUCE_HELP, Trim, sign_consensus
@@ -30,8 +30,8 @@ def drop_entries(view: View, task: int, drop: float, seed: int) -> Tensor:
     label = f"{seed}/{view.module.name}/{view.module.adapters[task]}"
     digest = hashlib.blake2b(label.encode(errors="surrogatepass"), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    kept = torch.rand(X.shape, generator=generator) >= drop
-    return X.where(kept.to(X.device), 0) / (1 - drop)
+    kept = torch.rand(X.shape, generator=generator)
+    return masked(X, torch.ge(kept, drop, out=kept).to(X)).div_(1 - drop)
 
 
 def dropping(drop: float, seed: int) -> Trim:

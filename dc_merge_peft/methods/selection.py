@@ -18,7 +18,8 @@ Stream: TypeAlias = Callable[[], Iterable[tuple[int, Tensor]]]
 
 _HALF = 16
 BINS = 1 << _HALF  # counters of one key, whatever the size of the model
-# Entries that are counted at a time: a bound on the memory for their 64-bit keys.
+_ALL_BUT_SIGN = 0x7FFFFFFF
+# Entries that are counted at a time: a bound on the memory for their keys.
 _CHUNK = 1 << 22
 
 
@@ -38,7 +39,7 @@ def order_statistics(
     upper: dict[int, Tensor] = {}
     for key, X in stream():
         for ordered in _ordered(X):
-            counts = torch.bincount(ordered >> _HALF, minlength=BINS).cpu()
+            counts = torch.bincount(_upper(ordered), minlength=BINS).cpu()
             upper[key] = upper[key] + counts if key in upper else counts
     empty = {key: [0.0] * len(positions(0)) for key, counts in upper.items() if not counts.any()}
     wanted = {
@@ -50,24 +51,32 @@ def order_statistics(
     for key, X in stream():
         for ordered in _ordered(X):
             for high in {high for high, _ in wanted.get(key, ())}:
-                inside = ordered[ordered >> _HALF == high] & (BINS - 1)
+                inside = ordered[_upper(ordered) == high] & (BINS - 1)
                 lower[key, high] += torch.bincount(inside, minlength=BINS).cpu()
     return empty | {
-        key: [_value(high << _HALF | _find(lower[key, high], rest)[0]) for high, rest in places]
-        for key, places in wanted.items()
+        key: [_value(high, _find(lower[key, high], rest)[0]) for high, rest in places] for key, places in wanted.items()
     }
 
 
 def _ordered(X: Tensor) -> Iterator[Tensor]:
-    """The entries of X as float32 numbers, in chunks, as integers from 0 to 2^32 - 1 of the same order."""
+    """The entries of X as float32 numbers, in chunks, as integers of the same order.
+
+    In int32 all along, and without ``torch.where``: on a CPU some fifty times as fast as with both in int64.
+    """
     for chunk in X.detach().flatten().split(_CHUNK):
-        bits = (chunk.to(torch.float32) + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: one zero, not two
-        yield torch.where(bits < 0, ~bits, bits + (1 << 31))
+        bits = (chunk.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0: one zero, not two
+        yield bits ^ (bits >> 31 & _ALL_BUT_SIGN)  # the more a negative number's other bits say, the smaller it is
 
 
-def _value(ordered: int) -> float:
-    """Back from such an integer to the number."""
-    bits = ordered - (1 << 31) if ordered >= 1 << 31 else ~ordered
+def _upper(ordered: Tensor) -> Tensor:
+    """The upper halves of such integers, counted from 0."""
+    return (ordered >> _HALF) + BINS // 2
+
+
+def _value(upper: int, lower: int) -> float:
+    """Back from the halves of such an integer to the number."""
+    ordered = (upper - BINS // 2 << _HALF) + lower
+    bits = ordered ^ (ordered >> 31 & _ALL_BUT_SIGN)
     return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
