@@ -3,15 +3,18 @@
 python -m examples.benchmarks.everything                        # all stages of all; what is done already is kept
 python -m examples.benchmarks.everything evaluate study figures report directions pages    # from cached adapters
 python -m examples.benchmarks.everything pages      # from what is saved in the docs
+python -m examples.benchmarks.everything check      # a part of what is published, made again and compared with it
 
 data, train, evaluate, report: as each benchmark by itself has them. study: rules that may become methods, and rules for alpha, on
 validation examples. figures: the paper's figures. directions: DirSim where the best method is another than DC-Merge. pages: docs/benchmarks.md, its first table in the README, the guide of
-docs/methods/index.md, and docs/figures. It may be stopped at any time and goes on where it was.
+docs/methods/index.md, and docs/figures. check: every method on eight tasks with the first seed, measured again, with adapters trained where there
+are none; it writes nothing but into the cache and is no part of "all stages". A run may be stopped at any time and goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -26,6 +29,7 @@ from accuracy.command import STAGES
 from accuracy.evaluate import Rows
 from accuracy.workers import ending_together, say
 
+from everything.check import Checked, check, checked_tasks, table
 from everything.directions import saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page
 from everything.found import Found, saved
@@ -41,6 +45,7 @@ DRAWN = ("text8", "vision", "text8_fft")  # of which figures are drawn
 CHOSEN = "load 0.375"  # of the study's rules: what the method `rzf` became
 DIRECTIONS = "rows-directions.jsonl"  # in the results of each benchmark's cache
 STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
+CHECK, CHECKED = "check", "rows-check.jsonl"  # a stage that is run where it is named, and its rows in each cache
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "directions", "pages")
 
 
@@ -49,7 +54,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="everything", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(EVERY_STAGE)}; default: all of them")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(EVERY_STAGE)}; default: all of them; or {CHECK}"
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -74,8 +81,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
     options = parser.parse_args(arguments)
-    if unknown := sorted(set(options.stages) - set(EVERY_STAGE)):
-        parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(EVERY_STAGE)}")
+    stages = (*EVERY_STAGE, CHECK)
+    if unknown := sorted(set(options.stages) - set(stages)):
+        parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(stages)}")
     options.stages = options.stages or list(EVERY_STAGE)
     return options
 
@@ -100,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _measure_directions(name, options)
     if "pages" in options.stages:
         write_pages(options.docs)
+    if CHECK in options.stages:
+        print(table({BENCHMARKS[name]: _check(name, options) for name in options.only}))
     return 0
 
 
@@ -199,6 +209,19 @@ def _measure_directions(name: str, options: argparse.Namespace) -> None:
     rows = Rows(cache / "results" / DIRECTIONS)
     with ending_together():
         write_dir_sims(suite, found, options.docs / found.name, rows, options.workers)
+
+
+def _check(name: str, options: argparse.Namespace) -> list[Checked]:
+    """What of one benchmark comes out as it is published."""
+    (published,) = saved(options.docs, [BENCHMARKS[name]])
+    start = time.perf_counter()
+    _run(name, STAGES[:1], options)  # the data
+    suite = importlib.import_module(f"{name}.command").suite(options.cache / name, (published.data["seeds"][0],))
+    suite = dataclasses.replace(suite, tasks=suite.tasks[: checked_tasks(published)])
+    with ending_together():
+        found = check(suite, published, Rows(options.cache / name / "results" / CHECKED), options.workers)
+    say(f"{name}: checked, in {time.perf_counter() - start:.0f} s")
+    return found
 
 
 def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:
