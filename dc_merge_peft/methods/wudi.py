@@ -101,10 +101,10 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 def gradient_of(terms: Terms) -> Callable[[slice], Gradient]:
-    """``2 (W V - G) D V^T`` for the rows asked for; by the n x n matrix ``V D V^T`` where V is wider than tall."""
+    """``2 (W V - G) D V^T`` for the rows asked for; by the n x n matrix ``V D V^T`` where two products by V take longer."""
     V, G, D = terms
     back = (2 * D)[:, None] * V.mT  # (k, n)
-    if V.shape[1] < V.shape[0]:
+    if 2 * V.shape[1] < V.shape[0]:
         return lambda rows: lambda W, out: torch.mm(W @ V - G[rows], back, out=out)
     C = V @ back
 
