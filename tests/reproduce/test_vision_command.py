@@ -24,9 +24,10 @@ def test_dry_run(clip_folder: Path, adapters: Path, tmp_path: Path, capsys: pyte
     """What is missing is named, nothing is made, and a real run refuses with the same list."""
     places = ["--base", str(clip_folder), "--checkpoints", str(adapters), "--cache", str(tmp_path / "cache")]
     line = ["table1", *places, "--device", "cpu", "--tasks", "16"]
+    assert command.main(["table2", *places, "--device", "cpu", "--tasks", "20", "--dry-run"]) == 1
+    assert "MISSING: no id of the Hub is known; give --data DIR with a folder EMNIST" in capsys.readouterr().out
     assert command.main([*line, "--dry-run"]) == 1
     shown = capsys.readouterr().out
-    assert "MISSING: no id of the Hub is known; give --data DIR with a folder FER2013" in shown
     assert f"| LoRA adapter of EuroSAT | {adapters / 'eurosat'} | 0.0 GB | there |" in shown
     assert "Estimates, not measurements" in shown and not (tmp_path / "cache").exists()
     with pytest.raises(
@@ -71,6 +72,14 @@ def test_other_sources_by_option(tmp_path: Path) -> None:
         made.checkpoints["DTD"] == "me/dtd-lora"
         and made.checkpoints["SVHN"] == "hoffman-lab/KnOTS-ViT-B-32_lora_R16_svhn"
     )
+
+
+def test_names_of_fusion_benchs_models(tmp_path: Path) -> None:
+    """Their heads stand for other classes than the authors' where the labels do not fit the authors' names."""
+    line = ["table2", "--cache", str(tmp_path), "--tasks", "14", "--device", "cpu"]
+    theirs = run.run_of("table2", command.parser().parse_args([*line, "--fusion-bench"]))
+    assert theirs.given.classes["FER2013"][4] == "neutral"
+    assert not run.run_of("table2", command.parser().parse_args(line)).given.classes
 
 
 def test_methods_are_rows_of_the_tables() -> None:

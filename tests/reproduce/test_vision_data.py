@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,27 @@ def test_class_names() -> None:
         class_names(TASKS["DTD"], [str(n) for n in range(47)])
 
 
+def test_labels_as_published_data_have_them() -> None:
+    """The flowers' data name one class otherwise than the prompts, and have spaces and question marks in others."""
+    names = list(NAMES["Flowers102"])
+    changed = {"air plant": "ball moss", "pink and yellow dahlia": "pink-yellow dahlia?", "hippeastrum": "hippeastrum "}
+    assert class_names(TASKS["Flowers102"], [changed.get(name, name) for name in names]) == names
+    with pytest.raises(SystemExit, match="found the label 'ball moss' as number 0"):
+        class_names(TASKS["Flowers102"], ["ball moss", *names[1:]])
+
+
+def test_faces_keep_the_order_that_models_were_trained_with() -> None:
+    """Labels in alphabetical order, prompts in another: what the authors' models learned. Data in the prompts' order are refused."""
+    faces, prompts = TASKS["FER2013"], NAMES["FER2013"]
+    assert class_names(faces, ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]) == prompts
+    assert class_names(faces, ["angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"]) == prompts
+    assert class_names(faces, [str(n) for n in range(7)]) == prompts and prompts[4] == "['sad', 'depressed']"
+    with pytest.raises(
+        SystemExit, match="'sad' as number 4, where the models were trained with 'neutral': expected the labels"
+    ):
+        class_names(faces, ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"])
+
+
 def test_images_of_folders(tmp_path: Path) -> None:
     """Classes stand by number where they are numbers; empty folders are refused."""
     write_images(tmp_path, {"test": 2}, ["10", "9", "2"], 0)
@@ -100,10 +123,10 @@ def test_images_of_the_hub() -> None:
 def test_where_images_come_from(tmp_path: Path) -> None:
     """What is given first, then a folder, then the table."""
     (tmp_path / "stanford_cars").mkdir()
-    cars, faces = TASKS["Cars"], TASKS["FER2013"]
+    cars, digits = TASKS["Cars"], TASKS["EMNIST"]
     assert place_of(cars, tmp_path, {}) == Place(tmp_path / "stanford_cars")
     assert place_of(cars, tmp_path, {"Cars": HubData("a/b")}) == Place(hub=HubData("a/b"))
-    assert place_of(cars, None, {}) == Place(hub=cars.hub) and place_of(faces, tmp_path, {}) is None
+    assert place_of(cars, None, {}) == Place(hub=cars.hub) and place_of(digits, tmp_path, {}) is None
 
 
 @pytest.mark.parametrize("setting", ["lora", "fft"])
@@ -160,8 +183,13 @@ def test_pixels_are_kept(tmp_path: Path) -> None:
     assert [len(batch) for batch in batches] == [2, 2, 1] and batches[0].dtype == torch.float32
 
 
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
 def test_data_sets_as_the_package_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real files of the Hub's kind, with names of classes; parts that are not there are none, other ids are refused."""
+    """Real files of the Hub's kinds, with names of classes or numbers; parts that are not there are none, other ids are refused."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
@@ -177,5 +205,17 @@ def test_data_sets_as_the_package_reads_them(tmp_path: Path, monkeypatch: pytest
     assert found.image(3).getpixel((0, 0)) == (30, 0, 0) and place.part("train") is None
     assert found.key() == place.part("test").key()  # type: ignore[union-attr]
     assert len(parts_of(TASKS["RenderedSST2"], place, "lora")["test"].chosen) == 8
+
+    with tarfile.open(_folder(tmp_path / "tars/test") / "0.tar", "w") as tar:
+        for number in range(3):
+            picture = io.BytesIO()
+            pictures[number].save(picture, "PNG")
+            for ending, content in (("png", picture.getvalue()), ("cls", str(number).encode())):
+                entry = tarfile.TarInfo(f"{number:03d}.{ending}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    tars = Place(hub=HubData(str(tmp_path / "tars"))).part("test")
+    assert tars is not None and list(tars.labels) == [0, 1, 2] == [int(name) for name in tars.names]
+    assert tars.image(2).getpixel((0, 0)) == (20, 0, 0)
     with pytest.raises(SystemExit, match=r"org/none: can't be read .*give another id with --dataset TASK=ID"):
         Place(hub=HubData("org/none")).part("test")

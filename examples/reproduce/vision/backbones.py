@@ -38,6 +38,10 @@ FUSION_BENCH = {
     "FashionMNIST": "fashion_mnist", "RenderedSST2": "rendered-sst2", "KMNIST": "kmnist",
 }  # fmt: skip
 """Their model for EMNIST was trained on letters, the paper's on digits."""
+FUSION_BENCH_CLASSES: Mapping[str, list[str]] = {
+    "FER2013": ["angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"],
+}  # fmt: skip
+"""Names of the classes that their models were trained with, where the other models' stand for other classes."""
 
 
 def knots_id(backbone: Backbone, task: str) -> str | None:

@@ -12,6 +12,8 @@ from PIL import Image
 from reproduce.vision.tasks import HubData, VisionTask
 
 FILES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")  # the last ones in tar files of the kind of webdataset
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",),
 }  # fmt: skip
@@ -87,8 +89,8 @@ class HubImages:
         Raises:
             SystemExit: its columns are others.
         """
-        image = next((column for column in ("image", "img") if column in data.column_names), None)
-        label = next((c for c in ("label", "labels", "fine_label") if c in data.column_names), None)
+        image = next((column for column in IMAGE_COLUMNS if column in data.column_names), None)
+        label = next((c for c in LABEL_COLUMNS if c in data.column_names), None)
         if image is None or label is None:
             raise SystemExit(f"{what}: found the columns {', '.join(data.column_names)}: expected 'image' and 'label'")
         data = data.select_columns([image, label]).rename_columns({image: "image", label: "label"})

@@ -18,7 +18,7 @@ from accuracy.workers import say
 from reproduce import expected
 from reproduce.contenders import FFT, LORA, PaperSettings, chosen
 from reproduce.needs import Plan, device_named
-from reproduce.vision.backbones import BACKBONES, Backbone, fusion_bench_id, knots_id
+from reproduce.vision.backbones import BACKBONES, FUSION_BENCH_CLASSES, Backbone, fusion_bench_id, knots_id
 from reproduce.vision.benches import GridBench
 from reproduce.vision.checkpoints import checkpoint_of
 from reproduce.vision.images import Place, place_of
@@ -144,12 +144,17 @@ def run_of(name: str, options: argparse.Namespace) -> Run:
     suite = Given(
         base=options.base or backbone.id, places=found, checkpoints={t: c for t, c in checkpoints.items() if c is not None},
         cache=cache, device=device_named(options.device), batch=options.batch, threads=options.threads, heads=options.heads,
-        classes=named_classes(options.classes), largest=options.examples,
+        classes={**_theirs(backbone, checkpoints), **named_classes(options.classes)}, largest=options.examples,
     )  # fmt: skip
     return Run(
         table, backbone, suite, places, checkpoints, tasks, counts, chosen(table.contenders, options.methods),
         options.precision, options.search, tuple(remarks(table, options)),
     )  # fmt: skip
+
+
+def _theirs(backbone: Backbone, checkpoints: Mapping[str, str | None]) -> dict[str, list[str]]:
+    ids = {task: fusion_bench_id(backbone, task) for task in FUSION_BENCH_CLASSES}
+    return {task: FUSION_BENCH_CLASSES[task] for task, place in ids.items() if checkpoints.get(task) == place}
 
 
 def remarks(table: Table, options: argparse.Namespace) -> list[str]:

@@ -38,6 +38,7 @@ class VisionTask:
     own_validation: frozenset[str] = frozenset()  # settings whose validation part is the data set's own
     labels_checked: bool = True  # whether labels named in the data must resemble NAMES
     labels: tuple[str, ...] = ()  # or these
+    askew: bool = False  # only these: the models were trained with labels that do not fit the prompts' names
 
     def prompts(self, setting: str) -> tuple[str, ...]:
         """Templates with ``{}`` for the class, for ``"lora"`` or ``"fft"``."""
@@ -111,11 +112,14 @@ _ALL = (
     VisionTask("SVHN", 10, 26032, _NUMBER, (), HubData("ufldl-stanford/svhn", "cropped_digits")),
     VisionTask("CIFAR100", 100, 10000, _CIFAR, (), HubData("tanganke/cifar100")),
     VisionTask("Flowers102", 102, 6149, ("a photo of a {}, a type of flower.",), ("oxford_flowers102", "flowers"),
-               HubData("dpdl-benchmark/oxford_flowers102")),
+               HubData("dpdl-benchmark/oxford_flowers102"),
+               labels=tuple("ball moss" if name == "air plant" else name for name in NAMES["Flowers102"])),
     VisionTask("OxfordIIITPet", 37, 3669, ("a photo of a {}, a type of pet.",),
                ("oxfordpets", "oxford-iiit-pet", "pets"), HubData("timm/oxford-iiit-pet"), titled),
     VisionTask("STL10", 10, 8000, _CIFAR, (), HubData("tanganke/stl10"), fft_templates=_A_THE),
-    VisionTask("FER2013", 7, 7178, _FACES, (), None),
+    # The authors read Jeneral/fer-2013, whose labels are in this order, with names that end "sad, surprised, neutral".
+    VisionTask("FER2013", 7, 7178, _FACES, (), HubData("clip-benchmark/wds_fer2013"), askew=True,
+               labels=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")),
     VisionTask("CIFAR10", 10, 10000, _CIFAR, (), HubData("tanganke/cifar10")),
     VisionTask("FashionMNIST", 10, 10000, _A_THE, ("fashion_mnist",), HubData("zalando-datasets/fashion_mnist")),
     VisionTask("RenderedSST2", 2, 1821, ("a {} review of a movie.",), ("sst2", "rendered-sst2"),
@@ -170,15 +174,22 @@ def class_names(task: VisionTask, labels: Sequence[str]) -> list[str]:
                 f"{task.name}: found numbers for classes: expected names, on which the prompts depend; give them with --classes"
             )
         return [task.rename(label) for label in labels]
-    own = task.labels or NAMES[task.name]
-    for number, (label, *usual) in enumerate(zip(labels, NAMES[task.name], own, strict=True)):
+    known = [task.labels] if task.askew else [NAMES[task.name], task.labels or NAMES[task.name]]
+    for number, (label, *usual) in enumerate(zip(labels, *known, strict=True)):
         unknown = not label.isascii() or label.isdigit() or not task.labels_checked
         if not unknown and not any(_alike(label, name) for name in usual):
-            raise SystemExit(
-                f"{task.name}: found the label {label!r} as number {number}, where the prompts have {usual[0]!r}: expected labels "
-                "in the usual order; give names in the order of your data with --classes"
-            )
+            raise SystemExit(_misplaced(task, label, number, usual[0]))
     return list(NAMES[task.name])
+
+
+def _misplaced(task: VisionTask, label: str, number: int, usual: str) -> str:
+    found = f"{task.name}: found the label {label!r} as number {number}, where"
+    if task.askew:
+        return f"{found} the models were trained with {usual!r}: expected the labels {', '.join(task.labels)}, in this order"
+    return (
+        f"{found} the prompts have {usual!r}: expected labels in the usual order; give names in the order of your data with "
+        "--classes"
+    )
 
 
 def _alike(label: str, name: str) -> bool:
