@@ -17,7 +17,7 @@ from reproduce import command
 from reproduce.contenders import FFT
 from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
-from reproduce.vision.benches import PAPER_GRID, GridBench
+from reproduce.vision.benches import PAPER_GRID, GridBench, grid_of
 from reproduce.vision.checkpoints import keep_base, kept_tower
 from reproduce.vision.images import Place
 from reproduce.vision.openclip import AVERAGED, from_clip, load_tower
@@ -184,12 +184,26 @@ def test_table_of_towers(
     few_entries(monkeypatch, "table2")
     monkeypatch.setattr(run, "ORDERS", {"fft": TASKS[:2]})
     line = options(
-        "table2", clip_folder, data, towers, tmp_path, "--tasks", "2", "--methods", "ta", "--search", "ladder"
+        "table2",
+        clip_folder,
+        data,
+        towers,
+        tmp_path,
+        "--tasks",
+        "2",
+        "--methods",
+        "ta",
+        "average",
+        "--search",
+        "ladder",
     )
     assert command.main(line) == 0
     report = Path(capsys.readouterr().out.strip())
     text = report.read_text(encoding="utf-8")
     assert "| Task Arithmetic |" in text and "| Individual |" in text
+    rows = Rows(report.parent / "rows-float32-ladder.jsonl").found
+    tried = {name.partition(" |")[0]: len(row["scores"]) for name, row in rows.items() if "scores" in row}
+    assert tried["average"] == 1 and tried["ta"] > 3 and rows["average | RenderedSST2+EuroSAT | 0"]["best"] == 1.0
     kept = tmp_path / "table2/ViT-B-32/checkpoints"
     places = [kept / "base", kept / "RenderedSST2", kept / "EuroSAT"]
     kind = FullModels(places[0], load_tower, how={"average": AVERAGED})
@@ -214,6 +228,16 @@ def test_labels_in_another_order_stop_a_run(clip_folder: Path, adapters: Path, t
     made = Given(clip_folder, {"RenderedSST2": Place(tmp_path / "data/RenderedSST2")}, {}, tmp_path)
     with pytest.raises(SystemExit, match="found the label 'a positive' as number 0, where the prompts have 'negative'"):
         ClipSuite(made, ("RenderedSST2",)).head("RenderedSST2")
+
+
+def test_grids_are_the_papers() -> None:
+    """0.1 to 3.0; in full fine-tuning others for the oldest methods, and the mean of models is their mean."""
+    assert grid_of("ta", "adapter") == PAPER_GRID == grid_of("tsvm", "model") == grid_of("dc", "model")
+    assert tuple(grid_of("average", "model")) == (1.0,)
+    fine = grid_of("ta", "model")
+    assert (fine[0], fine[-1], len(fine)) == (pytest.approx(1 / 30, abs=1e-4), 1.0, 30) and fine == grid_of(
+        "ties", "model"
+    )
 
 
 @needs_v5

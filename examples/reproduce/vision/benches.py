@@ -1,20 +1,49 @@
-"""How merges are measured here: alpha on the paper's grid."""
+"""How merges are measured here: alpha on the grids of the paper's programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from accuracy.bench import Bench
+from accuracy.bench import Bench, Row
+from accuracy.plan import Job
 
 # Appendix E.2 with the authors' programs: 0.1 to 3.0.
 PAPER_GRID = tuple(round(0.1 * n, 1) for n in range(1, 31))
+# Rows of Table 2 that have other grids in the same programs: 1/30 to 1, and the mean as it is.
+FINE_GRID = tuple(round(n / 30, 4) for n in range(1, 31))
+FULL_GRIDS: Mapping[str, Sequence[float]] = {
+    "average": (1.0,),
+    "ta": FINE_GRID,
+    "ties": FINE_GRID,
+    "consensus": FINE_GRID,
+}
+
+
+def grid_of(label: str, kind: str) -> Sequence[float]:
+    """The alphas that a row of the tables may have; ``kind`` is ``"adapter"`` or ``"model"``."""
+    return FULL_GRIDS.get(label, PAPER_GRID) if kind == "model" else PAPER_GRID
 
 
 class GridBench(Bench):
-    """Looks at every alpha of the paper's grid, where the other benchmarks climb a ladder."""
+    """Looks at every alpha of a row's grid, where the other benchmarks climb a ladder."""
+
+    grid = PAPER_GRID
+
+    def merged(self, job: Job) -> Row:
+        self.grid = tuple(grid_of(job.contender.label, self.suite.kind.name))
+        return super().merged(job)
 
     def pick(
         self, score: Callable[[float], float], start: float | None
     ) -> tuple[float, dict[float, float]]:  # the best alpha, and the scores that were looked at
-        scores = {alpha: score(alpha) for alpha in PAPER_GRID}
+        scores = {alpha: score(alpha) for alpha in self.grid}
         return max(scores, key=lambda alpha: (scores[alpha], -alpha)), scores
+
+
+class LadderBench(GridBench):
+    """Climbs a ladder, but where a row has one alpha."""
+
+    def pick(
+        self, score: Callable[[float], float], start: float | None
+    ) -> tuple[float, dict[float, float]]:  # the best alpha, and the scores that were looked at
+        return super().pick(score, start) if len(self.grid) == 1 else Bench.pick(self, score, start)

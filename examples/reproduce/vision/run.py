@@ -19,7 +19,7 @@ from reproduce import expected
 from reproduce.contenders import FFT, LORA, PaperSettings, chosen
 from reproduce.needs import Plan, device_named
 from reproduce.vision.backbones import BACKBONES, FUSION_BENCH_CLASSES, Backbone, fusion_bench_id, knots_id
-from reproduce.vision.benches import GridBench
+from reproduce.vision.benches import GridBench, LadderBench
 from reproduce.vision.checkpoints import checkpoint_of
 from reproduce.vision.images import Place, place_of
 from reproduce.vision.needs import DRAWS, plan
@@ -86,7 +86,7 @@ class Run:
 
     def bench(self) -> type[Bench]:
         """How it is measured."""
-        return GridBench if self.search == "grid" else Bench
+        return GridBench if self.search == "grid" else LadderBench
 
     def measure(self, out: Path | None) -> Path:
         """Measure what is not measured, and write results and report."""
@@ -106,10 +106,17 @@ class Run:
         (folder / "report.md").write_text(self._page(suite, results), encoding="utf-8")
         return folder / "report.md"
 
+    def _search(self) -> str:
+        found = "the grid 0.1 to 3.0" if self.search == "grid" else "a climb on a ladder up to 8"
+        if self.table.setting == "lora":
+            return found
+        finer = "" if self.search == "ladder" else ", for Task Arithmetic, TIES and Consensus TA 1/30 to 1"
+        return f"{found}{finer}; Weight Averaging has alpha 1"
+
     def _page(self, suite: ClipSuite, results: Mapping[str, object]) -> str:
         parts = [f"{task}, validation: {suite.parts(task)['validation'].note}" for task in self.tasks]
         notes = [
-            f"alpha is chosen by validation, {'the grid 0.1 to 3.0' if self.search == 'grid' else 'a climb on a ladder up to 8'}; test examples are reported once",
+            f"alpha is chosen by validation, {self._search()}; test examples are reported once",
             f"measured in {self.precision} on {self.given.device}",
             "intervals (95 %) draw test examples again within tasks",
             *self.remarks,
