@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from reproduce.vision.backbones import BACKBONES, fusion_bench_id, knots_id, load_clip, load_tokenizer
 from reproduce.vision.checkpoints import checkpoint_of, kept_adapter, kept_tower
-from reproduce.vision.heads import prompted_head, stored_head
+from reproduce.vision.heads import prompted_head, refuse_other_head, stored_head
 from reproduce.vision.openclip import PREFIX, from_clip
 from reproduce.vision.tasks import TASKS
 from safetensors.torch import load_file
@@ -51,6 +51,23 @@ def test_stored_heads(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(SystemExit, match="found no plain tensor"):
         stored_head(tmp_path / "module.pt", 2, 2)
+
+
+def test_stored_heads_in_another_order_are_refused(tmp_path: Path) -> None:
+    """A head for other labels, or of another backbone, would only look like a bad merge."""
+    head = nn.functional.normalize(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), dim=-1)
+    names, file = [f"class {n}" for n in range(20)], tmp_path / "cars_head.pt"
+    refuse_other_head(file, head + 0.01, head, names)
+    swapped = head.clone()
+    swapped[[3, 4]] = head[[4, 3]]
+    refuse_other_head(file, swapped, head, names)  # names that a data set spells otherwise
+    with pytest.raises(
+        SystemExit,
+        match=r"cars_head\.pt: found 20 of 20 classes .* as number 0 to 'class 19' where the data have 'class 0'",
+    ):
+        refuse_other_head(file, head.roll(1, 0), head, names)
+    with pytest.raises(SystemExit, match="expected a head of this backbone"):
+        refuse_other_head(file, head @ torch.linalg.qr(torch.randn(12, 12)).Q, head, names)
 
 
 def test_towers_are_the_same_function(tmp_path: Path) -> None:

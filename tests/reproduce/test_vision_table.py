@@ -240,6 +240,20 @@ def test_grids_are_the_papers() -> None:
     )
 
 
+def test_stored_heads_of_other_classes_stop_a_run(
+    clip_folder: Path, data: Path, adapters: Path, tmp_path: Path
+) -> None:
+    """The authors' heads count only where they fit the data's labels."""
+    made = given(clip_folder, data, adapters, tmp_path)
+    head = ClipSuite(made, TASKS, "fft").head("RenderedSST2")
+    torch.save(100 * head, tmp_path / "sst2_head.pt")
+    stored = ClipSuite(dataclasses.replace(made, heads=tmp_path), TASKS, "fft")
+    torch.testing.assert_close(stored.head("RenderedSST2"), head)
+    torch.save(100 * head.flip(0), tmp_path / "sst2_head.pt")
+    with pytest.raises(SystemExit, match=r"sst2_head\.pt: found 2 of 2 classes nearest to the prompts of others"):
+        ClipSuite(dataclasses.replace(made, heads=tmp_path), TASKS, "fft").head("RenderedSST2")
+
+
 @needs_v5
 def test_every_method_merges_towers(clip_folder: Path, towers: Path, tmp_path: Path) -> None:
     """All rows of Table 2, on the files that the programs keep; data-free alpha where it has a solution."""

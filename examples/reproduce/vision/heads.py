@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 256  # prompts at once
+STRANGE = 0.1  # share of classes whose stored vectors may be nearer to the prompts of others: data spell some names in ways of their own
 
 
 @torch.no_grad()
@@ -51,3 +52,25 @@ def stored_head(file: Path, classes: int, width: int) -> Tensor:  # (classes, pr
         shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
         raise SystemExit(f"{file}: found {shape}: expected a head of {classes} x {width}")
     return nn.functional.normalize(head.float(), dim=-1)
+
+
+def refuse_other_head(file: Path, stored: Tensor, prompted: Tensor, names: Sequence[str]) -> None:
+    """Nothing but a bad accuracy would tell a head of another backbone, or one whose classes stand in another order than the data's.
+
+    Args:
+        file: Of the stored head.
+        stored: (classes, projection), unit vectors.
+        prompted: The same from the prompts of this backbone.
+        names: Of the classes, in the order of the data's labels.
+
+    Raises:
+        SystemExit: for more than a few classes another one's prompts are nearest.
+    """
+    nearest = (stored @ prompted.mT).argmax(dim=-1).tolist()
+    others = [number for number, found in enumerate(nearest) if found != number]
+    if len(others) > STRANGE * len(names):
+        first = others[0]
+        raise SystemExit(
+            f"{file}: found {len(others)} of {len(names)} classes nearest to the prompts of others, as number {first} to {names[nearest[first]]!r} "
+            f"where the data have {names[first]!r}: expected a head of this backbone with classes in the order of the data's labels"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reproduce.vision.backbones import load_clip, load_tokenizer
 from reproduce.vision.checkpoints import keep_base, kept_adapter, kept_tower
-from reproduce.vision.heads import prompted_head, stored_head
+from reproduce.vision.heads import prompted_head, refuse_other_head, stored_head
 from reproduce.vision.images import Place
 from reproduce.vision.openclip import AVERAGED, OpenClipTower, from_clip, load_tower
 from reproduce.vision.parts import Part, parts_of
@@ -124,11 +124,14 @@ class ClipSuite:
 
     def _text_head(self, task: str, width: int) -> Tensor:
         file = self._head_file(task)
-        if file is not None:
-            return stored_head(file, TASKS[task].classes, width)
+        stored = stored_head(file, TASKS[task].classes, width) if file is not None else None
         self._clip.to(self.given.device)
         tokenizer = load_tokenizer(self.given.base)
-        return prompted_head(self._clip, tokenizer, self.names(task), TASKS[task].prompts(self.setting))
+        head = prompted_head(self._clip, tokenizer, self.names(task), TASKS[task].prompts(self.setting))
+        if file is None or stored is None:
+            return head
+        refuse_other_head(file, stored, head, self.names(task))
+        return stored
 
     def _head_file(self, task: str) -> Path | None:
         if self.given.heads is None:
