@@ -207,9 +207,33 @@ def test_dry_run(base: Path, adapters: Path, bench: Path, tmp_path: Path, capsys
     arguments = [*line(base, adapters, bench, tmp_path), "--instructions", str(tmp_path), "--seen-only"]
     assert command.main([*arguments, "--dry-run"]) == 1
     shown = capsys.readouterr().out
-    assert "8 of 18 things are missing." in shown and "from AuroraZengfh/MM-MergeBench" in shown
-    with pytest.raises(SystemExit, match="found 8 things missing"):
+    # Eight tasks' questions, and two tasks' captions.
+    assert "10 of 20 things are missing." in shown and "from AuroraZengfh/MM-MergeBench" in shown
+    with pytest.raises(SystemExit, match="found 10 things missing"):
         command.main(arguments)
+
+
+def test_questions_as_the_hub_has_them(bench: Path, tmp_path: Path) -> None:
+    """Seen and unseen tasks have folders of their own there; ScienceQA's right letters are in its questions, too."""
+    for task in TASKS.values():
+        for name in filter(None, (task.questions, task.captions)):
+            file = tmp_path / ("Unseen_data" if task.adapter is None else "Seen_data") / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes((bench / "instructions" / name).read_bytes())
+    for name, task in TASKS.items():
+        assert (
+            read(task, tmp_path, bench / "images").key() == read(task, bench / "instructions", bench / "images").key()
+        ), name
+    file, images = tmp_path / "Seen_data/ScienceQA/test.json", tmp_path / "images"
+    images.mkdir()
+    rows = [{"question_id": n, "text": "which", "answer": letter} for n, letter in enumerate("BA")]
+    file.write_text(json.dumps(rows))
+    science = TASKS["ScienceQA"]
+    asked = read(science, tmp_path, images).rows
+    assert science.right is not None and [science.right("B", row) for row in asked] == [True, False]
+    file.write_text(json.dumps([{**row, "answer": "the second"} for row in rows]))
+    with pytest.raises(SystemExit, match=r"found no file .*problems.json: expected it"):
+        read(science, tmp_path, images)
 
 
 def test_wrong_questions(bench: Path, tmp_path: Path) -> None:

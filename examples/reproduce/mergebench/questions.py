@@ -13,7 +13,9 @@ from accuracy.keys import content_key
 from reproduce.mergebench import answers
 from reproduce.mergebench.tasks import MergeTask
 
+LETTERS = list(answers.LETTERS)
 CHOICES = "Choose an answer from the choices below: {}."
+PARTS = ("", "Seen_data", "Unseen_data")  # of the folder of instructions: the last two as the Hub has it
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,20 @@ def read(
     Raises:
         SystemExit: a file is missing, or has no such fields, or images are missing.
     """
-    rows = _list(instructions / task.questions)[:most]
+    file = question_file(instructions, task.questions)
+    every = _list(file)
+    rows = every[:most]
     needed = {"question_id", "text"} | ({"answer_bbox"} if task.right is answers.overlapping_as_published else set())
     if task.right in (answers.equal, answers.equal_or_unanswerable, answers.contained):
         needed.add("answer")
     for row in rows:
         if lacking := needed - row.keys():
-            raise SystemExit(
-                f"{instructions / task.questions}: found a question without {', '.join(sorted(lacking))}: expected it"
-            )
+            raise SystemExit(f"{file}: found a question without {', '.join(sorted(lacking))}: expected it")
     rows = [{**row, "text": str(row["text"]).replace("<image>", "").strip()} for row in rows]
     if task.right is answers.option:
         rows = _with_problems(rows, images / "ScienceQA" / "problems.json")
     if task.name == "ImageNet":
-        listed = choices or ", ".join(dict.fromkeys(str(row["answer"]) for row in rows))
+        listed = choices or ", ".join(dict.fromkeys(str(row["answer"]) for row in every if "answer" in row))
         rows = [{**row, "text": row["text"].split("\n")[0] + "\n" + CHOICES.format(listed.rstrip("."))} for row in rows]
     lost = [row["image"] for row in rows if row.get("image") and not (images / image_path(row)).is_file()]
     if lost:
@@ -67,6 +69,12 @@ def read(
     return Questions(task, rows, _references(task, instructions, len(rows)) if task.captions else ())
 
 
+def question_file(instructions: Path, name: str) -> Path:
+    """Where a file of questions or captions is, or would be: in the folder itself, or in that of seen or unseen tasks."""
+    places = [instructions / part / name for part in PARTS]
+    return next((place for place in places if place.is_file()), places[0])
+
+
 def image_path(row: dict[str, Any]) -> str:
     """Below the folder of images."""
     return str(row["image"]).removeprefix("./")
@@ -74,7 +82,7 @@ def image_path(row: dict[str, Any]) -> str:
 
 def _references(task: MergeTask, instructions: Path, count: int) -> list[list[str]]:
     """Captions by question: in COCO's form images are numbered from 1 in the order of the questions."""
-    file = instructions / task.captions
+    file = question_file(instructions, task.captions)
     found: dict[int, list[str]] = {}
     for line in _loaded(file)["annotations"]:
         found.setdefault(int(line["image_id"]), []).append(str(line["caption"]))
@@ -86,6 +94,9 @@ def _references(task: MergeTask, instructions: Path, count: int) -> list[list[st
 
 
 def _with_problems(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    if not file.is_file() and all(row.get("answer") in LETTERS for row in rows):
+        # The same answers: the right letter is among as many as there are choices.
+        return [{**row, "choices": LETTERS, "answer_index": LETTERS.index(row["answer"])} for row in rows]
     problems = _loaded(file)
     if unknown := [row["question_id"] for row in rows if str(row["question_id"]) not in problems]:
         raise SystemExit(f"{file}: found no problem {unknown[0]!r}: expected those of the question file")

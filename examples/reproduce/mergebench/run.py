@@ -18,7 +18,7 @@ from accuracy.workers import say
 
 from reproduce.contenders import MERGEBENCH, chosen
 from reproduce.mergebench import model as llava
-from reproduce.mergebench.questions import Questions, read
+from reproduce.mergebench.questions import Questions, question_file, read
 from reproduce.mergebench.report import page
 from reproduce.mergebench.scoring import score
 from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
@@ -83,17 +83,8 @@ class MergeBench:
         for task in SEEN:
             needs.append(Need(f"LoRA adapter of {task}", self.adapters[task], 0.12))
         for task in self.tasks:
-            file = self.instructions / TASKS[task].questions
-            needs.append(
-                Need(
-                    f"questions of {task}",
-                    str(file),
-                    0.01,
-                    ""
-                    if file.is_file()
-                    else f"put them there, from AuroraZengfh/MM-MergeBench, or give --instructions: {file}",
-                )
-            )
+            needs += [self._file(f"questions of {task}", TASKS[task].questions)]
+            needs += [self._file(f"captions of {task}", TASKS[task].captions)] if TASKS[task].captions else []
         gone = (
             ""
             if self.images.is_dir()
@@ -108,6 +99,11 @@ class MergeBench:
         ]
         hours = answers * SECONDS_PER_ANSWER / 3600
         return Plan(TITLE, needs, 0.1, 32, 20, hours, self.cache, remarks)
+
+    def _file(self, what: str, name: str) -> Need:
+        file = question_file(self.instructions, name)
+        missing = f"put it there, from AuroraZengfh/MM-MergeBench, or give --instructions: {file}"
+        return Need(what, str(file), 0.01, "" if file.is_file() else missing)
 
     def measure(self, out: Path | None) -> Path:
         """Generate what is not there, and write the report."""
