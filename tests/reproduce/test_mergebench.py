@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,22 +137,31 @@ def test_answers_in_batches(bench: Path, base: Path) -> None:
 
 
 @needs_safe_pickles
-def test_adapters_are_in_the_model(base: Path, adapters: Path) -> None:
-    """Weights and projector are those of the library's own way into a model, alpha on the deltas alone."""
-    places = sorted(adapters.iterdir())[:3]
+@pytest.mark.parametrize("method", ["ta", "ties"])
+def test_adapters_are_in_the_model(method: str, base: Path, adapters: Path, tmp_path: Path) -> None:
+    """Weights and projector are those of the library's own merge, whole where it has no low rank; alpha is on the deltas alone."""
+    places = []
+    for number, place in enumerate(sorted(adapters.iterdir())[:3]):
+        places.append(shutil.copytree(place, tmp_path / place.name))
+        config = json.loads((places[-1] / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = f"/home/{number}/llava-v1.5-7b"
+        (places[-1] / "adapter_config.json").write_text(json.dumps(config))
     model, _ = llava.load(base, "float32", "cpu")
     plain = {name: value.clone() for name, value in model.state_dict().items()}
-    assert llava.with_adapters(model, places, "ta", {}, 0.5) == 0.5
+    assert llava.with_adapters(model, places, method, {}, 0.5, tmp_path / "scratch") == 0.5
     with pytest.warns(MergeWarning, match="the plain mean"):
-        merged = DCMergeAdapter(method="ta", alpha=0.5).merge(places, rename="llava-hf", extras="average")
+        merged = DCMergeAdapter(method=method, alpha=0.5).merge(
+            places, rename="llava-hf", extras="average", keep_dense=True, allow_different_bases=True
+        )
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, plain[name])}
     weights = {f"{module}.weight" for module in merged.modules}
-    assert changed == weights | {
-        f"model.multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
-    }
+    projector = {f"model.multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
+    assert changed == weights | projector and not list((tmp_path / "scratch").iterdir())
     for module in merged.modules:
         expected = plain[f"{module}.weight"] + merged.delta(module)
         torch.testing.assert_close(model.state_dict()[f"{module}.weight"], expected, atol=1e-5, rtol=1e-4)
+    for name in projector:
+        torch.testing.assert_close(model.state_dict()[name], merged.extras.values[name].value)
 
 
 def line(base: Path, adapters: Path, bench: Path, cache: Path, *more: str) -> list[str]:
@@ -203,7 +213,10 @@ def test_from_questions_to_the_report(
 def test_dry_run(base: Path, adapters: Path, bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All is there, or what is not is named."""
     assert command.main([*line(base, adapters, bench, tmp_path), "--dry-run"]) == 0
-    assert "Nothing is known to be missing." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Nothing is known to be missing." in shown and f"written to {tmp_path / 'mergebench'}: 0 GB" in shown
+    assert command.main([*line(base, adapters, bench, tmp_path), "--dry-run", "--methods", "ties"]) == 0
+    assert "mergebench: 26 GB" in capsys.readouterr().out
     arguments = [*line(base, adapters, bench, tmp_path), "--instructions", str(tmp_path), "--seen-only"]
     assert command.main([*arguments, "--dry-run"]) == 1
     shown = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -41,20 +42,39 @@ def load(place: str | Path, dtype: str, device: str) -> tuple[Any, Any]:
     return model.eval().to(device), processor
 
 
+@torch.no_grad()
 def with_adapters(
-    model: Any, adapters: Sequence[str | Path], method: str, options: dict[str, Any], alpha: float | str
+    model: Any, adapters: Sequence[str | Path], method: str, options: dict[str, Any], alpha: float | str, scratch: Path
 ) -> float:
     """Merge adapters into a model in memory, with the mean of their projectors; the alpha that was used.
 
     The LoRA scaling is part of every delta here, so that the paper's fixed coefficient of 2.0, which is that scaling, is 1.0.
+    Results of methods that work on the entries of dW are taken whole, as 26 GB of files where the model has 7 billion weights.
+
+    Args:
+        model: LLaVA, changed in place. Where it is, merges are computed.
+        adapters: Folders or Hub ids.
+        method: Name of the method.
+        options: Of the method.
+        alpha: On the merged deltas; a number or ``"auto"``.
+        scratch: A folder with room for such files.
     """
+    scratch.mkdir(parents=True, exist_ok=True)
     merger = DCMergeAdapter(method=method, **{**options, "alpha": alpha})
-    with warnings.catch_warnings():
+    device = str(model.device) if model.device.type != "cpu" else None
+    with TemporaryDirectory(dir=scratch) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # that the projectors are averaged is what is asked for
-        merged = merger.merge(adapters, rename=RENAME, extras="average", progress=False)
-    fused = merged.add_to(model).merge_and_unload()
-    assert fused is model
-    return float(merged.alpha)
+        # Adapters name the places where their authors had the base model: each may have another one.
+        merged = merger.merge(
+            adapters, rename=RENAME, extras="average", keep_dense=Path(folder), device=device, allow_different_bases=True,
+            progress=False,
+        )  # fmt: skip
+        for module in merged.modules:
+            weight = model.get_submodule(module).weight
+            weight.copy_(weight.float() + merged.delta(module).to(weight.device))
+        for name, extra in merged.extras.values.items():
+            model.get_parameter(name).copy_(extra.value)
+        return float(merged.alpha)
 
 
 @torch.inference_mode()

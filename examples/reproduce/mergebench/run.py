@@ -16,6 +16,7 @@ from accuracy.evaluate import Rows
 from accuracy.keys import content_key
 from accuracy.workers import say
 
+from dc_merge_peft.methods import METHODS
 from reproduce.contenders import MERGEBENCH, chosen
 from reproduce.mergebench import model as llava
 from reproduce.mergebench.questions import Questions, question_file, read
@@ -98,7 +99,8 @@ class MergeBench:
             "package pycocoevalcap, and Java."
         ]
         hours = answers * SECONDS_PER_ANSWER / 3600
-        return Plan(TITLE, needs, 0.1, 32, 20, hours, self.cache, remarks)
+        whole = not all(METHODS[one.method].from_options(one.options).equivariant for one in self.contenders)
+        return Plan(TITLE, needs, 26 if whole else 0.1, 32, 28 if whole else 20, hours, self.cache, remarks)
 
     def _file(self, what: str, name: str) -> Need:
         file = question_file(self.instructions, name)
@@ -133,7 +135,7 @@ class MergeBench:
         model, processor = llava.load(self.base, self.dtype, self.device)
         if variant.merged:
             places = [self.adapters[task] for task in variant.merged]
-            llava.with_adapters(model, places, variant.method, dict(variant.options), variant.alpha)
+            llava.with_adapters(model, places, variant.method, dict(variant.options), variant.alpha, self.cache)
         for task in left:
             answers = list(llava.answered(model, processor, self.questions[task], self.images, self.batch))
             rows.add({"name": _name(variant, task), "key": keys[task], "answers": answers})
