@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel
 
+from dc_merge_peft import DCMergeAdapter
 from tests.support.clip import SIDE, factors, stored_encoder, tiny_clip, write_adapter
 
 PIXELS = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -92,6 +94,18 @@ def test_kept_adapters(tmp_path: Path) -> None:
     assert kept_adapter(str(place), kept).joinpath("adapter_model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="found no PEFT adapter"):
         kept_adapter(str(tmp_path), tmp_path / "other")
+
+
+def test_kept_adapters_of_bases_that_lay_elsewhere_are_merged(tmp_path: Path) -> None:
+    """Authors write the path of their own copy of CLIP into a config; the library would take them for different models."""
+    kept = []
+    for seed in (3, 4):
+        place = write_adapter(tmp_path / f"given-{seed}", seed)
+        config = json.loads((place / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = f"/home/{seed}/clip-vit-base-patch32"
+        (place / "adapter_config.json").write_text(json.dumps(config))
+        kept.append(str(kept_adapter(str(place), tmp_path / f"kept-{seed}")))
+    DCMergeAdapter(alpha=1.0).merge(kept, progress=False)
 
 
 def test_kept_towers(tmp_path: Path) -> None:

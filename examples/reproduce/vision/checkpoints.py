@@ -68,6 +68,10 @@ def kept_adapter(place: str, folder: Path) -> Path:
         )
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["target_modules"] = sorted({re.split(r"\.lora_", name)[0].rpartition(".")[2] for name in found})
+    config |= {
+        "base_model_name_or_path": None,
+        "revision": None,
+    }  # where each lay when it was trained: not their difference
     _emptied(folder)
     save_file({name: value.contiguous() for name, value in found.items()}, folder / ADAPTER_FILES[0], {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
