@@ -68,10 +68,8 @@ def kept_adapter(place: str, folder: Path) -> Path:
         )
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["target_modules"] = sorted({re.split(r"\.lora_", name)[0].rpartition(".")[2] for name in found})
-    config |= {
-        "base_model_name_or_path": None,
-        "revision": None,
-    }  # where each lay when it was trained: not their difference
+    # Where each base model lay when its adapter was trained: that is no difference between them.
+    config |= {"base_model_name_or_path": None, "revision": None}
     _emptied(folder)
     save_file({name: value.contiguous() for name, value in found.items()}, folder / ADAPTER_FILES[0], {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
