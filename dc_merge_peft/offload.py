@@ -88,7 +88,7 @@ def unreadable(parameter: object, place: Offloaded | None, path: str) -> str | N
     if hasattr(parameter, "device_mesh"):
         return "is a DTensor, sharded over devices"
     if not isinstance(parameter, nn.Parameter) or parameter.ndim < 2 or "_fsdp_wrapped_module" in path:
-        return "is sharded or flattened, as FSDP does"
+        return "is sharded or flattened, as FSDP does, or computed from other parameters, as weight_norm does"
     if parameter.is_meta and place is None:
         return "is a meta tensor without numbers, and no offload hook knows any"
     return None

@@ -75,12 +75,12 @@ def add_merged_adapter(
                 "option: leave it out"
             )
     method = method_named(combination_types()[combination_type], options)
-    check_name(adapter_name, tuner.peft_config)
+    seen = LiveModel.of(tuner.model)
+    check_name(adapter_name, tuner.peft_config, seen)
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")
     check_order(adapters)
     reading = DoraReading(dora_rank, checked_device(device), allow_zero)
-    seen = LiveModel.of(tuner.model)
     opened = [LiveSource(tuner, adapter, seen) for adapter in adapters]
     sources = [DoraSource(source, source.base_weight, reading) if source.is_dora else source for source in opened]
     plan = plan_merge(

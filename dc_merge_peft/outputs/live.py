@@ -44,14 +44,14 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise OptionError(
                 f"the {type(model).__name__} holds adapters already: expected a PeftModel, or a base model without any; pass "
-                "the PeftModel that they belong to"
+                "the PeftModel that they belong to, or where there is none, save the merged adapter and load it as they were (load_adapter)"
             )
         seen = LiveModel.of(model)
         check_modules(result, seen)
         check_extras(result, model, shared=False)
         config = _config_for(result, seen)
         with own_layers_on_failure(model):
-            with _without_numbers(not result.extras.values):
+            with _readable_refusals(config), _without_numbers(not result.extras.values):
                 wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
             write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
@@ -86,8 +86,8 @@ def install_in_tuner(
         OptionError: the name is taken or holds a dot.
         OutputError: a module is missing or has another shape.
     """
-    check_name(adapter_name, tuner.peft_config)
     seen = seen or LiveModel.of(tuner.model)
+    check_name(adapter_name, tuner.peft_config, seen)
     check_modules(result, seen)
     check_extras(result, tuner.model, shared=True)
     config = _config_for(result, seen)
@@ -107,8 +107,9 @@ def _without_numbers(empty: bool) -> AbstractContextManager[object]:
     return torch.device("meta") if empty else nullcontext()
 
 
-def check_name(adapter_name: str, taken: Any) -> None:
-    """A new adapter's name: not taken, no dot (torch's module names can't hold one), not empty."""
+def check_name(adapter_name: str, taken: Any, seen: LiveModel | None = None) -> None:
+    """A new adapter's name: not taken, no dot (torch's module names can't hold one), not empty; and beside other adapters no part of
+    the path of a tensor: PEFT takes all tensors with an adapter's name in their paths for that adapter's."""
     if adapter_name in taken:
         raise OptionError(
             f"the model already has an adapter '{adapter_name}': expected a new name; delete it first with "
@@ -119,6 +120,11 @@ def check_name(adapter_name: str, taken: Any) -> None:
     if hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
         raise OptionError(
             f"the adapter name '{adapter_name}' is a name that torch's containers reserve: expected another"
+        )
+    if seen is not None and adapter_name in seen.words:
+        raise OptionError(
+            f"the adapter name '{adapter_name}' is a part of names of modules or parameters of the model: expected another, since "
+            f"PEFT's save_pretrained would leave everything under '{adapter_name}' out of the other adapters"
         )
 
 
@@ -180,7 +186,9 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
                     f"{tuple(factor.shape)}: expected adapters of this base model, made by a PEFT that lays them out as this one"
                 )
             device = _device_of(layer, fresh, offloading) or factor.device
-            parameter = nn.Parameter(factor.to(device), requires_grad=False)
+            with torch.inference_mode(False):  # it outlives the caller's
+                factor = factor.clone() if factor.is_inference() else factor
+                parameter = nn.Parameter(factor.to(device), requires_grad=False)
             setattr(holder, key, parameter)
             if place := offloading.find(holder, key):  # its hook drops and brings every tensor below it
                 hooked.append((place, parameter))
@@ -218,12 +226,15 @@ def _matches(config: LoraConfig, name: str) -> bool:
 
 @contextmanager
 def _readable_refusals(config: LoraConfig) -> Iterator[None]:
-    """PEFT's own rules for LoRA on parameters, which differ between its versions, as an error of this library."""
+    """PEFT's own rules for what it adapts, which differ between its versions, as an error of this library."""
     try:
         yield
     except (ValueError, TypeError) as error:
         if not config.target_parameters:
-            raise
+            raise OutputError(
+                f"PEFT can't add the adapter to this model ({first_line(error)}): expected the base model of the adapters, with layers "
+                "that PEFT adapts"
+            ) from error
         raise OutputError(
             f"PEFT can't add an adapter with target_parameters {sorted(config.target_parameters)} to this model ({first_line(error)}): "
             "expected one that all its adapters allow; save the merged adapter and load it into a fresh base model"

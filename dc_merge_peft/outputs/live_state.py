@@ -49,31 +49,37 @@ class TunerState:
         modules = list(tuner.modules())  # a walk takes as long as merging a module
         self._children = [(parent, name, child) for parent in modules for name, child in parent._modules.items()]
         self._active = list(tuner.active_adapters)
+        # What PEFT has noted down of earlier adapters, where it does.
+        self._noted = {
+            name: list(getattr(tuner, name, ())) for name in ("targeted_module_names", "targeted_parameter_names")
+        }
+        layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self._disabled = bool(layers) and all(layer.disable_adapters for layer in layers)
         self._holders = {module: module._active_adapter for module in modules if isinstance(module, _HOLDERS)}
 
-    def remove(self, adapter_name: str, *, layers: bool = False) -> None:
-        """Take the new adapter out again, with every wrapper that PEFT has put around a module for it.
-
-        Args:
-            adapter_name: The adapter; it may be missing.
-            layers: Take its LoRA layers out too, where no other adapter has any.
-        """
+    def remove(self, adapter_name: str) -> None:
+        """Take the new adapter, which may be missing, out again, with every layer that PEFT has put around a module for it."""
         if adapter_name in self._tuner.peft_config:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT warns that it picks another active adapter
                 self._tuner.delete_adapter(adapter_name)
         for parent, name, child in self._children:
-            if layers or isinstance(parent._modules.get(name), AuxiliaryTrainingWrapper):
-                parent._modules[name] = child
+            parent._modules[name] = child
+        for noted, names in self._noted.items():
+            if hasattr(self._tuner, noted):
+                setattr(self._tuner, noted, names)
 
     def settle(self) -> None:
-        """Active adapters and ``requires_grad`` as they were; a wrapper that is new lets the base model through."""
+        """Active adapters and ``requires_grad`` as they were; a wrapper that is new lets the base model through, and so does a new
+        layer where all are disabled."""
         self._tuner.active_adapter = self._active if len(self._active) != 1 else self._active[0]
         for module in self._tuner.modules():
             if module in self._holders:
                 module._active_adapter = self._holders[module]  # type: ignore[index, assignment]
             elif isinstance(module, (AuxiliaryTrainingWrapper, TrainableTokensLayer)):
                 _deactivate(module)
+            elif self._disabled and isinstance(module, BaseTunerLayer):
+                module.enable_adapters(False)
         # By object, since a wrapper changes paths, and by path, since PEFT's layer around an attention makes new parameters.
         now = dict(self._tuner.named_parameters())
         for name, parameter, requires_grad in self._trainable:

@@ -81,7 +81,7 @@ def other_keys(keys: Iterable[str]) -> list[str]:
 
 def module_path(module: str) -> str:
     """The path as the base model spells it."""
-    return module.replace("_orig_mod.", "").removeprefix(PREFIX)
+    return re.sub(r"\._orig_mod(?=\.|$)", "", f".{module}")[1:].removeprefix(PREFIX)
 
 
 def _pair(module: str, pair: dict[str, str], embedding: bool, adapter: str) -> FactorKeys:

@@ -54,6 +54,12 @@ class LiveModel:
         return {plain_path(name): module for name, module in self.modules.items()}
 
     @cached_property
+    def words(self) -> frozenset[str]:
+        """Every part of the path of a tensor in the tuner's model, names of adapters among them."""
+        tensors = (name for module in self.modules.values() for name in (*module._parameters, *module._buffers))
+        return frozenset(part for path in (*self.modules, "model") for part in path.split(".")).union(tensors)
+
+    @cached_property
     def own(self) -> Sequence[str]:
         """The paths of the base model's own modules, as it spells them. What adapters' layers hold beside the module that they are
         around is left out, as PEFT leaves it out when it looks for targets."""

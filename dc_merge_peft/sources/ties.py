@@ -47,7 +47,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, getter)()
-        except NotImplementedError:
+        except (NotImplementedError, AttributeError):  # a model around one of transformers has its config alone
             continue
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             yield module

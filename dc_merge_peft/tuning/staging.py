@@ -60,7 +60,7 @@ def staged(evaluate: Evaluate, model: nn.Module | None) -> Iterator[Evaluate]:
     def take_down() -> None:
         nonlocal there
         if isinstance(before, TunerState):
-            before.remove(NAME, layers=True)
+            before.remove(NAME)
             before.settle()
         elif there is not None:
             before.restore()

@@ -27,7 +27,7 @@ def test_add_to_refuses_a_bare_model_with_adapters(saved: tuple[Any, list[Path]]
     model, folders = saved
     before = {key: value.clone() for key, value in model.state_dict().items()}
     merged = DCMergeAdapter(method="ta").merge(folders)
-    with refused(OptionError, "holds adapters already", "pass the PeftModel"):
+    with refused(OptionError, "holds adapters already", "pass the PeftModel", "load_adapter"):
         merged.add_to(model.get_base_model(), "math")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -39,6 +39,15 @@ def test_fuse_refuses_a_model_with_adapters(saved: tuple[Any, list[Path]]) -> No
     with refused(OutputError, "adapters of its own", "expected a plain model", "unload()"):
         DCMergeAdapter(method="ta").fuse(model.get_base_model(), folders)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_fuse_refuses_a_model_around_another(saved: tuple[Any, list[Path]]) -> None:
+    """One that has the config of a model of transformers and none of its methods, as sentence-transformers has."""
+    _, folders = saved
+    base = torch.nn.ModuleDict({"inside": models.gpt2()})
+    base.config = base["inside"].config  # type: ignore[assignment]
+    with refused(OutputError, "a ModuleDict, has no module 'transformer.h.0.attn.c_proj'", "give the model object"):
+        DCMergeAdapter(method="ta").fuse(base, folders)
 
 
 def test_fuse_keeps_float64(saved: tuple[Any, list[Path]]) -> None:

@@ -1,0 +1,120 @@
+"""Names that PEFT mixes up with paths, and states of a model and of a script in which adapters are added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError
+from dc_merge_peft.outputs import live
+from tests.support import models
+from tests.support.models import difference
+from tests.support.refused import refused
+
+NAMES = ["sentiment", "topic"]
+
+
+def two(**fields: Any) -> Any:
+    """A BERT with two adapters."""
+    return models.with_lora(models.bert(), {name: {"r": 2, "target_modules": ["query"], **fields} for name in NAMES})
+
+
+def wider(folder: Path) -> MergedAdapter:
+    """A merge that changes the modules of those adapters and others."""
+    model = models.with_lora(models.bert(), {name: {"r": 2, "target_modules": ["query", "key"]} for name in NAMES})
+    return DCMergeAdapter(method="ta").merge(models.save_adapters(model, folder))
+
+
+@pytest.mark.parametrize("name", ["encoder", "query", "0", "lora_A", "weight", "model"])
+def test_names_of_modules(tmp_path: Path, name: str) -> None:
+    """PEFT's save_pretrained leaves what lies under another adapter's name out of an adapter: here all or some of its layers."""
+    model, merged = two(), wider(tmp_path)
+    for add in (
+        lambda: model.add_weighted_adapter(NAMES, [1.0, 1.0], name, combination_type="ta"),
+        lambda: merged.add_to(model, name),
+    ):
+        with refused(
+            OptionError, f"'{name}' is a part of names of modules or parameters", "expected another", "leave everything"
+        ):
+            add()
+    assert list(model.peft_config) == NAMES
+    model.add_weighted_adapter(NAMES, [1.0, 1.0], "encoders", combination_type="ta")
+    model.save_pretrained(str(tmp_path / "out"), save_embedding_layers=False)
+    sizes = {
+        len(load_file(tmp_path / "out" / adapter / "adapter_model.safetensors")) for adapter in (*NAMES, "encoders")
+    }
+    assert sizes == {4}
+
+
+def test_the_only_adapter_of_a_model(tmp_path: Path) -> None:
+    """It has no other one to leave anything out of."""
+    model: Any = wider(tmp_path).add_to(models.bert(), "encoder")
+    model.save_pretrained(str(tmp_path / "out"))
+    assert len(load_file(tmp_path / "out" / "encoder" / "adapter_model.safetensors")) == 8
+
+
+@pytest.mark.parametrize("way", ["add_weighted_adapter", "add_to"])
+def test_inference_mode(tmp_path: Path, way: str) -> None:
+    """An adapter that was added in inference mode can be trained after it, as one that was added before."""
+    model = two()
+    merged = DCMergeAdapter(method="ta").merge(models.save_adapters(model, tmp_path))
+    with torch.inference_mode():
+        if way == "add_weighted_adapter":
+            model.add_weighted_adapter(NAMES, [1.0, 1.0], "merged", combination_type="ta")
+        else:
+            merged.add_to(model, "merged", activate=False)
+    model.set_adapter("merged")
+    model(models.IDS).last_hidden_state.sum().backward()
+    for layer in models.layers(model, "merged").values():
+        assert layer.lora_A["merged"].weight.grad is not None
+    assert all(difference(delta, merged.delta(name)) < 1e-5 for name, delta in models.deltas(model, "merged").items())
+
+
+@pytest.mark.parametrize("activate", [False, True])
+def test_disabled_adapters(tmp_path: Path, activate: bool) -> None:
+    """Where all adapters are disabled the new one is, in the layers that are new with it as in the others."""
+    model, merged = two(), wider(tmp_path)
+    plain, expected = models.output(models.bert()), models.output(merged.add_to(models.bert()))
+    model.base_model.disable_adapter_layers()
+    merged.add_to(model, "merged", activate=activate)
+    assert torch.equal(models.output(model), plain)
+    model.base_model.enable_adapter_layers()
+    if activate:
+        assert difference(models.output(model), expected) < 1e-5
+    with model.disable_adapter():
+        assert torch.equal(models.output(model), plain)
+
+
+def test_failure_leaves_no_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules that the new adapter alone would change are bare again, and the model's tensors have their names."""
+    model, merged = two(), wider(tmp_path)
+    before = {name: type(module) for name, module in model.named_modules()}
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "write_extras", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            merged.add_to(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert not [name for name in getattr(model.base_model, "targeted_module_names", []) if name.endswith("key")]
+    merged.add_to(model)
+    assert len(models.deltas(model, "merged")) == 4
+
+
+def test_compiled_layers(tmp_path: Path) -> None:
+    """Adapters saved from layers that were compiled one by one, or in blocks, are those of the model as it is otherwise."""
+    model = two()
+    expected = DCMergeAdapter(method="ta").merge(models.save_adapters(model, tmp_path / "plain"))
+    body = model.base_model.model.encoder
+    body.layer[0] = torch.compile(body.layer[0], backend="eager")
+    attention: Any = body.layer[1].attention.self
+    attention.query = torch.compile(attention.query, backend="eager")
+    found = DCMergeAdapter(method="ta").merge(models.save_adapters(model, tmp_path / "compiled"))
+    assert set(found.modules) == set(expected.modules)
+    assert all(torch.equal(found.delta(name), expected.delta(name)) for name in found.modules)
