@@ -10,16 +10,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layout import Layout, holder_and_depth
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from dc_merge_peft.own_forward import CONVOLUTIONS, factors_act_as_one, own_pass
 
 
 def layer_layout(name: str, layer: nn.Module) -> Layout:
     """The layout of LoRA factors on a layer of a base model.
 
     Raises:
-        UnsupportedAdapterError: a convolution with groups, dilation or a padding mode other than zeros, or an embedding with
-            ``max_norm``: there PEFT's forward pass differs from the weight it merges.
+        UnsupportedAdapterError: a convolution with groups, dilation, a padding mode other than zeros or a forward pass of its own
+            class, or an embedding with ``max_norm``: there PEFT's forward pass differs from the weight it merges.
     """
     if isinstance(layer, nn.Embedding):
         if layer.max_norm is not None:
@@ -32,13 +31,17 @@ def layer_layout(name: str, layer: nn.Module) -> Layout:
         return Layout("in_proj")
     if isinstance(layer, NonDynamicallyQuantizableLinear):  # what torch uses there and nowhere else
         return Layout("out_proj")
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         return Layout("linear")
     if layer.groups != 1 or any(step != 1 for step in layer.dilation) or layer.padding_mode != "zeros":
         raise UnsupportedAdapterError(
             f"'{name}' is a convolution with groups={layer.groups}, dilation={layer.dilation}, "
             f"padding_mode={layer.padding_mode!r}: there the merged weight differs from what PEFT computes; expected "
             "groups=1, dilation 1 and zero padding: train the adapter without that module"
+        )
+    if not factors_act_as_one(layer):
+        raise UnsupportedAdapterError(
+            f"{own_pass(name, layer)}: expected a convolution as torch's; train the adapter without that module"
         )
     return Layout("conv", tuple(layer.kernel_size))
 
@@ -49,7 +52,7 @@ def delta_shape(layer: nn.Module) -> tuple[int, int] | None:
         return layer.embedding_dim, layer.num_embeddings
     if isinstance(layer, nn.MultiheadAttention):
         return 3 * layer.embed_dim, layer.embed_dim
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         return layer.out_channels, layer.weight[0].numel()
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowrank", "dense", "spanned", "stacked"),
     ("layout", "methods.*"),
     ("metrics.*",),
-    ("layers", "offload", "sources.*"),
+    ("layers", "own_forward", "offload", "sources.*"),
     ("statistics.*",),
     (
         "extras",

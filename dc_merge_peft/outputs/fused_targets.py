@@ -14,6 +14,7 @@ from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import is_ordinary
+from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
 from dc_merge_peft.sources.base_model import path_in_model
 from dc_merge_peft.sources.renames import fitting_rename
 from dc_merge_peft.sources.ties import sharing
@@ -117,6 +118,10 @@ def find_targets(
         if not weight.is_floating_point() or weight.element_size() < 2:  # numbers of one byte come with scales
             raise UnsupportedAdapterError(
                 f"'{name}' is quantised ({weight.dtype}): expected floating-point base weights"
+            )
+        if place.layout.kind != "expert" and not multiplies_by_its_weight(module):
+            raise UnsupportedAdapterError(
+                f"{own_pass(name, module)}: expected a layer as torch's; keep the merged adapter, or leave that module out"
             )
         if others := [other for other in shared.get(path, ()) if other != path]:
             raise OutputError(

@@ -25,6 +25,7 @@ from dc_merge_peft.errors import (
 from dc_merge_peft.layers import delta_shape, layer_layout
 from dc_merge_peft.linalg import compute_device, truncated_svd
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
 from dc_merge_peft.sources.base import ModuleSpec, Source
 from dc_merge_peft.sources.base_model import BaseModel, injected_layer, path_in_model
 from dc_merge_peft.sources.keys import module_path
@@ -218,7 +219,7 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
 
     Raises:
         IncompatibleAdaptersError: the layer is of another type or shape than the adapter's factors.
-        UnsupportedAdapterError: the weight is quantised, or not in memory.
+        UnsupportedAdapterError: the weight is quantised, or not in memory, or the layer does something else with it.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
         empty = isinstance(weight, Tensor) and weight.is_meta
@@ -233,6 +234,11 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
         raise IncompatibleAdaptersError(
             f"'{module}' is of type {layout} and shape {shape} in the base model, {spec.layout} and {spec.shape} in adapter "
             f"'{adapter}': expected the base model of the adapters"
+        )
+    if not multiplies_by_its_weight(layer):
+        raise UnsupportedAdapterError(
+            f"{own_pass(module, layer)}: adapter '{adapter}' is DoRA, whose delta depends on that weight; expected a layer as "
+            "torch's; train the adapter without that module"
         )
     transposed = layout.kind == "embedding" or type(layer).__name__ == "Conv1D"  # of transformers: (in, out)
     return weight.detach().mT if transposed else weight.detach().flatten(1)

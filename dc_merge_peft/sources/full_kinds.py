@@ -18,6 +18,7 @@ from torch import nn
 from dc_merge_peft.errors import OptionError, UnsupportedAdapterError
 from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.layout import Layout
+from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.stored import StoredTensor
 from dc_merge_peft.sources.targeting import ends_in
@@ -167,6 +168,11 @@ class Kinds:
             raise UnsupportedAdapterError(
                 f"'{name}' belongs to experts or to an attention module, whose delta is not extracted as a LoRA: expected linear "
                 "layers and convolutions; leave it out by average (--average), or write the full model (without lora_rank)"
+            )
+        if not multiplies_by_its_weight(layer):
+            raise UnsupportedAdapterError(
+                f"{own_pass(path, layer)}: expected a layer as torch's; leave it out by average (--average), or write the full model "
+                "(without lora_rank)"
             )
 
 

@@ -141,6 +141,12 @@ class LiveSource(Source):
                 f"'{name}' is a {kind} layer of PEFT: {_UNSUPPORTED_LAYERS[kind]}; expected Linear, Conv1D, Embedding, "
                 "Conv1d, Conv2d, Conv3d, MultiheadAttention or target_parameters: train the adapter without that module"
             )
+        if not _forward_is_pefts(layer):
+            raise UnsupportedAdapterError(
+                f"'{name}' is a {kind} layer, which is none of PEFT's and has a forward pass of its own: what it does with B and A "
+                "is not known; expected a layer of PEFT's: train the adapter without that module, or derive the class from PEFT's "
+                "and keep its forward pass"
+            )
         _refuse_merged_and_variants(name, layer, self._adapter)
         layout = self._layout(name, layer)
         self._refuse_unreadable(name, layer, layout)
@@ -192,6 +198,12 @@ class LiveSource(Source):
 def _config_values(config: Any) -> dict[str, Any]:
     """A PEFT config as a mapping, without copying what is inside."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _forward_is_pefts(layer: LoraLayer) -> bool:
+    """Whether PEFT has written what a layer computes; a class registered for a module of the user's may compute anything."""
+    owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
+    return owner.__module__.partition(".")[0] == "peft"
 
 
 def factor_holders(layer: LoraLayer, adapter: str) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:

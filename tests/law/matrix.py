@@ -15,6 +15,7 @@ from torch import nn
 
 from dc_merge_peft.sources.refusals import refused_kinds
 from tests.law.nets import LAYERS
+from tests.support.own_layers import Standardised
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "support.md"
 BEGIN, END = "<!-- written by python -m tests.law.matrix -->", "<!-- /written -->"
@@ -88,6 +89,10 @@ REFUSED_LAYERS: dict[str, RefusedLayer] = {
     "Convolution with another padding mode": RefusedLayer(
         lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "the merged weight differs from what PEFT computes",
         ("padding_mode='reflect'", "zero padding", "without that module"),
+    ),
+    "Convolution with a forward pass of its own": RefusedLayer(
+        lambda: Standardised(4, 4, 3), "PEFT's factors are layers of the same class, which do not act as one weight there",
+        ("'odd' is a Standardised", "own", "expected a convolution as torch's", "without that module"),
     ),
     "Embedding with max_norm": RefusedLayer(
         lambda: nn.Embedding(4, 4, max_norm=1.0), "the merged weight differs from what PEFT computes",
