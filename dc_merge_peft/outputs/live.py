@@ -84,10 +84,11 @@ def install_in_tuner(
 
     Raises:
         OptionError: the name is taken or holds a dot.
-        OutputError: a module is missing or has another shape.
+        OutputError: a module is missing or has another shape, or the model would route to the adapter.
     """
     seen = seen or LiveModel.of(tuner.model)
     check_name(adapter_name, tuner.peft_config, seen)
+    refuse_routers(tuner)
     check_modules(result, seen)
     check_extras(result, tuner.model, shared=True)
     config = _config_for(result, seen)
@@ -126,6 +127,21 @@ def check_name(adapter_name: str, taken: Any, seen: LiveModel | None = None) -> 
             f"the adapter name '{adapter_name}' is a part of names of modules or parameters of the model: expected another, since "
             f"PEFT's save_pretrained would leave everything under '{adapter_name}' out of the other adapters"
         )
+
+
+def refuse_routers(tuner: nn.Module) -> None:
+    """A model whose adapters Arrow routes between: it takes in every adapter that is added.
+
+    Raises:
+        OutputError: it is one.
+    """
+    configs: dict[str, Any] = tuner.peft_config  # type: ignore[assignment]
+    for name, config in configs.items():
+        if getattr(config, "arrow_config", None) is not None:
+            raise OutputError(
+                f"adapter '{name}' of the model routes between all its other ones (arrow_config), and would between them and the merged "
+                f"one: expected a model without a router; call model.delete_adapter('{name}') first, or merge the adapters from disk"
+            )
 
 
 def check_modules(result: MergeResult, seen: LiveModel) -> None:

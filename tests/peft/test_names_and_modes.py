@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError, OutputError
 from dc_merge_peft.outputs import live
 from tests.support import models
 from tests.support.models import difference
@@ -118,3 +118,28 @@ def test_compiled_layers(tmp_path: Path) -> None:
     found = DCMergeAdapter(method="ta").merge(models.save_adapters(model, tmp_path / "compiled"))
     assert set(found.modules) == set(expected.modules)
     assert all(torch.equal(found.delta(name), expected.delta(name)) for name in found.modules)
+
+
+def test_arrow(tmp_path: Path) -> None:
+    """A router of PEFT's takes every adapter in; here it could not even run, since the merged one's rank is another."""
+    arrow = pytest.importorskip("peft.tuners.lora.arrow", reason="this PEFT has no router")
+    folders = models.save_adapters(
+        models.with_lora(models.llama(), {name: {"target_modules": ["q_proj"]} for name in NAMES}), tmp_path
+    )
+    model = arrow.create_arrow_model(
+        models.llama(), [str(folder) for folder in folders], arrow.ArrowConfig(top_k=2)
+    ).eval()
+    expected, adapters = models.output(model), list(model.peft_config)
+    for add in (
+        lambda: model.add_weighted_adapter(adapters[:2], [1.0, 1.0], "both", combination_type="ta"),
+        lambda: DCMergeAdapter(method="ta").merge(folders).add_to(model),
+    ):
+        with refused(
+            OutputError, "'arrow_router' of the model routes", "expected a model without a router", "from disk"
+        ):
+            add()
+    assert list(model.peft_config) == adapters and torch.equal(models.output(model), expected)
+    model.set_adapter(adapters[0])
+    model.delete_adapter("arrow_router")
+    model.add_weighted_adapter(adapters[:2], [1.0, 1.0], "both", combination_type="ta")
+    assert len(models.deltas(model, "both")) == 2
