@@ -17,6 +17,9 @@ _FACTOR = re.compile(
     re.DOTALL,
 )
 
+# What torch.compile, FSDP and activation checkpointing put into the paths of what they wrap. PEFT reads no adapter with the latter two.
+_WRAPPERS = re.compile(r"\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
 # What is stored beside factors that makes the delta more than B @ A, with the feature that stores it.
 _FEATURES = {
     r"lora_E$|lora_E\.|ranknum": "AdaLoRA: its delta has a third factor",
@@ -81,7 +84,7 @@ def other_keys(keys: Iterable[str]) -> list[str]:
 
 def module_path(module: str) -> str:
     """The path as the base model spells it."""
-    return re.sub(r"\._orig_mod(?=\.|$)", "", f".{module}")[1:].removeprefix(PREFIX)
+    return _WRAPPERS.sub("", f".{module}")[1:].removeprefix(PREFIX)
 
 
 def _pair(module: str, pair: dict[str, str], embedding: bool, adapter: str) -> FactorKeys:

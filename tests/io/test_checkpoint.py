@@ -30,6 +30,9 @@ LINEAR_KEYS = {
     "another adapter's name": "base_model.model.{}.lora_{}.my-task.weight",
     "no prefix, with a name": "{}.lora_{}.default.weight",
     "compiled base": "base_model.model._orig_mod.{}.lora_{}.weight",
+    "compiled layer": "base_model.model.{}._orig_mod.lora_{}.weight",
+    "FSDP": "base_model.model._fsdp_wrapped_module.{}.lora_{}._fsdp_wrapped_module.weight",
+    "FSDP and checkpointing": "_fsdp_wrapped_module.base_model.model.{}._checkpoint_wrapped_module.lora_{}.weight",
     "compiled PeftModel": "_orig_mod.base_model.model.{}.lora_{}.weight",
 }
 EMBEDDING_KEYS = {
