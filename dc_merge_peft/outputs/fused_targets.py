@@ -115,10 +115,10 @@ def find_targets(
                 "that base + delta is not the model that was trained: expected other layers; load the merged adapter with "
                 "PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
             )
-        if not weight.is_floating_point() or weight.element_size() < 2:  # numbers of one byte come with scales
-            raise UnsupportedAdapterError(
-                f"'{name}' is quantised ({weight.dtype}): expected floating-point base weights"
-            )
+        # Numbers of one byte come with scales, and tensors of a class of their own may be anything inside, as torchao's.
+        if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.data) is not Tensor:
+            packed = weight.dtype if type(weight.data) is Tensor else type(weight.data).__name__
+            raise UnsupportedAdapterError(f"'{name}' is quantised ({packed}): expected floating-point base weights")
         if place.layout.kind != "expert" and not multiplies_by_its_weight(module):
             raise UnsupportedAdapterError(
                 f"{own_pass(name, module)}: expected a layer as torch's; keep the merged adapter, or leave that module out"

@@ -221,7 +221,8 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
         IncompatibleAdaptersError: the layer is of another type or shape than the adapter's factors.
         UnsupportedAdapterError: the weight is quantised, or not in memory, or the layer does something else with it.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+    plain = isinstance(weight, Tensor) and type(weight.data) is Tensor  # one of another class may be anything inside
+    if not isinstance(weight, Tensor) or not (plain and weight.is_floating_point()) or weight.is_meta:
         empty = isinstance(weight, Tensor) and weight.is_meta
         found = "a meta tensor without numbers" if empty else "quantised"
         remedy = "load the base model with its weights" if empty else "give the unquantised base model"

@@ -163,16 +163,16 @@ class Kinds:
     def _refuse_without_lora(self, name: str, made: Sequence[StoredMatrix]) -> None:
         path = name.rpartition(".")[0]
         layer = self._skeleton.get_submodule(path)
+        if not multiplies_by_its_weight(layer):
+            raise UnsupportedAdapterError(
+                f"{own_pass(path, layer)}: expected a layer as torch's; leave it out by average (--average), or write the full model "
+                "(without lora_rank)"
+            )
         fits = made[0].module == path and layer_layout(path, layer).kind in ("linear", "conv")
         if not fits:
             raise UnsupportedAdapterError(
                 f"'{name}' belongs to experts or to an attention module, whose delta is not extracted as a LoRA: expected linear "
                 "layers and convolutions; leave it out by average (--average), or write the full model (without lora_rank)"
-            )
-        if not multiplies_by_its_weight(layer):
-            raise UnsupportedAdapterError(
-                f"{own_pass(path, layer)}: expected a layer as torch's; leave it out by average (--average), or write the full model "
-                "(without lora_rank)"
             )
 
 

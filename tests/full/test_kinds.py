@@ -135,6 +135,23 @@ def test_a_fused_projection_as_an_adapter(tmp_path: Path) -> None:
     assert {matrix.layout.kind for found in plan.matrices.values() for matrix in found} == {"linear", "conv"}
 
 
+@pytest.mark.filterwarnings("ignore:.*averaged tensors can't be in:dc_merge_peft.errors.MergeWarning")
+def test_standardised_convolutions_as_an_adapter(tmp_path: Path) -> None:
+    """BiT's convolutions standardise their weight, so that no LoRA beside one does what a change of it does."""
+    config = transformers.BitConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_groups=2, layer_type="bottleneck"
+    )
+    base, places = write_models(tmp_path, seeded(lambda: transformers.BitModel(config), 0), 2)
+    TA.plan_full(base, places)
+    with refused(
+        UnsupportedAdapterError,
+        "is a WeightStandardizedConv2d, whose forward pass is its own",
+        "--average",
+        "without lora_rank",
+    ):
+        TA.plan_full(base, places, lora_rank=2)
+
+
 def test_directions_of_a_full_model(tmp_path: Path) -> None:
     """All of each matrix's: by this the memory is reckoned that dense deltas take."""
     base, places = write_models(tmp_path, models.llama(), 2)

@@ -189,3 +189,24 @@ def test_registered_classes(tmp_path: Path) -> None:
     merged = DCMergeAdapter(method="ta").merge(models.save_adapters(model, tmp_path, NAMES))
     with refused(OutputError, "PEFT can't add the adapter", "Table() is not supported", "expected the base model"):
         merged.add_to(Holder(Table()))
+
+
+class Packed(Tensor):
+    """A tensor as torchao makes them: it says that it is in float32, and is something else inside."""
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_tensors_of_a_class_of_their_own(tmp_path: Path, use_dora: bool) -> None:
+    """Their numbers are neither read nor changed; beside them adapters are merged."""
+    model = two(nn.Linear(4, 5), use_dora=use_dora)
+    folders = models.save_adapters(model, tmp_path)
+    base = Holder(nn.Linear(4, 5))
+    base.layer.weight = nn.Parameter(base.layer.weight.detach().as_subclass(Packed))  # type: ignore[arg-type]
+    if use_dora:
+        with refused(UnsupportedAdapterError, "base weight of 'layer', a Linear, is quantised", "is DoRA"):
+            DCMergeAdapter(method="ta").merge(folders, base=base)
+        return
+    with refused(UnsupportedAdapterError, "'layer' is quantised (Packed)", "expected floating-point"):
+        DCMergeAdapter(method="ta").fuse(base, folders)
+    found: Any = DCMergeAdapter(method="ta").merge(folders).add_to(base)
+    assert type(found.base_model.model.layer.base_layer.weight) is Packed
