@@ -13,7 +13,7 @@ from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods import method_named
-from dc_merge_peft.outputs.live import check_name, install_in_tuner, refuse_routers
+from dc_merge_peft.outputs.live import check_name, check_state, install_in_tuner
 from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.reading import checked_device
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
@@ -77,12 +77,12 @@ def add_merged_adapter(
     method = method_named(combination_types()[combination_type], options)
     seen = LiveModel.of(tuner.model)
     check_name(adapter_name, tuner.peft_config, seen)
-    refuse_routers(tuner)
     if isinstance(adapters, str):
         raise OptionError(f"found the single adapter {adapters!r}: expected a list of adapter names")
     check_order(adapters)
     reading = DoraReading(dora_rank, checked_device(device), allow_zero)
     opened = [LiveSource(tuner, adapter, seen) for adapter in adapters]
+    check_state(tuner, seen)
     sources = [DoraSource(source, source.base_weight, reading) if source.is_dora else source for source in opened]
     plan = plan_merge(
         sources,

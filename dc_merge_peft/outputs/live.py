@@ -88,7 +88,7 @@ def install_in_tuner(
     """
     seen = seen or LiveModel.of(tuner.model)
     check_name(adapter_name, tuner.peft_config, seen)
-    refuse_routers(tuner)
+    check_state(tuner, seen)
     check_modules(result, seen)
     check_extras(result, tuner.model, shared=True)
     config = _config_for(result, seen)
@@ -129,11 +129,12 @@ def check_name(adapter_name: str, taken: Any, seen: LiveModel | None = None) -> 
         )
 
 
-def refuse_routers(tuner: nn.Module) -> None:
-    """A model whose adapters Arrow routes between: it takes in every adapter that is added.
+def check_state(tuner: nn.Module, seen: LiveModel) -> None:
+    """The model can take an adapter in and stay as it is: Arrow routes to every adapter that is added, and PEFT unmerges first what is
+    merged into the base weights.
 
     Raises:
-        OutputError: it is one.
+        OutputError: it can't.
     """
     configs: dict[str, Any] = tuner.peft_config  # type: ignore[assignment]
     for name, config in configs.items():
@@ -142,6 +143,17 @@ def refuse_routers(tuner: nn.Module) -> None:
                 f"adapter '{name}' of the model routes between all its other ones (arrow_config), and would between them and the merged "
                 f"one: expected a model without a router; call model.delete_adapter('{name}') first, or merge the adapters from disk"
             )
+    merged = {
+        name: None
+        for module in seen.modules.values()
+        if isinstance(module, BaseTunerLayer)
+        for name in module.merged_adapters
+    }
+    if merged:
+        raise OutputError(
+            f"the model has adapters merged into its base weights at the moment ({', '.join(merged)}), which PEFT would take out of them: "
+            "expected unmerged adapters; call model.unmerge_adapter() first"
+        )
 
 
 def check_modules(result: MergeResult, seen: LiveModel) -> None:

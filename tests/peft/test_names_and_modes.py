@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
-from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError, OutputError
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, OptionError, OutputError, SourceError
 from dc_merge_peft.outputs import live
 from tests.support import models
 from tests.support.models import difference
@@ -143,3 +144,21 @@ def test_arrow(tmp_path: Path) -> None:
     model.delete_adapter("arrow_router")
     model.add_weighted_adapter(adapters[:2], [1.0, 1.0], "both", combination_type="ta")
     assert len(models.deltas(model, "both")) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")  # of layers that hold none of the merged ones
+@pytest.mark.parametrize("other", [False, True], ids=["the adapters' own modules", "another adapter's"])
+def test_merged_into_the_base(tmp_path: Path, other: bool) -> None:
+    """PEFT takes out what is merged, wherever it is, before it adds an adapter; here nothing happens."""
+    model, merged = two(), wider(tmp_path)
+    model.add_adapter("style", LoraConfig(r=2, target_modules=["value"], init_lora_weights=False))
+    model.merge_adapter(["style"] if other else [NAMES[0]])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kind = OutputError if other else SourceError  # there the adapters can't be read, either
+    with refused(kind, "adapters merged into its base weights at the moment", "model.unmerge_adapter() first"):
+        model.add_weighted_adapter(NAMES, [1.0, 1.0], "both", combination_type="ta")
+    with refused(OutputError, "adapters merged into its base weights at the moment", "model.unmerge_adapter() first"):
+        merged.add_to(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.unmerge_adapter()
+    model.add_weighted_adapter(NAMES, [1.0, 1.0], "both", combination_type="ta")
