@@ -25,7 +25,8 @@ def options_block(name: str) -> str:
         for option in described["options"]
     ]
     header = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
-    return "\n" + "\n".join([*header, *rows]) + f"\n\nSource: {described['reference']}.\n\n"
+    source, link = described["reference"], EVERY_METHOD[name].link
+    return "\n" + "\n".join([*header, *rows]) + f"\n\nSource: {f'[{source}]({link})' if link else source}.\n\n"
 
 
 def methods_block() -> str:

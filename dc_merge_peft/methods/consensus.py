@@ -37,6 +37,7 @@ class ConsensusTA(SwitchedMethod):
     Config = ConsensusConfig
     config: ConsensusConfig
 
+    link = "https://arxiv.org/abs/2405.07813"
     def remarks(self, shape: tuple[int, int], ranks: Sequence[int]) -> Iterable[str]:
         yield from super().remarks(shape, ranks)
         if len(ranks) < self.config.min_tasks:

@@ -15,7 +15,10 @@ from dc_merge_peft.methods.ties import REDUCE_HELP, Trim, sign_consensus
 
 DROP_HELP = "probability of an entry to be dropped; the others are divided by 1 - drop"
 SEED_HELP = "of the random numbers: the same seed gives the same result on every machine"
-REFERENCE = "Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models, ICML 2024"
+REFERENCE = (
+    "Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, ICML 2024"
+)
+LINK = "https://arxiv.org/abs/2311.03099"
 
 
 def drop_entries(view: View, task: int, drop: float, seed: int) -> Tensor:
@@ -54,6 +57,7 @@ class DareTA(SwitchedMethod):
     name = "dare_ta"
     title = "DARE with task arithmetic: random dropping, then the sum"
     reference = REFERENCE
+    link = LINK
     Config = DareTAConfig
     config: DareTAConfig
 
@@ -79,5 +83,6 @@ class DareTIES(SwitchedMethod):
     config: DareTIESConfig
 
     def survey(self, views: Views) -> Aggregate:
+    link = LINK
         options = self.config
         return sign_consensus(views, dropping(options.drop, options.seed), options.reduce)

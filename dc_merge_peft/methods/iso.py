@@ -27,6 +27,7 @@ from dc_merge_peft.stacked import (
 REFERENCE = (
     "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025"
 )
+LINK = "https://arxiv.org/abs/2502.04959"
 RANK_HELP = (
     "directions in all are this times the number of tasks, the paper's T * r, and never more than there are; none: the sum "
     "of the tasks' ranks"
@@ -49,6 +50,7 @@ class IsoC(Method):
     """
 
     name = "iso_c"
+    link = LINK
     title = "Iso-C: the sum with all its singular values made equal"
     reference = REFERENCE
     Config = IsoCConfig
@@ -95,6 +97,7 @@ class IsoCTS(Method):
     """
 
     name = "iso_cts"
+    link = LINK
     title = "Iso-CTS: directions of the sum and of each task beside it, all of one singular value"
     reference = REFERENCE
     Config = IsoCTSConfig

@@ -85,6 +85,7 @@ class KnotsTIES(KnotsMethod):
     name = "knots_ties"
     title = "KnOTS-TIES: TIES in a common output basis"
     reference = "Stoica et al., Model Merging with SVD to Tie the KnOTS, ICLR 2025"
+    link = "https://arxiv.org/abs/2410.19735"
     Config = KnotsTIESConfig
     config: KnotsTIESConfig
 
@@ -108,6 +109,7 @@ class KnotsDareTIES(KnotsMethod):
     name = "knots_dare_ties"
     title = "KnOTS with DARE-TIES: random dropping and elected signs in a common output basis"
     reference = KnotsTIES.reference
+    link = KnotsTIES.link
     Config = KnotsDareTIESConfig
     config: KnotsDareTIESConfig
 

@@ -53,6 +53,7 @@ class PCBMerging(SwitchedMethod):
     title = "PCB-Merging: entries weighed by competition within and between tasks"
     reference = "Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024"
     homogeneous = False
+    link = "https://arxiv.org/abs/2410.02396"
     Config = PCBConfig
     config: PCBConfig
 

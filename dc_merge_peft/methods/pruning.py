@@ -24,6 +24,7 @@ class MagnitudePrune(SwitchedMethod):
     name = "magnitude_prune"
     title = "magnitude pruning: the sum of each task's largest entries"
     reference = "the trimming of Yadav et al., TIES-Merging, NeurIPS 2023, with task arithmetic"
+    link = "https://arxiv.org/abs/2306.01708"
     Config = MagnitudePruneConfig
     config: MagnitudePruneConfig
 

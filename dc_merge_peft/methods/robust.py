@@ -50,6 +50,7 @@ class RobustMerge(Method):
     reference = (
         "Zeng et al., RobustMerge: Parameter-Efficient Model Merging for MLLMs with Direction Robustness, NeurIPS 2025"
     )
+    link = "https://arxiv.org/abs/2502.17159"
     needs_factors = True
     Config = RobustMergeConfig
     config: RobustMergeConfig

@@ -54,6 +54,7 @@ class TIES(SwitchedMethod):
     name = "ties"
     title = "TIES: trim, elect signs, merge what agrees, entry by entry"
     reference = "Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023"
+    link = "https://arxiv.org/abs/2306.01708"
     Config = TIESConfig
     config: TIESConfig
 

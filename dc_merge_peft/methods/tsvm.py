@@ -37,6 +37,7 @@ class TSVM(Method):
     name = "tsvm"
     title = "TSV-M: the tasks' singular vectors made orthogonal to each other"
     reference = "Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025"
+    link = "https://arxiv.org/abs/2412.00081"
     Config = TSVMConfig
     config: TSVMConfig
 

@@ -79,6 +79,7 @@ class WUDI(Method):
     Config = WUDIConfig
     config: WUDIConfig
     homogeneous = False
+    link = "https://arxiv.org/abs/2503.08099"
 
     @property
     def equivariant(self) -> bool:
@@ -153,6 +154,7 @@ class WUDIClosed(Method):
     Config = WUDIClosedConfig
     config: WUDIClosedConfig
 
+    link = WUDI.link
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         V, G, D = Terms.of(tasks, weights)
         root = D.sqrt()

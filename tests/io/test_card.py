@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from dc_merge_peft import DCMergeAdapter, OutputError
 from dc_merge_peft._version import __version__
 from dc_merge_peft.methods import METHODS
+from dc_merge_peft.outputs import markdown
 from dc_merge_peft.outputs.card import MOST_ROWS
 from tests.support import models
 from tests.support.hub_adapters import MERGED, adapter_hub, merge
@@ -168,11 +169,8 @@ def test_metadata_and_body(tmp_path: Path, method: str) -> None:
     }  # fmt: skip
     validate_repo_id(data["base_model"])
     kind = METHODS[method]
-    assert (
-        f"**{method}** ({kind.title}; [{kind.reference}]({kind.link}))" in card.text
-        if kind.link
-        else kind.reference in card.text
-    )
+    source = f"[{kind.reference}]({kind.link})" if kind.link else kind.reference
+    assert f"**{markdown.text(method)}** ({kind.title}; {source})" in card.text
     assert "| one | 1 |" in card.text and "| two | 0.5 |" in card.text
     assert f"Base model: [{BASE}](https://huggingface.co/{BASE})" in card.text
     assert f"Coefficient alpha: {merged.alpha:.4g}" in card.text and f"{merged.truncation_error:.2%}" in card.text

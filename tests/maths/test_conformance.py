@@ -224,9 +224,10 @@ def test_full_weights(name: str) -> None:
 
 @every_method
 def test_a_method_describes_itself(name: str) -> None:
-    """Name, title and reference, which listings and model cards show."""
+    """Name, title, reference and, but for what was never published, its place, which listings and model cards show."""
     method = METHODS[name]
     assert method.name == name and method.title and method.reference
+    assert method.link.startswith("https://") or name == "rzf"
     assert issubclass(method.Config, MethodConfig) and method().config == method.Config()
 
 
