@@ -74,15 +74,19 @@ class DareTIESConfig(DareTAConfig):
 
 
 class DareTIES(SwitchedMethod):
-    """DARE (Yu et al., ICML 2024) with TIES: random dropping in the place of trimming, then the elected signs."""
+    """DARE (Yu et al., ICML 2024) with TIES: random dropping in the place of trimming, then the elected signs.
+
+    That is what KnOTS, PEFT and mergekit mean by it. The authors' own program drops first and runs the whole of TIES then,
+    with its trimming to a fifth: the same from about ``drop=0.8`` on, where no more than that is left.
+    """
 
     name = "dare_ties"
     title = "DARE with TIES: random dropping, then the entries that agree in sign"
     reference = REFERENCE
+    link = LINK
     Config = DareTIESConfig
     config: DareTIESConfig
 
     def survey(self, views: Views) -> Aggregate:
-    link = LINK
         options = self.config
         return sign_consensus(views, dropping(options.drop, options.seed), options.reduce)

@@ -37,8 +37,13 @@ class FisherMerging(DataMethod):
     Averaging", NeurIPS 2022), with F_i the diagonal Fisher information of task i's weights on its own data.
 
     All models share the base W_0, which cancels: ``sum F_i (W_0 + dW_i) / sum F_i = W_0 + sum F_i dW_i / sum F_i``. The result
-    has full rank. Equal F_i give the plain average. The authors' floor is an absolute 1e-6, on the first model alone; gradients
-    have no natural scale, so that ours is relative, and on all.
+    has full rank. Equal F_i give the plain average.
+
+    Three things are not the authors'. Their ``lambda_i``, which sum to one, stand in both sums, ``sum lambda_i F_i theta_i / sum
+    lambda_i F_i``: a task of weight 0 is left out there, and pulls towards the base model here, where a weight is a factor on
+    the task's delta as in every other method. Their code divides each F_i by its norm unless told otherwise, which
+    ``normalize`` does. Their floor is an absolute 1e-6, on the first model alone; gradients have no natural scale, so that ours
+    is relative, and on all.
     """
 
     name = "fisher"

@@ -38,22 +38,23 @@ class Range(NamedTuple):
 
 
 class PCBMerging(SwitchedMethod):
-    """Parameter competition balancing (Du et al., NeurIPS 2024), as the official code does it on the flattened model.
+    """Parameter competition balancing (Du et al., NeurIPS 2024), as the official ``pcb-merging.py`` does it on the flattened model.
 
     For each task, with magnitudes clamped at their quantiles ``clamp`` and ``1 - clamp``:
 
-    1. intra-balancing ``exp(T * minmax(|d_i|)^2)`` times inter-balancing ``tanh(d_i * sum_j d_j)`` (Eq. 2-4);
+    1. intra-balancing ``exp(T * minmax(|d_i|)^2)`` times inter-balancing ``tanh(d_i * sum_j d_j)``;
     2. the products are lifted to the threshold of their top ``ratio``, and scaled to 0 .. 1: everything else weighs nothing;
     3. the mean of the clamped task vectors under these weights.
 
-    Not homogeneous: tanh compares with 1.
+    Not homogeneous: tanh compares with 1. The same repository's program for images clamps at 1 %, multiplies ``d_i`` by the sum of
+    min-max scaled deltas, and takes ``ratio`` 0.05.
     """
 
     name = "pcb"
     title = "PCB-Merging: entries weighed by competition within and between tasks"
     reference = "Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024"
-    homogeneous = False
     link = "https://arxiv.org/abs/2410.02396"
+    homogeneous = False
     Config = PCBConfig
     config: PCBConfig
 

@@ -35,7 +35,9 @@ class RegMean(DataMethod):
 
     The paper writes a layer as ``X W``, PEFT as ``X W^T``: with W (m, n) the objective is ``sum_i || X_i (W - W_i)^T ||^2``, whose
     gradient ``2 sum_i (W - W_i) G_i``, ``G_i = X_i^T X_i``, vanishes at the rule above; W_0 cancels. Entries off the diagonal of each
-    G_i are multiplied by ``off_diagonal`` first, as in the paper.
+    G_i are multiplied by ``off_diagonal`` first, as in the paper. The authors' demonstration names 0.9 and leaves it out for RoBERTa;
+    their experiments have 0.1 for DeBERTa and T5. Their coefficients multiply G_i in both sums, where our weights are factors on
+    the deltas.
 
     Where the inputs leave a direction without any energy the minimiser is not unique; this is the one nearest to the plain mean M
     (inputs scaled to one size),

@@ -46,8 +46,8 @@ def fisher(
     """``F = 1/N sum_x (d log p(y | x) / dW)^2`` of every layer's whole weight ``W = W_0 + dW``, entry by entry, over N examples.
 
     Which labels y: ``"sampled"`` draws one an example from the model's own prediction, an unbiased estimate of the Fisher information
-    (as Matena & Raffel do where there are many classes); ``"all"`` takes the expectation over all classes, exactly, a backward
-    pass a class; ``"given"`` takes those of the data, which makes the *empirical* Fisher. Gradients are squared example by example, not
+    at the cost of one backward pass; ``"all"`` takes the expectation over all classes, exactly, a backward pass a class, as
+    the published code of Matena & Raffel does; ``"given"`` takes those of the data, which makes the *empirical* Fisher. Gradients are squared example by example, not
     batch by batch: a layer's gradient for one example is ``sum_t g_t a_t^T`` over its positions t, from inputs a and the gradients
     g by the outputs, and no gradient of a parameter is computed.
 
