@@ -46,9 +46,14 @@ class DCMergeConfig(CoverConfig):
 class DCMerge(ElementwiseMethod):
     """Directional-consistent merging (Zhang et al., "DC-Merge", CVPR 2026, Algorithm 1).
 
-    Every step is the paper's; where its text is silent the authors' published code decides, as it does for TIES (0.1
-    percent, not 0.1) and for the order of smoothing and weights. Smoothing and the cover space are in
+    Every step is the paper's; where its text is silent the authors' published code decides, as it does for TIES: 0.1
+    percent, not 0.1, and zero where the sum is zero. Neither has weights: here they multiply the smoothed task vectors, which is
+    the same as before smoothing, since that scales with the singular values. Smoothing and the cover space are in
     :mod:`dc_merge_peft.methods.spaces`, where every other element-wise method finds them too.
+
+    Defaults that are not the authors': ``smoothing`` (their code averages unless told otherwise, and their tables have the better of
+    averaging and linear smoothing), ``density="auto"``, which is theirs at 8 tasks of rank 16 and more, and ``alpha``, which
+    they pick on validation data.
     """
 
     name = "dc"
@@ -99,6 +104,9 @@ def entries_kept(density: float | Literal["auto"], k: int, rank: int) -> int:
     ``"auto"``: ``max(floor(1e-3 k^2), rank)``. The paper's fraction was tuned at k = 128 and more, where it keeps at
     least one entry a direction; with two tasks of rank 16 it would keep one entry of
     the sixteen directions. A number is used literally.
+
+    The authors' code keeps at least one entry. Of full fine-tuning it counts the entries of its whole basis, min(m, n) squared,
+    also where T does not divide min(m, n) and the last directions of the basis belong to no task: a few more than here.
 
     Raises:
         OptionError: a literal density that keeps nothing.

@@ -28,10 +28,7 @@ REFERENCE = (
     "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025"
 )
 LINK = "https://arxiv.org/abs/2502.04959"
-RANK_HELP = (
-    "directions in all are this times the number of tasks, the paper's T * r, and never more than there are; none: the sum "
-    "of the tasks' ranks"
-)
+RANK_HELP = "directions in all are this times the number of tasks, and never more than there are; none: the sum of the tasks' ranks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +42,14 @@ class IsoC(Method):
     """Isotropic merging in the common subspace (Marczak et al., ICML 2025: Iso-C).
 
     ``sum_i w_i dW_i = U diag(S) V^T``, and ``dW = mean(S) U V^T`` over its K leading directions. K is min(m, n) for full
-    fine-tuning deltas, as published. For adapters it is T * r, and never more than the sum has: in the null space of a
-    low-rank sum ``U V^T`` is arbitrary.
+    fine-tuning deltas, as published. For adapters it is T * r, as in the comparisons of the DC-Merge paper, and never more than the
+    sum has: in the null space of a low-rank sum ``U V^T`` is arbitrary.
     """
 
     name = "iso_c"
-    link = LINK
     title = "Iso-C: the sum with all its singular values made equal"
     reference = REFERENCE
+    link = LINK
     Config = IsoCConfig
     config: IsoCConfig
 
@@ -97,9 +94,9 @@ class IsoCTS(Method):
     """
 
     name = "iso_cts"
-    link = LINK
     title = "Iso-CTS: directions of the sum and of each task beside it, all of one singular value"
     reference = REFERENCE
+    link = LINK
     Config = IsoCTSConfig
     config: IsoCTSConfig
 

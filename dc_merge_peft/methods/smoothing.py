@@ -23,7 +23,8 @@ def smooth_energy(
         smoothing: ``"average"`` replaces each value by the mean (Eq. 38); ``"linear"`` by a line of the same sum whose
             ends have the ratio ``min(S_1 / S_r, rho)`` (Eq. 39-40); ``"none"`` leaves them.
         rho: Largest allowed ratio of the first to the last value, at least 1; for ``"linear"`` alone.
-        tau: Share of the original values, from 0 (fully smoothed) to 1 (not at all): Eq. 41.
+        tau: Share of the original values, from 0 (fully smoothed) to 1 (not at all): Eq. 41, which the paper has for averaging
+            alone.
     """
     if smoothing == "none" or S.numel() <= 1:
         return S

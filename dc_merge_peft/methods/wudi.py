@@ -68,6 +68,9 @@ class WUDI(Method):
     Steps are of a fixed length: neither weights nor scale of the tasks are mere factors of the result, and a task alone, which
     starts at its optimum, comes back but for a step or two, since Adam enlarges even rounding. Float32 products obey
     the precision that the program has set for its GPU (TF32).
+
+    The authors' program for images merges the matrices of attention and MLPs, at strength 1, and leaves everything else at the
+    base model's.
     """
 
     name = "wudi"
@@ -76,10 +79,10 @@ class WUDI(Method):
         "Cheng et al., Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors, "
         "ICML 2025"
     )
+    link = "https://arxiv.org/abs/2503.08099"
     Config = WUDIConfig
     config: WUDIConfig
     homogeneous = False
-    link = "https://arxiv.org/abs/2503.08099"
 
     @property
     def equivariant(self) -> bool:
@@ -151,10 +154,10 @@ class WUDIClosed(Method):
     name = "wudi_closed"
     title = "WUDI in closed form: least interference with the tasks' own inputs, exactly"
     reference = f"the minimiser of the loss in {WUDI.reference}"
+    link = WUDI.link
     Config = WUDIClosedConfig
     config: WUDIClosedConfig
 
-    link = WUDI.link
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
         V, G, D = Terms.of(tasks, weights)
         root = D.sqrt()
