@@ -46,8 +46,8 @@ class PCBMerging(SwitchedMethod):
     2. the products are lifted to the threshold of their top ``ratio``, and scaled to 0 .. 1: everything else weighs nothing;
     3. the mean of the clamped task vectors under these weights.
 
-    Not homogeneous: tanh compares with 1. The same repository's program for images clamps at 1 %, multiplies ``d_i`` by the sum of
-    min-max scaled deltas, and takes ``ratio`` 0.05.
+    Not homogeneous: tanh compares with 1. The same repository's programs for language and images clamp at 1 %; the
+    latter also multiplies ``d_i`` by the sum of min-max scaled deltas, and takes ``ratio`` 0.05.
     """
 
     name = "pcb"
