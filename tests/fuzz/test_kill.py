@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.kill import kill_runs
-from tests.support.workspace import make_workspace
+from tests.fuzz.kill import KINDS, kill_runs
 
 
-@pytest.mark.parametrize("command", ["merge", "fuse --resume"])
+@pytest.mark.parametrize("command", ["merge", "fuse --resume", "merge-full --resume"])
 def test_killed_at_random_moments(tmp_path: Path, command: str) -> None:
-    """Six runs over an output that exists: it is as before or complete, and the next run leaves nothing beside it."""
-    seen = kill_runs(make_workspace(tmp_path), command, 6, random.Random(1), exists=True)
-    assert sum(seen.values()) == 6 and not seen["absent"]
+    """Runs over an output that exists: it is as before or complete, and the next run leaves nothing beside it."""
+    seen = kill_runs(tmp_path, command, 8, random.Random(1), exists=True)
+    assert sum(seen.targets.values()) == 8 and not seen.targets["absent"]
+    assert {"merge", "write"} <= set(seen.moments) <= {*KINDS, "start"}
+    assert bool(seen.kept["matrices, no file yet"]) == command.endswith("--resume")
