@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.beside import FOLDER
-from dc_merge_peft.outputs.placing import place, to_disk
+from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
@@ -30,7 +31,7 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
         inputs: What it is made from, as users name it: never replaced.
 
     Raises:
-        OutputError: the path exists and may not be overwritten, is a file, or can't be looked at.
+        OutputError: the path exists and may not be overwritten, is a file, or can't be looked at or written to.
     """
     with in_words(path):
         target = resolved(path)
@@ -39,6 +40,7 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
         if target.is_dir() and any(target.iterdir()):
             _check_overwrite(path, target, overwrite)
             refuse_inputs(path, target, inputs)
+        _check_rights(path, target)
         return target
 
 
@@ -79,11 +81,28 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
             "(overwrite=True, --overwrite)"
         )
     folders = [child.name for child in target.iterdir() if child.is_dir() and child.name not in _OWN_FOLDERS]
-    if folders or not any((target / mark).is_file() for mark in _MARKS) or Path.cwd().is_relative_to(target):
+    if folders or not any((target / mark).is_file() for mark in _MARKS) or is_at_work_in(target):
         raise OutputError(
             f"the output '{path}' holds more than an adapter or a model, and is not overwritten: expected an earlier "
             "output; choose another path, or delete it yourself"
         )
+
+
+def _check_rights(path: str | Path, target: Path) -> None:
+    """Where nothing may be written, nor moved, that is known now and not after the work. The target is filled, or moved away."""
+    if target.is_mount():
+        raise OutputError(
+            f"the output '{path}' is a mount point, in whose place nothing can be put: expected a directory in it, as in "
+            f"'{Path(path) / 'merged'}'"
+        )
+    ours = os.access in os.supports_effective_ids
+    holder = next(parent for parent in target.parents if parent.exists())
+    for folder in (holder, target) if target.exists() else (holder,):
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=ours):
+            raise OutputError(
+                f"the output '{path}': nothing can be written to '{folder}' (no permission, or a read-only disk): expected a directory "
+                "that may be written to; choose another path"
+            )
 
 
 def refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:
@@ -121,7 +140,8 @@ def whole_directory(
     Args:
         path: Where it belongs in the end.
         overwrite: Replace what stands there.
-        kept: A directory on the same file system to write into instead, which may hold something and stays on failure.
+        kept: A directory to write into instead, which may hold something and stays on failure. From another file system what is
+            complete is copied.
         inputs: As for :func:`check_target`.
 
     Raises:
@@ -139,13 +159,14 @@ def whole_directory(
         if kept is None:
             place(building, target, _MARKS)
             return
-        itself, moved = kept.stat().st_ino, kept.rename(hidden / NEW)
+        itself, new = kept.stat().st_ino, hidden / NEW
+        copied = moved(kept, new)
         try:
-            place(moved, target, _MARKS)
+            place(new, target, _MARKS)
         except BaseException:
             # Before the hidden folder goes; what has changed places with it already is another one.
-            if moved.exists() and moved.stat().st_ino == itself:
-                moved.rename(kept)
+            if not copied and new.exists() and new.stat().st_ino == itself:
+                new.rename(kept)
             raise
 
 

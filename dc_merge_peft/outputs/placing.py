@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dc_merge_peft.work.workshop import OLD
@@ -54,6 +56,23 @@ def place_file(new: Path, target: Path, *, replace: bool) -> None:
     _flush(target.parent)
 
 
+def moved(kept: Path, new: Path) -> bool:
+    """Move a directory, or copy it to another file system; whether it was copied.
+
+    Raises:
+        OSError: it can't be. It is where it was then.
+    """
+    try:
+        kept.rename(new)
+        return False
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    shutil.copytree(kept, new)
+    to_disk(new)
+    return True
+
+
 def to_disk(folder: Path) -> None:
     """Wait until everything in a folder is on the disk: a power cut after its renaming must find it there."""
     for path in (*folder.rglob("*"), folder):
@@ -96,8 +115,16 @@ def _alike(new: Path, target: Path) -> bool:
         os.name == "posix"
         and alike == (wanted.st_mode, wanted.st_uid, wanted.st_gid, wanted.st_dev)
         and not target.is_mount()
-        and not Path.cwd().is_relative_to(target)
+        and not is_at_work_in(target)
     )
+
+
+def is_at_work_in(folder: Path) -> bool:
+    """Whether this process's working directory is the folder, or below it. One that is deleted is nowhere."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
 
 
 def _fill(new: Path, target: Path, last: Sequence[str]) -> None:
@@ -122,15 +149,19 @@ def _fill(new: Path, target: Path, last: Sequence[str]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Raises OSError where a file's content can't be written; of a folder some file systems know no such thing."""
-    folder = path.is_dir()
-    if folder and os.name != "posix":
-        return
-    opened = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    """Raises OSError where a file's content can't be written; of a folder some file systems know no such thing, and some users may
+    not look into one that they may write to."""
+    if path.is_dir():
+        if os.name == "posix":
+            with suppress(OSError):
+                _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    opened = os.open(path, flags)
     try:
         os.fsync(opened)
-    except OSError:
-        if not folder:
-            raise
     finally:
         os.close(opened)
