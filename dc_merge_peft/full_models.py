@@ -171,7 +171,7 @@ class _Job:
         base = self.plan.base
         # The merged deltas are as many numbers as the base model has, in float32: they wait on disk for their turn.
         with self.destination.directory() as out, hidden_beside(out) as folder:
-            there = 0 if self.place is None else self.place.written()
+            there = 0 if self.place is None else self.place.written(out)
             check_room(out, sum(tensor.size for tensor in base.files.tensors.values()) - there)
             merged = self._merged(keep_dense=folder)
             saved = stream_fused(

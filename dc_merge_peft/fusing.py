@@ -231,7 +231,7 @@ def _fuse_streamed(
     place: WorkPlace | None = options["resume"]
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
     with destination.directory() as out, hidden_beside(out) as folder:
-        there = 0 if place is None else place.written()
+        there = 0 if place is None else place.written(out)
         check_room(out, sum(tensor.size for tensor in model.files.tensors.values()) - there)
         whole = _whole(options)
         with merging(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder}) as merged:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -92,10 +92,10 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterat
         one, other = found.get(key), expected.get(key)
         if one == other:
             continue
-        if key == "base" and one and other:
+        if key == "base" and _names_files(one) and _names_files(other):
             yield from _of_files(one, other)
-        elif key == "adapters" and len(one or ()) == len(other or ()):
-            for its, ours in zip(one or (), other or (), strict=True):
+        elif key == "adapters" and _all_name_files(one) and _all_name_files(other) and len(one) == len(other):
+            for its, ours in zip(one, other, strict=True):
                 yield from _of_files(its, ours)
         elif isinstance(one, dict) and isinstance(other, dict):
             yield from differences(one, other)
@@ -110,6 +110,15 @@ def without_times(manifest: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name != _CHANGED}
 
     return json.loads(json.dumps(manifest), object_hook=plain)
+
+
+def _names_files(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it is what this version says of an adapter or a model; a file of another one may hold anything."""
+    return isinstance(value, dict) and "location" in value and isinstance(value.get("files", {}), dict)
+
+
+def _all_name_files(values: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(values, list) and all(map(_names_files, values))
 
 
 def _of_files(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:

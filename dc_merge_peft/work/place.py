@@ -51,16 +51,17 @@ class WorkPlace:
 
     @contextmanager
     def opened(self) -> Iterator[WorkPlace]:
-        """The folder for as long as the merge and the writing of its result take; it is deleted when they are done.
+        """The folder for as long as the merge and the writing of its result take; it is deleted when they are done, or have kept
+        nothing.
 
         Raises:
             OutputError: it can't be made, or another run is at work in it.
             MergeError: another process has failed.
         """
-        lock, done = None, False
+        lock, done, new = None, False, list[Path]()
         try:
             if self.team is None or self.team.main:
-                lock = self._made()
+                lock = self._made(new)
             try:
                 if self.team is not None:
                     self.team.enter(self.folder)
@@ -78,32 +79,47 @@ class WorkPlace:
             if self.team is not None:
                 self.team.leave()
             if lock is not None:
-                if done or not self.resume:
-                    _delete(self.folder)
+                if done or not (self.resume and (self.folder / _MANIFEST).exists()):
+                    try:
+                        _delete(self.folder)
+                    except KeyboardInterrupt:  # in the middle
+                        _delete(self.folder)
+                        raise
                 os.close(lock)
+            for folder in new:
+                with suppress(OSError):
+                    folder.rmdir()
 
-    def written(self) -> int:
-        """Bytes that an interrupted run has left here of a model."""
+    def written(self, out: Path) -> int:
+        """Bytes that an interrupted run has left here of a model, on the disk of its output."""
+        if not _same_disk(self.folder, out):
+            return 0
         files = [file.stat() for file in (self.folder / "model").glob("*.safetensors")]
         return sum(getattr(file, "st_blocks", 0) * 512 for file in files)  # what they take, not yet what they will
 
-    def _made(self) -> int:
+    def _made(self, new: list[Path]) -> int:
+        """Its lock, once the folder is there; ``new`` gets those that are made for it, the innermost first."""
         try:
+            new += [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._refuse_strangers()
             if self.target is not None:
                 return claim(self.folder, self.target)
             lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
-            raise OutputError(
-                f"can't keep finished modules in '{self.folder}' ({first_line(error)}): choose a writable place for the output"
-            ) from error
+            raise self._unwritable(error) from error
         if locked(lock) is False:
             os.close(lock)
             raise OutputError(
                 f"another run is at work in '{self.folder}': expected one at a time; wait for it, or choose another output"
             )
         return lock
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"can't keep finished modules in '{self.folder}' ({first_line(error)}): make room there, or choose a writable place for the "
+            "output"
+        )
 
     def _refuse_strangers(self) -> None:
         """A folder that holds anything but an interrupted merge, all of which would be deleted in the end."""
@@ -119,14 +135,17 @@ class WorkPlace:
         """The modules of a merge, of which those that were finished before are taken from here.
 
         Raises:
-            OutputError: the folder holds modules of another merge.
+            OutputError: the folder holds modules of another merge, or can't be written to.
         """
         if self.team is None or self.team.main:
-            self._check(manifest)
-            for left in self.folder.glob("team-*"):
-                if self.team is None or left.name != f"team-{self.team.token}":
-                    shutil.rmtree(left, ignore_errors=True)
-            tidy(self.folder, keep=lambda file: file.name in (_MANIFEST, _LOCK))
+            try:
+                self._check(manifest)
+                for left in self.folder.glob("team-*"):
+                    if self.team is None or left.name != f"team-{self.team.token}":
+                        shutil.rmtree(left, ignore_errors=True)
+                tidy(self.folder, keep=lambda file: file.name in (_MANIFEST, _LOCK))
+            except OSError as error:
+                raise self._unwritable(error) from error
         return Modules(work, method, manifest, self.team)
 
     def _check(self, manifest: Mapping[str, Any]) -> None:
@@ -149,6 +168,11 @@ class WorkPlace:
             )
         if found is None:
             write_whole(file, json.dumps(manifest, indent=1).encode())
+
+
+def _same_disk(folder: Path, out: Path) -> bool:
+    holder = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    return folder.stat().st_dev == holder.stat().st_dev
 
 
 def work_place(

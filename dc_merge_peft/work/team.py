@@ -12,8 +12,8 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -113,11 +113,12 @@ class Team:
         """Show oneself in the common folder, which the main process makes.
 
         Raises:
-            MergeError: this process does not see the folder.
+            MergeError: this process does not see the folder, or can't write there.
         """
         own = folder / f"team-{self.token}"
         if self.main:
-            own.mkdir()
+            with _in_words(folder):
+                own.mkdir()
         deadline = time.monotonic() + PATIENCE
         while not own.is_dir():
             if time.monotonic() > deadline:
@@ -127,7 +128,8 @@ class Team:
                 )
             time.sleep(_POLL)
         self._folder = own
-        self._say("alive", _whereabouts(0))
+        with _in_words(folder):
+            self._say("alive", _whereabouts(0))
         self._living = threading.Thread(target=self._live, name="dc-merge-alive", daemon=True)
         self._living.start()
 
@@ -153,7 +155,8 @@ class Team:
 
     def start(self, manifest: Mapping[str, Any], shares: Sequence[Sequence[int]]) -> None:
         """Of the main process: what is merged, and which modules each process does."""
-        self._say("start", json.dumps({"manifest": manifest, "shares": shares}).encode())
+        with _in_words(self._folder):
+            self._say("start", json.dumps({"manifest": manifest, "shares": shares}).encode())
 
     def started(self) -> tuple[dict[str, Any], list[list[int]]]:
         """Wait for :meth:`start`; the manifest and all shares.
@@ -170,7 +173,8 @@ class Team:
     def done(self) -> None:
         """Say that this process has nothing left to do."""
         self._end()
-        self._say("done", b"")
+        with _in_words(self._folder):
+            self._say("done", b"")
 
     def wait(self) -> None:
         """Until all others are done.
@@ -224,6 +228,18 @@ class Team:
                     "its own messages"
                 ) from None
             return None
+
+
+@contextmanager
+def _in_words(folder: Path | None) -> Iterator[None]:
+    """What the system says of a message that it can't write, as a :class:`MergeError`."""
+    try:
+        yield
+    except OSError as error:
+        raise MergeError(
+            f"can't write to '{folder}', where the processes of this launch meet ({first_line(error)}): make room there, or choose "
+            "another place for the output"
+        ) from error
 
 
 def _system() -> str:
