@@ -43,6 +43,9 @@ def workshop(target: Path) -> Iterator[Path]:
     finally:  # an interrupt between two lines above finds it, too
         try:
             settle(folder, target)
+        except KeyboardInterrupt:  # in the middle of large files, perhaps
+            settle(folder, target)
+            raise
         finally:
             if lock is not None:
                 os.close(lock)

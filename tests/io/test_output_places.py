@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from dc_merge_peft import OutputError
+from dc_merge_peft import DCMergeAdapter, OutputError
 from dc_merge_peft.outputs import directory
 from dc_merge_peft.outputs.directory import check_target, whole_directory
+from tests.support.many import many_modules
 from tests.support.refused import listing, refused
 
 
@@ -95,3 +97,20 @@ def test_kept_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
         assert listing(tmp_path / "out") == {"config.json": b"{}"}
     assert listing(kept) == {"config.json": b"{}"}
     assert [path.name for path in sorted(tmp_path.iterdir())] == (["disk"] if fails else ["disk", "out"])
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_interrupted_while_it_tidies_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+    """Ctrl-C in the middle of deleting what is hidden, which may be as large as a model: it is deleted to the end."""
+    sources, out, rmtree, asked = many_modules(tmp_path / "in", 2), tmp_path / "out", shutil.rmtree, []
+
+    def interrupt(path: Path, **options: bool) -> None:
+        asked.append(path)
+        if len(asked) == (2 if resume else 1):  # of the work folder, which is deleted at last
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt), DCMergeAdapter().merging(sources, resume=resume, out=out) as merged:
+        merged.save_pretrained(out)
+    assert len(asked) > 1 + resume and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
