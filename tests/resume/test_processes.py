@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -59,6 +60,15 @@ def launched(arguments: Sequence[object], place: Path) -> subprocess.Popen[str]:
     return started([*launcher, *options, *map(str, arguments)], place, CUDA_VISIBLE_DEVICES="")
 
 
+def made_inputs(command: str, place: Path) -> list[str]:
+    """A command and its inputs, enough of them to be killed in the middle."""
+    if command == "merge":
+        many_modules(place, 40, size=300, rank=24)
+        return ["merge", "lora-0", "lora-1"]
+    write_models(place, llama(width=128, layers=6), 2)
+    return ["merge-full", "base", "tuned-0", "tuned-1"]
+
+
 @pytest.mark.parametrize("method", ["dc", "ties", "tsvm"])
 def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path, method: str) -> None:
     """The same bytes; one process prints, and nothing of the work is left."""
@@ -110,16 +120,19 @@ def test_a_failing_process_ends_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_killed_process_ends_all_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "ranks"), [("merge", (1,)), ("merge", (0, 1)), pytest.param("merge-full", (0,), marks=needs_v5)]
+)
+def test_killed_processes_end_all_and_resume(tmp_path: Path, command: str, ranks: tuple[int, ...]) -> None:
     """A process that is killed in the middle takes the other one with it; the next run goes on, even one process alone."""
-    adapters = many_modules(tmp_path, 40, size=300, rank=24)
-    work, arguments = tmp_path / ".out.dc-merge-work", ["merge", *adapters, "-o", tmp_path / "out"]
-    process = launched([*arguments, "--resume"], tmp_path)
+    work, inputs = tmp_path / ".out.dc-merge-work", made_inputs(command, tmp_path)
+    process = launched([*inputs, "-o", "out", "--resume"], tmp_path)
     wait_until(lambda: len(list(work.glob("*.module"))) > 2 and bool(list(work.glob("team-*/1.alive"))), process)
-    (sign,) = work.glob("team-*/1.alive")
-    os.kill(int(sign.read_text().split('"process": ')[1].split(",")[0]), signal.SIGKILL)
+    for rank in ranks:
+        (sign,) = work.glob(f"team-*/{rank}.alive")
+        os.kill(json.loads(sign.read_text())["process"], signal.SIGKILL)
     finished(process, code=1)
     assert not (tmp_path / "out").exists() and len(list(work.glob("*.module"))) > 2
-    finished(program([*arguments, "--resume"], tmp_path))
-    finished(program([*arguments[:-1], tmp_path / "plain"], tmp_path))
-    assert listing(tmp_path / "out") == listing(tmp_path / "plain") and not work.exists()
+    finished(program([*inputs, "-o", "out", "--resume"], tmp_path))
+    finished(program([*inputs, "-o", "plain"], tmp_path))
+    assert listing(tmp_path / "out") == listing(tmp_path / "plain") and not list(tmp_path.glob(".*"))
