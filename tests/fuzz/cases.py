@@ -25,7 +25,7 @@ from tests.fuzz import damage, pickles, words
 from tests.fuzz.peft_reads import differs_from_peft
 from tests.fuzz.pickles import FLAG
 from tests.support.models import bert
-from tests.support.workspace import make_workspace
+from tests.support.workspace import make_full_workspace, make_workspace
 
 SECONDS, MEGABYTES = 1.0, 400  # of one case on an idle machine, beyond what the program needs by itself
 GIVE_UP = 20  # seconds after which a case is stopped
@@ -34,6 +34,8 @@ ADAPTER = "math-lora"
 MERGE, INSPECT = ("merge", ADAPTER, "code-lora", "-o", "out"), ("inspect", ADAPTER, "code-lora")
 FUSE = ("fuse", "base-model", ADAPTER, "code-lora", "-o", "out")
 SHARDED = ("fuse", "sharded", ADAPTER, "code-lora", "-o", "out")
+FULL = ("merge-full", "base-model", "math-model", "code-model", "-o", "out")
+LORA = (*FULL, "--lora-rank", "2")
 RUN = ("merge", "--config", "run.yaml", "-o", "out")
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -42,8 +44,10 @@ TARGETS: list[tuple[str, tuple[damage.Mutation, ...], tuple[tuple[str, ...], ...
     *([(f"{ADAPTER}/{WEIGHTS}", damage.SAFETENSORS, (MERGE, MERGE, INSPECT, FUSE))] * 4),
     *([(f"{ADAPTER}/adapter_config.json", words.CONFIG, (MERGE, MERGE, INSPECT, FUSE))] * 4),
     *([(f"{ADAPTER}/{PICKLE}", pickles.PICKLES, (MERGE, INSPECT, FUSE))] * 3),
-    *([("base-model/model.safetensors", damage.SAFETENSORS, (FUSE,))] * 2),
-    ("base-model/config.json", words.BASE_CONFIG, (FUSE,)),
+    *([("base-model/model.safetensors", damage.SAFETENSORS, (FUSE, FUSE, FULL))] * 2),
+    ("base-model/config.json", words.BASE_CONFIG, (FUSE, FUSE, FULL)),
+    *([("math-model/model.safetensors", damage.SAFETENSORS, (FULL, LORA))] * 2),
+    ("math-model/config.json", words.BASE_CONFIG, (FULL, LORA)),
     ("sharded/model.safetensors.index.json", words.INDEX, (SHARDED,)),
     *([("run.yaml", words.YAML, (RUN,))] * 3),
     (f"{ADAPTER}/README.md", words.CARD, (MERGE,)),
@@ -96,8 +100,9 @@ class Outcome:
 
 
 def make_pristine(folder: Path) -> Path:
-    """Good inputs: two adapters, a base model in one file and in several, and a run's configuration."""
-    make_workspace(folder)
+    """Good inputs: two adapters and two models, their base model in one file and in several, and a run's configuration."""
+    make_full_workspace(folder)
+    make_workspace(folder, base=False)
     bert().save_pretrained(folder / "sharded", max_shard_size="10KB")
     (folder / ADAPTER / "README.md").write_text("---\nlicense: mit\nlibrary_name: peft\n---\n# An adapter\n")
     (folder / "run.yaml").write_text(f"adapters: [{ADAPTER}, code-lora]\nmethod: dc\nweights: [1, 0.5]\n")
