@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dc_merge_peft.memory import is_want_of_memory
+
 # The types of numbers that are computed with; all others are copied as bytes.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KNOWN = {**FLOATS, "I64": torch.int64}  # the count of a batch norm's batches
@@ -134,7 +136,14 @@ def read_header(file: Path, opened: int) -> dict[str, StoredTensor]:
             ((name, entry) for name, entry in header.items() if name != "__metadata__"),
             key=lambda item: item[1]["data_offsets"],
         )
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last one is torch's, which maps the file
+        if is_want_of_memory(error):
+            raise
         raise Unreadable(getattr(error, "strerror", None) or str(error)) from error
     return {
         name: StoredTensor(

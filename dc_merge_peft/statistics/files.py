@@ -83,10 +83,10 @@ def load(path: str | Path) -> Statistics:
     """
     file = Path(path)
     try:
-        with safe_open(file, framework="pt") as opened:
-            header = (opened.metadata() or {}).get(HEADER)
         with file.open("rb", buffering=0) as raw:
             stored = read_header(file, raw.fileno())
+        with safe_open(file, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(HEADER)
     except (OSError, SafetensorError, Unreadable) as error:
         raise unreadable(file, error) from error
     if header is None:

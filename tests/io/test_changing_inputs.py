@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dc_merge_peft import DCMergeAdapter, SourceError
+from dc_merge_peft import DCMergeAdapter, MergeError, SourceError
 from dc_merge_peft.outputs import adapter as writer
 from dc_merge_peft.outputs import fused_stream
-from dc_merge_peft.sources import CheckpointSource
+from dc_merge_peft.sources import CheckpointSource, stored
 from tests.support import models
 from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
@@ -136,3 +136,28 @@ def test_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: C
     with refused(SourceError, "the base model's file", reason, "download or save the model again"):
         DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "in"}
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("unable to open file <x> in read-only mode: Too many open files (24)", SourceError, "Too many open files"),
+        (
+            "unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)",
+            MergeError,
+            "there is not enough memory",
+        ),
+    ],
+)
+def test_what_torch_says_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, kind: type[MergeError], words: str
+) -> None:
+    """Its own kind of error, where a file that is in order can't be opened or mapped: in words, not as a mistake of ours."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    one, two = (write_checkpoint(tmp_path / name) for name in ("one", "two"))
+    monkeypatch.setattr(stored, "safe_open", refuse)
+    with refused(kind, words):
+        DCMergeAdapter().merge([one, two])
