@@ -136,13 +136,8 @@ def read_header(file: Path, opened: int) -> dict[str, StoredTensor]:
             ((name, entry) for name, entry in header.items() if name != "__metadata__"),
             key=lambda item: item[1]["data_offsets"],
         )
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # the last one is torch's, which maps the file
-        if is_want_of_memory(error):
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if is_want_of_memory(error):  # a RuntimeError of torch's, which maps the file
             raise
         raise Unreadable(getattr(error, "strerror", None) or str(error)) from error
     return {
