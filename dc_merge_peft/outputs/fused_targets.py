@@ -15,7 +15,7 @@ from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import is_ordinary
 from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
-from dc_merge_peft.sources.base_model import path_in_model
+from dc_merge_peft.sources.base_model import part_with, path_in_model
 from dc_merge_peft.sources.renames import fitting_rename
 from dc_merge_peft.sources.ties import sharing
 
@@ -93,7 +93,10 @@ def find_targets(
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
-                + fitting_rename(wanted, partial(path_in_model, model), rename)
+                + (
+                    part_with((one.base_path(path) for path, (one, _) in wanted.items()), dict(model.named_modules()))
+                    or fitting_rename(wanted, partial(path_in_model, model), rename)
+                )
             )
         module = model.get_submodule(path)
         target = Target(name, path, module, place_of(name, module, layout, shape))

@@ -24,6 +24,7 @@ from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.live_state import own_layers_on_failure, unchanged_but_for
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.sources.base_model import part_with
 from dc_merge_peft.sources.live import factor_holders
 from dc_merge_peft.sources.live_model import LiveModel, plain_path
 from dc_merge_peft.sources.renames import fitting_rename
@@ -165,7 +166,11 @@ def check_modules(result: MergeResult, seen: LiveModel) -> None:
     if missing:
         raise OutputError(
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
-            "from the one they were trained with" + fitting_rename(result.modules, modules.__contains__, result.rename)
+            "from the one they were trained with"
+            + (
+                part_with(paths.values(), modules)
+                or fitting_rename(result.modules, modules.__contains__, result.rename)
+            )
         )
     for name, merged in result.modules.items():
         module = modules[paths[name]]

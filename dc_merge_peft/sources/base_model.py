@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,15 @@ def path_in_model(model: nn.Module, name: str) -> str | None:
     spells paths with or without ``base_model_prefix``; both are found."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     return next((path for path in (name, prefix + name, name.removeprefix(prefix)) if _has_module(model, path)), None)
+
+
+def part_with(paths: Iterable[str], modules: Iterable[str]) -> str:
+    """For the end of an error about missing modules: the part of a model that has them all, as what torch.compile or DataParallel, or
+    a class with a head, is put around. Nothing where no part has."""
+    paths, names = list(paths), frozenset(modules)
+    parts = (name.removesuffix(f".{paths[0]}") for name in names if name.endswith(f".{paths[0]}"))
+    found = min((part for part in parts if all(f"{part}.{path}" in names for path in paths)), key=len, default=None)
+    return f"; the model has them under '{found}': give that part, model.get_submodule('{found}')" if found else ""
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

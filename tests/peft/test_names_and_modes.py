@@ -162,3 +162,17 @@ def test_merged_into_the_base(tmp_path: Path, other: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.unmerge_adapter()
     model.add_weighted_adapter(NAMES, [1.0, 1.0], "both", combination_type="ta")
+
+
+@pytest.mark.parametrize(
+    ("around", "part"), [(torch.nn.DataParallel, "module"), (lambda model: torch.nn.Sequential(model), "0")]
+)
+def test_the_model_is_inside_of_what_was_given(tmp_path: Path, around: Any, part: str) -> None:
+    """A wrapper, as DataParallel or a pipeline is one: the error says where in it the model is, by which it works."""
+    merged, whole = wider(tmp_path), around(models.bert())
+    said = f"the model has them under '{part}': give that part, model.get_submodule('{part}')"
+    with refused(OutputError, "has no module", said):
+        merged.add_to(whole)
+    with refused(OutputError, "has no module", said):
+        DCMergeAdapter(method="ta").fuse(whole, [tmp_path / name for name in NAMES])
+    assert merged.add_to(whole.get_submodule(part)).active_adapter == "merged"
