@@ -94,8 +94,10 @@ def find_targets(
                 f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
                 + (
-                    part_with((one.base_path(path) for path, (one, _) in wanted.items()), dict(model.named_modules()))
-                    or fitting_rename(wanted, partial(path_in_model, model), rename)
+                    fitting_rename(wanted, partial(path_in_model, model), rename)
+                    or part_with(
+                        (one.base_path(path) for path, (one, _) in wanted.items()), dict(model.named_modules())
+                    )
                 )
             )
         module = model.get_submodule(path)

@@ -168,8 +168,8 @@ def check_modules(result: MergeResult, seen: LiveModel) -> None:
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
             "from the one they were trained with"
             + (
-                part_with(paths.values(), modules)
-                or fitting_rename(result.modules, modules.__contains__, result.rename)
+                fitting_rename(result.modules, modules.__contains__, result.rename)
+                or part_with(paths.values(), modules)
             )
         )
     for name, merged in result.modules.items():
