@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.methods.cover import structural_mask
-from dc_merge_peft.methods.elementwise import FEW, SAME
+from dc_merge_peft.methods.elementwise import FEW, SAME, certain_signs
 from dc_merge_peft.methods.smoothing import Smoothing
 from dc_merge_peft.methods.spaces import CoverConfig, SmoothingConfig
 from dc_merge_peft.stacked import (
@@ -129,7 +129,7 @@ def ties_of_stack(
     for count, tasks in alike(kept).items():
         trimmed[:, tasks] = _largest(flat[:, tasks], count)
     sums, sizes = trimmed.sum(1), trimmed.abs().sum(1)
-    signs = sums.sign().where(sums.abs() > SAME * sizes, 0)
+    signs = certain_signs(sums, sizes)
     agreeing = trimmed.where(trimmed.sign() == signs[:, None], 0)
     return (agreeing.sum(1) / (agreeing != 0).sum(1).clamp(min=1)).view(len(M), *M.shape[2:])
 

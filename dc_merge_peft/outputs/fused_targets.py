@@ -15,8 +15,7 @@ from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import is_ordinary
 from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
-from dc_merge_peft.sources.base_model import part_with, path_in_model
-from dc_merge_peft.sources.renames import fitting_rename
+from dc_merge_peft.sources.base_model import elsewhere, path_in_model
 from dc_merge_peft.sources.ties import sharing
 
 
@@ -86,6 +85,7 @@ def find_targets(
         UnsupportedAdapterError: a weight that can't be changed.
     """
     shared = sharing(model)
+    layouts = {name: layout for name, (layout, _) in wanted.items()}
     for name, (layout, shape) in wanted.items():
         base_path = layout.base_path(name)
         path = path_in_model(model, base_path)
@@ -93,12 +93,7 @@ def find_targets(
             raise OutputError(
                 f"the base model, a {type(model).__name__}, has no module {preview([base_path])}: expected the base model of the "
                 "adapters; give the model object of the class they were trained with"
-                + (
-                    fitting_rename(wanted, partial(path_in_model, model), rename)
-                    or part_with(
-                        (one.base_path(path) for path, (one, _) in wanted.items()), dict(model.named_modules())
-                    )
-                )
+                + elsewhere(layouts, partial(path_in_model, model), dict(model.named_modules()), rename)
             )
         module = model.get_submodule(path)
         target = Target(name, path, module, place_of(name, module, layout, shape))

@@ -24,10 +24,9 @@ from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.live_state import own_layers_on_failure, unchanged_but_for
 from dc_merge_peft.outputs.lora_config import lora_fields, stored_factors
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base_model import part_with
+from dc_merge_peft.sources.base_model import elsewhere
 from dc_merge_peft.sources.live import factor_holders
 from dc_merge_peft.sources.live_model import LiveModel, plain_path
-from dc_merge_peft.sources.renames import fitting_rename
 from dc_merge_peft.sources.targeting import Targets
 
 # Before version 0.19 PEFT moves the new layers of a MixedModel to the base's device, which factors without numbers can't.
@@ -161,16 +160,13 @@ def check_modules(result: MergeResult, seen: LiveModel) -> None:
     """Every merged module exists in the model with the same layer type and shape, where PEFT can wrap it."""
     modules = seen.plain
     wrapped = {plain_path(name) for name, module in seen.modules.items() if isinstance(module, LoraLayer)}
-    paths = {name: merged.layout.base_path(name) for name, merged in result.modules.items()}
+    layouts = {name: merged.layout for name, merged in result.modules.items()}
+    paths = {name: layout.base_path(name) for name, layout in layouts.items()}
     missing = dict.fromkeys(path for path in paths.values() if path not in modules)
     if missing:
         raise OutputError(
             f"the model has no module {preview(missing)}: expected the base model of the adapters; its class may differ "
-            "from the one they were trained with"
-            + (
-                fitting_rename(result.modules, modules.__contains__, result.rename)
-                or part_with(paths.values(), modules)
-            )
+            "from the one they were trained with" + elsewhere(layouts, modules.__contains__, modules, result.rename)
         )
     for name, merged in result.modules.items():
         module = modules[paths[name]]

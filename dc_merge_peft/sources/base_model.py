@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
+from dc_merge_peft.layout import Layout
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
+from dc_merge_peft.sources.renames import fitting_rename
 
 
 class BaseModel:
@@ -148,13 +150,25 @@ def path_in_model(model: nn.Module, name: str) -> str | None:
     return next((path for path in (name, prefix + name, name.removeprefix(prefix)) if _has_module(model, path)), None)
 
 
-def part_with(paths: Iterable[str], modules: Iterable[str]) -> str:
-    """For the end of an error about missing modules: the part of a model that has them all, as what torch.compile or DataParallel, or
-    a class with a head, is put around. Nothing where no part has."""
-    paths, names = list(paths), frozenset(modules)
-    parts = (name.removesuffix(f".{paths[0]}") for name in names if name.endswith(f".{paths[0]}"))
-    found = min((part for part in parts if all(f"{part}.{path}" in names for path in paths)), key=len, default=None)
-    return f"; the model has them under '{found}': give that part, model.get_submodule('{found}')" if found else ""
+def elsewhere(
+    wanted: Mapping[str, Layout], exists: Callable[[str], object], modules: Iterable[str], rename: str | None
+) -> str:
+    """For the end of an error about missing modules: the rename under which a model has them, or that was given, or else the part of the
+    model that has them all, as what torch.compile or DataParallel, or a class with a head, is put around.
+
+    Args:
+        wanted: Layouts of the modules by the names that adapters have for them.
+        exists: Whether a path is one in the model.
+        modules: The paths in the model.
+        rename: Under which the adapters were read.
+    """
+    if renamed := fitting_rename(wanted, exists, rename):
+        return renamed
+    first, *others = (layout.base_path(name) for name, layout in wanted.items())
+    names = frozenset(modules)
+    parts = (name.removesuffix(f".{first}") for name in names if name.endswith(f".{first}"))
+    part = min((part for part in parts if all(f"{part}.{path}" in names for path in others)), key=len, default=None)
+    return f"; the model has them under '{part}': give that part, model.get_submodule('{part}')" if part else ""
 
 
 def _has_module(model: nn.Module, path: str) -> bool:
