@@ -77,8 +77,9 @@ def test_measured(tmp_path: Path) -> None:
         assert process.returncode == 0, errors
         return int(output)
 
-    room = 240_000_000 if torch.__version__ >= "2.10" else 190_000_000  # older PyTorch takes less for a module
-    assert growth(room) < room < growth(0)
+    room = 210_000_000 if torch.__version__ >= "2.10" else 190_000_000  # older PyTorch takes less for a module
+    assert growth(room) < room
+    assert any(growth(0) > room for _ in range(4))  # whether four threads are at their peaks together is chance
 
 
 def test_the_same_bytes(tmp_path: Path) -> None:
