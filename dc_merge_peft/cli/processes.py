@@ -10,8 +10,9 @@ import typer
 
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.runconfig import RunConfig
+from dc_merge_peft.work.meeting import launched
 from dc_merge_peft.work.place import WorkPlace, unfinished
-from dc_merge_peft.work.team import ShareDone, Team, launched
+from dc_merge_peft.work.team import ShareDone, Team
 
 
 @contextmanager

@@ -9,41 +9,25 @@ from __future__ import annotations
 import json
 import os
 import platform
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.torch_version import TorchVersion
-
-from dc_merge_peft.errors import MergeError, OptionError, first_line
+from dc_merge_peft.errors import MergeError, first_line
+from dc_merge_peft.work.meeting import meet
 from dc_merge_peft.work.whole import write_whole
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one, after which a process counts as dead; a network's file system may be that slow to show it
-MEETING = timedelta(minutes=10)  # in which the processes of one launch have to come together
 _POLL = 0.05
-# Older PyTorch ends a group of Gloo with Python's lock in its hands, which a thread of the group may wait for to let go of the
-# last message: then for ever. Left alone, the group ends with the process.
-_HANGS = TorchVersion(torch.__version__) < "2.9"
-# As launchers say how many processes there are: torch's, and those of MPI.
-_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class ShareDone(Exception):
     """This process has done its share of a merge that another one finishes."""
-
-
-def launched() -> int:
-    """How many processes a launcher has started."""
-    sizes = [os.environ.get(name, "") for name in _SIZES]
-    return max((int(size) for size in sizes if size.isdecimal()), default=1)
 
 
 @dataclass(eq=False)
@@ -63,46 +47,9 @@ class Team:
 
     @classmethod
     def join(cls, device: str | None) -> Team:
-        """Meet the other processes that a launcher has started.
-
-        Args:
-            device: As the user has it: ``"cpu"`` for the CPU, ``None``, ``"auto"`` or ``"cuda"`` for a GPU each where there are any.
-
-        Raises:
-            OptionError: a device of one process alone, or more processes than GPUs.
-            MergeError: the others can't be met.
-        """
-        if device not in (None, "auto", "cpu", "cuda"):
-            raise OptionError(
-                f"device '{device}' is given to {launched()} processes: expected cpu, or cuda for a GPU each; leave --device out, or "
-                "start one process"
-            )
-        from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
-
-        cpu = (
-            device == "cpu"
-            or not torch.cuda.is_available()
-            or os.environ.get("ACCELERATE_USE_CPU") in ("1", "True", "true")
-        )
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if not cpu and here > gpus:
-            raise OptionError(
-                f"found {here} processes on this machine, which has {gpus} GPU{'s' if gpus > 1 else ''}: expected one for each at most; start "
-                "fewer, or compute on the CPU (--device cpu)"
-            )
-        try:
-            state = PartialState(cpu=cpu, timeout=MEETING)
-            token = broadcast_object_list([secrets.token_hex(8)], from_process=0)[0]
-            state.wait_for_everyone()
-            if torch.distributed.is_initialized() and not (_HANGS and torch.distributed.get_backend() == "gloo"):
-                torch.distributed.destroy_process_group()  # all else goes through files
-        except (RuntimeError, ValueError) as error:
-            raise MergeError(
-                f"the {launched()} processes of this launch can't reach each other ({first_line(error)}): expected all of them to be "
-                "started by one launcher, as by accelerate launch; start one process to merge without"
-            ) from error
-        return cls(state.process_index, state.num_processes, "cpu" if cpu else str(state.device), str(token))
+        """Meet the other processes, as :func:`~dc_merge_peft.work.meeting.meet` has it."""
+        met = meet(device)
+        return cls(met.rank, met.size, met.device, met.token)
 
     @property
     def main(self) -> bool:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.full import write_models
 from tests.support.fused import BERT, saved
-from tests.support.many import finished, many_modules, program, started, wait_until
+from tests.support.launching import free_port, launched
+from tests.support.many import finished, many_modules, program, wait_until
 from tests.support.models import bert, llama
 from tests.support.refused import listing
 from tests.support.versions import needs_v5
@@ -30,34 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("processes")
     many_modules(place, COUNT)
     return place
-
-
-def launched(arguments: Sequence[object], place: Path) -> subprocess.Popen[str]:
-    """``dc-merge`` in two processes by accelerate."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    with socket.socket() as free:  # older accelerate does not look for one itself
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        "--num_processes",
-        "2",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        str(port),
-        "-m",
-        "dc_merge_peft",
-    ]
-    return started([*launcher, *options, *map(str, arguments)], place, CUDA_VISIBLE_DEVICES="")
 
 
 def made_inputs(command: str, place: Path) -> list[str]:
@@ -106,6 +75,27 @@ def test_full_models(tmp_path: Path) -> None:
     assert "error" not in finished(process)
     assert listing(tmp_path / "two") == listing(tmp_path / "one")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_processes_of_mpi(folder: Path, tmp_path: Path) -> None:
+    """Which says who is who in variables of its own, and nothing of addresses."""
+    arguments = ["merge", "lora-0", "lora-1", "-o"]
+    size = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_PORT": str(free_port())}
+    both = [
+        program(
+            [*arguments, tmp_path / "two"],
+            folder,
+            OMPI_COMM_WORLD_RANK=rank,
+            OMPI_COMM_WORLD_LOCAL_RANK=rank,
+            CUDA_VISIBLE_DEVICES="",
+            **size,
+        )
+        for rank in "01"
+    ]
+    for process in [*both, program([*arguments, tmp_path / "one"], folder)]:
+        finished(process)
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_a_failing_process_ends_all(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from dc_merge_peft import DCMergeAdapter, MergeError, MergeWarning, OptionError
+from dc_merge_peft.work import meeting
 from dc_merge_peft.work import team as teams
+from dc_merge_peft.work.meeting import launched
 from dc_merge_peft.work.place import WorkPlace
-from dc_merge_peft.work.team import ShareDone, Team, launched
+from dc_merge_peft.work.team import ShareDone, Team
 from tests.support.many import finished, many_modules, started
 from tests.support.program import run
 from tests.support.refused import listing, refused
@@ -223,8 +225,6 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of a launcher without the launcher."""
-    from accelerate.state import PartialState
-
     for name, value in {
         "WORLD_SIZE": "2",
         "RANK": "5",
@@ -233,10 +233,7 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(teams, "MEETING", timedelta(seconds=1))
-    try:
-        with refused(MergeError, "the 2 processes of this launch can't reach each other", "accelerate launch"):
-            Team.join("cpu")
-    finally:
-        PartialState._reset_state()
+    monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=1))
+    with refused(MergeError, "the 2 processes of this launch can't reach each other", "accelerate launch"):
+        Team.join("cpu")
     assert os.environ["WORLD_SIZE"] == "2"
