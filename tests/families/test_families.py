@@ -19,12 +19,11 @@ from tests.support import models
 from tests.support.families import FAMILIES, Family, answer
 from tests.support.fused import changed, nothing_is_loaded
 from tests.support.models import difference
-from tests.support.versions import V5, needs_v5
+from tests.support.versions import needs_v5
 
 WEIGHTS = [1.0, -0.5]
 TA = DCMergeAdapter(method="ta")
-# The weights that transformers 4 draws make CLIP's one number small beside what it is the sum of.
-ROUNDING = 1e-5 if V5 else 1e-4
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)

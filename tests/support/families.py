@@ -139,7 +139,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def answer(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The first tensor a model gives: logits, a similarity, or hidden states."""
+    """The first tensor a model gives, logits or hidden states; of CLIP what it compares, as a similarity is small beside what it is
+    the sum of."""
     with torch.no_grad():
         result = model(**inputs)
-    return result if isinstance(result, Tensor) else next(v for v in result.to_tuple() if isinstance(v, Tensor))
+    if isinstance(result, Tensor):
+        return result
+    if "image_embeds" in result:
+        return torch.cat([result.text_embeds, result.image_embeds])
+    return next(v for v in result.to_tuple() if isinstance(v, Tensor))
