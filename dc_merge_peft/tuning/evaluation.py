@@ -22,8 +22,14 @@ from dc_merge_peft.outputs.directory import hidden_beside
 PLACEHOLDER = "{adapter}"
 VARIABLE = "DC_MERGE_ADAPTER"  # in the environment of the command
 _GRACE = 5.0  # seconds that a program has to end before it is killed
-# A word may hold digits (epoch3, top@5) and is no number for it.
-_NUMBER = re.compile(r"(?<![\w.@])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)(?![\w@])", re.IGNORECASE)
+# A word may hold digits (epoch3, top@5, 12.5s) and is no number for it.
+_NUMBER = re.compile(
+    r"(?<![\w.@])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)(?!\.?[\w@])", re.IGNORECASE
+)
+# Whole digits before the comma of 0,85 or 12,345; in 3,0.85 there are two numbers beyond doubt.
+_WHOLE_AND_COMMA = re.compile(r"(?<![\w.,@])\d+,\Z")
+# Colours, which some programs print without a terminal, too, have numbers in them.
+_COLOUR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 # A word with a name in braces that is neither code nor of a shell, and such names in code.
 _BRACED, _IN_CODE = re.compile(r"[\w=/.:~-]*\{(\w+)\}[\w/.-]*"), re.compile(r"(?<!\$)\{(\w+)\}")
@@ -124,16 +130,24 @@ def last_number(text: str, command: str) -> float:
     """The last number in what a command has printed.
 
     Raises:
-        EvaluationError: there is none, or it is not finite.
+        EvaluationError: there is none, it is not finite, or a comma makes it doubtful which one it is.
     """
-    found = _NUMBER.findall(text)
+    text = _COLOUR.sub("", text)
+    found = list(_NUMBER.finditer(text))
     if not found:
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
         said = "nothing" if last is None else f"no number, at last '{last[:200]}',"
         raise EvaluationError(
             f"the command '{command}' printed {said} on its standard output: expected the score as the last number there; print it at the end"
         )
-    return checked_score(float(found[-1]), f"the command '{command}' printed")
+    number = found[-1]
+    whole, before = number[0].rstrip("."), _WHOLE_AND_COMMA.search(text, 0, number.start())
+    if before and whole.isdigit() and not text.startswith(",", number.end()):
+        raise EvaluationError(
+            f"the command '{command}' printed '{before[0]}{whole}', which may be one number or two: expected the score with a decimal "
+            "point and without other commas; print it by itself"
+        )
+    return checked_score(float(number[0]), f"the command '{command}' printed")
 
 
 def checked_score(score: Any, who: str) -> float:

@@ -94,6 +94,11 @@ def test_placeholders_of_other_names(command: str, found: str | None) -> None:
         ("nan nan 7", 7.0),
         ("0.9, information", 0.9),
         ('{"f1": 0.6}', 0.6),
+        ("0.85 in 12.5s (9.5it/s, torch 2.5.1+cpu, 0.5_x)", 0.85),
+        ("epoch 3\naccuracy \x1b[1;36m0.85\x1b[0m\x1b[K\n", 0.85),
+        ("epoch,accuracy\n3,0.85\n", 0.85),
+        ("[1,2,3]", 3.0),
+        ("0.9, 1", 1.0),
     ],
 )
 def test_the_last_number_counts(text: str, number: float) -> None:
@@ -111,6 +116,12 @@ def test_the_last_number_counts(text: str, number: float) -> None:
         ("0.5\nNaN", "the command 'eval' printed nan: expected a finite number"),
         ("loss: -inf", "the command 'eval' printed -inf: expected a finite number"),
         ("1e999", "the command 'eval' printed inf: expected a finite number"),
+        (
+            "accuracy: 0,85\n",
+            "the command 'eval' printed '0,85', which may be one number or two: expected the score with a decimal point",
+        ),
+        ("-12,345.", "printed '12,345', which may be one number or two"),
+        ("took 12.5s", "printed no number, at last 'took 12.5s',"),
     ],
 )
 def test_no_number(text: str, words: str) -> None:
