@@ -22,3 +22,19 @@ def test_places() -> None:
         ("blocks 0.1", "attn"), ("experts 0.7", "w1"),
     ]  # fmt: skip
     assert grid("net.0") == [("", "0")]
+
+
+def test_order_of_layers() -> None:
+    """That of their numbers, whatever that of the files or of the adapters is; kinds as they are met, stacks apart, the rest last."""
+
+    def layers(*modules: str) -> list[str]:
+        return list(dict.fromkeys(f"{place.layer}/{place.kind}" for place in places(modules).values()))
+
+    files = sorted(f"model.layers.{layer}.{kind}" for layer in (0, 1, 2, 9, 10, 11, 100) for kind in ("v", "q"))
+    wanted = [f"{layer}/{kind}" for layer in (0, 1, 2, 9, 10, 11, 100) for kind in ("q", "v")]
+    assert layers("head", *files) == [*wanted, "/head"]
+    assert layers("h.1.b", "h.2.a", "h.0.a") == ["0/a", "1/b", "2/a"]
+    assert layers("text.10.q", "image.0.q", "text.2.q") == ["text 2/q", "text 10/q", "image 0/q"]
+    assert layers("net.2.blocks.0.q", "net.10.blocks.1.q", "net.2.blocks.11.q", "net.2.blocks.3.q") == [
+        "2.0/q", "2.3/q", "2.11/q", "10.1/q",
+    ]  # fmt: skip

@@ -15,16 +15,23 @@ class Place:
 
 
 def places(modules: Iterable[str]) -> dict[str, Place]:
-    """The place of every module, layers and kinds in the order in which they are met."""
+    """The place of every module: stack after stack, layers in the order of their numbers, what is outside of layers last; all else in the
+    order in which it is met."""
     split = {module: _split(module) for module in modules}
-    stacks = dict.fromkeys(stack for stack, numbers, _ in split.values() if numbers)
+    stacks = list(dict.fromkeys(stack for stack, numbers, _ in split.values() if numbers))
     short = _shortened([kind for _, _, kind in split.values()])
     names = _shortened(stacks)
+
+    def order(module: str) -> tuple[int, list[tuple[int, str]]]:
+        stack, numbers, _ = split[module]
+        # Files have layer 10 before layer 2, and the first adapter may lack some.
+        return stacks.index(stack) if numbers else len(stacks), [(len(number), number) for number in numbers.split(".")]
+
     return {
         module: Place(
             " ".join(filter(None, (names[stack] if len(stacks) > 1 and numbers else "", numbers))), short[kind]
         )
-        for module, (stack, numbers, kind) in split.items()
+        for module, (stack, numbers, kind) in ((module, split[module]) for module in sorted(split, key=order))
     }
 
 
