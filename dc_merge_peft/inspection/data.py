@@ -217,7 +217,7 @@ class MergeInspection:
     adapters: tuple[str, ...]
     # DirSim and CosSim averaged over the adapter's modules, the other two over its energy
     overall: Mapping[str, Kept]
-    modules: Mapping[str, Mapping[str, Kept]]  # module: adapter: numbers
+    modules: Mapping[str, Mapping[str, Kept]]  # module: adapter that changes it: numbers
     findings: tuple[Finding, ...]
     spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict)  # of the merged delta itself, by module
 

@@ -127,13 +127,17 @@ def _inspect(
         norms_here = {name: task.norm() for name, task in tasks.items()}
         for name, norm in norms_here.items():
             norms[name][module] = norm
+        changed = [
+            name for name, norm in norms_here.items() if norm > 0
+        ]  # of an all-zero delta there is nothing to keep
         if module in merged.modules:
             *seen, delta = _together(module, tasks, _delta_of(merged, module), device)
-            modules[module] = {name: _kept(task, delta) for name, task in zip(tasks, seen, strict=True)}
+            of = dict(zip(tasks, seen, strict=True))
+            modules[module] = {name: _kept(of[name], delta) for name in changed}
             spectra[module] = _spectrum(merged, module, delta)
         else:
-            modules[module] = dict.fromkeys(tasks, NOTHING)
-            for name in tasks:
+            modules[module] = dict.fromkeys(changed, NOTHING)
+            for name in changed:
                 missing[name].append(module)
     overall = {name: _overall(name, norms[name], modules) for name in names}
     remarks = (
