@@ -178,7 +178,8 @@ def _overall(first: AdapterReport, second: AdapterReport, numbers: Mapping[str, 
         field: statistics.fmean(getattr(row, field) for row in numbers.values())
         for field in ("dir_sim", "left_overlap", "right_overlap", "sign_conflict")
     }
-    return PairNumbers(cos_sim=inner / whole if whole > 0 else 0.0, **means)
+    cosine = max(-1.0, min(1.0, inner / whole)) if whole > 0 else 0.0  # without the rounding that takes it past 1
+    return PairNumbers(cos_sim=cosine, **means)
 
 
 def _report(adapter: Opened, modules: Mapping[str, ModuleSpectrum]) -> AdapterReport:
