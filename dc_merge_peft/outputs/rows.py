@@ -7,7 +7,7 @@ from typing import Any
 
 from dc_merge_peft.result import MergeResult, common_truncation_error
 
-GROUP_COLUMNS = ("module", "count", "shape", "adapters", "rank", "truncation error")
+GROUP_COLUMNS = ("module", "count", "shape", "adapters", "rank", "largest error")
 
 
 def grouped_modules(result: MergeResult) -> Iterator[tuple[object, ...]]:

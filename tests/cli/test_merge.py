@@ -49,6 +49,7 @@ def test_summary_says_what_came_out(workspace: Path) -> None:
     result = run("merge", "math-lora", "code-lora", "-o", "out", "--svd-rank", "5")
     assert "query" in result.stdout and "5 of " in result.stdout
     assert "truncation error" in result.stdout and "%" in result.stdout
+    assert "largest error" in result.stdout  # of the modules of a row, while the line below has that of all together
     assert "alpha" in result.stdout and "(auto)" in result.stdout
     assert "s in all" in result.stdout
     assert "PeftModel.from_pretrained(base, 'out')" in result.stdout
