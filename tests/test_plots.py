@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
@@ -20,7 +22,14 @@ from dc_merge_peft import inspect_adapters
 from dc_merge_peft.errors import OptionError, OutputError
 from dc_merge_peft.inspection import Inspection, MergeInspection
 from dc_merge_peft.inspection.data import Kept
-from dc_merge_peft.plots import dirsim_figure, inspection_figures, require_matplotlib, save_figures, spectrum_figure
+from dc_merge_peft.plots import (
+    dirsim_figure,
+    inspection_figures,
+    require_matplotlib,
+    save_figures,
+    spectrum_figure,
+    tuning_figure,
+)
 
 from .support.refused import refused
 from .support.strategies import memory_sources, random_tasks
@@ -183,6 +192,25 @@ def test_long_names_are_cut_in_front() -> None:
     )
     (label,) = panels(dirsim_figure(long))[0].get_xticklabels()
     assert label.get_text().endswith("of-an-adapter-v2") and len(label.get_text()) < 30
+
+
+@pytest.mark.parametrize("name", ["a$b$c", r"x$\frac{$", r"back\$slash", "_hidden"])
+def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
+    """What matplotlib would read as a formula, or leave out of a legend, stands in every figure as it is."""
+    inspection, merge = inspected(2, 1, 1), merged(1, 1, 1)
+    first, second = inspection.adapters
+    renamed = dataclasses.replace(first, info=dataclasses.replace(first.info, name=name))
+    figures = inspection_figures(dataclasses.replace(inspection, adapters=(renamed, second)))
+    rows = {f"model.layers.0.{name}": {name: row["task0"]} for row in merge.modules.values()}
+    figures["dirsim"] = dirsim_figure(dataclasses.replace(merge, merged=name, adapters=(name,), modules=rows))
+    trials = [({f"weights.{name}": weight, "alpha": 1.0}, 1.0, weight) for weight in (1.0, 2.0)]
+    figures["search"] = tuning_figure([*trials, *trials], 0)
+    counts = {"spectrum": 1, "overlap": 8, "cover": 2, "dirsim": 3, "search": 3}
+    save_figures(figures, tmp_path, ["png"])
+    with rc_context({"svg.fonttype": "none"}):
+        for path in save_figures(figures, tmp_path, ["svg"]):
+            text = "".join(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()))
+            assert text.count(name) == counts[path.stem], path.stem
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

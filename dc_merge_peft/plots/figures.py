@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dc_merge_peft.inspection.data import Inspection, MergeInspection, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
 from dc_merge_peft.inspection.summary import cumulative_percent, quartiles
-from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, new_figure, settled
+from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, literal, new_figure, settled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def spectrum_figure(inspection: Inspection, merge: MergeInspection | None = None
             low, middle, high = quartiles(curves)
             places = range(1, len(middle) + 1)
             marker = "o" if len(middle) == 1 else None
-            axes.plot(places, middle, label=name, marker=marker, **style)
+            axes.plot(places, middle, label=literal(name), marker=marker, **style)
             if len(adapters) <= 3 and len(modules) > 1:
                 axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
     left.set_yscale("log")
@@ -111,7 +111,7 @@ def cover_figure(inspection: Inspection) -> Figure:
         first = place % columns == 0
         image = heat_map(axes, maps[kind], names if first else (), names, low=0.0, high=1.0, written=False)
         modules = len(grouped.get(kind, inspection.cover))
-        axes.set_title(f"{kind} ({modules} module{'s' * (modules > 1)})", loc="left", fontsize=8)
+        axes.set_title(f"{literal(kind)} ({modules} module{'s' * (modules > 1)})", loc="left", fontsize=8)
     assert image is not None
     figure.colorbar(image, ax=grid, shrink=0.8).set_label("mean magnitude of entries, largest block 1", fontsize=8)
     figure.suptitle("Adapters of norm 1 in their cover space, block by block", x=0.01, ha="left", fontsize=11)
@@ -146,13 +146,13 @@ def dirsim_figure(merge: MergeInspection) -> Figure:
         matrix = [[values.get((kinds[index], layer, name), math.nan) for name in names] for layer in layers]
         first = index % columns == 0
         image = heat_map(axes, matrix, layers if first else (), names, low=low, high=1.0, written=False, square=False)
-        axes.set_title(kinds[index], loc="left", fontsize=8)
+        axes.set_title(literal(kinds[index]), loc="left", fontsize=8)
         if first:
             axes.set_ylabel("layer", fontsize=9)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3.0 / (rows * height)))
     bar.set_label("projected DirSim", fontsize=8)
-    figure.suptitle(f"What {merge.merged} keeps of each adapter", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"What {literal(merge.merged)} keeps of each adapter", x=0.01, ha="left", fontsize=11)
     return figure
 
 

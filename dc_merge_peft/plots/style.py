@@ -88,9 +88,15 @@ def heat_map(
 
 def short(name: str) -> str:
     """A label: the end of a long name, which is where names differ; a dash for a module outside all layers."""
-    return (
+    return literal(
         name if 0 < len(name) <= LONGEST_LABEL else "\N{HORIZONTAL ELLIPSIS}" + name[-LONGEST_LABEL:] if name else "-"
     )
+
+
+def literal(name: str) -> str:
+    """A name as text that matplotlib draws as it is: between two dollars it would read a formula, and a legend has no entry for what
+    begins with an underscore."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def label_height(names: Sequence[str]) -> float:

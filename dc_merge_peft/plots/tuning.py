@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dc_merge_peft.plots.style import DASHES, LINES, new_figure, short
+from dc_merge_peft.plots.style import DASHES, LINES, literal, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def tuning_figure(
 def _against_alpha(axes: Any, trials: Sequence[tuple[Mapping[str, Any], float, float]], varied: Sequence[str]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for settings, alpha, score in trials:
-        name = ", ".join(f"{short(key)} {_label(settings[key])}" for key in varied) or "trials"
+        name = ", ".join(f"{short(key)} {literal(_label(settings[key]))}" for key in varied) or "trials"
         lines.setdefault(name, []).append((alpha, score))
     if len(lines) > _MOST_LINES or len(lines) == len(trials) > 1:
         lines = {"trials": [(alpha, score) for _, alpha, score in trials]}
