@@ -92,6 +92,17 @@ def test_spectrum_shows_medians() -> None:
     assert left.get_xlabel() and left.get_ylabel() and right.get_ylabel()
 
 
+def test_energy_never_falls() -> None:
+    """Where modules have different ranks those with fewer directions have all of their energy, as in a report."""
+    tasks = {f"layers.{rank}.q": random_tasks(rank, (20, 16), (rank,)) for rank in (1, 2, 3, 8)}
+    inspection = inspect_adapters(memory_sources(tasks), progress=False)
+    (line,) = spectrum_figure(inspection).axes[1].lines
+    energies = [np.square(module.S) for module in inspection.adapters[0].modules.values()]
+    whole = [np.cumsum(np.pad(energy, (0, 8 - len(energy)))) / np.sum(energy) for energy in energies]
+    assert line.get_ydata() == pytest.approx(100 * np.median(whole, axis=0))
+    assert np.all(np.diff(line.get_ydata()) >= -1e-9)
+
+
 def test_overlap_shows_every_pair() -> None:
     """Four symmetric matrices without a diagonal, on scales that hold them."""
     inspection = inspected()

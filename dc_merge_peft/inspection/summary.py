@@ -54,6 +54,13 @@ def cumulative_percent(S: Sequence[float]) -> list[float]:
     return shares
 
 
+def energy_curves(spectra: Sequence[Sequence[float]]) -> list[list[float]]:
+    """:func:`cumulative_percent` of several spectra, all as long as the longest. One without more values has all of its energy:
+    the median over them must not fall where the others end."""
+    longest = max(map(len, spectra))
+    return [[*cumulative_percent(S), *[100.0] * (longest - len(S))] for S in spectra]
+
+
 def quartiles(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
     """Lower quartile, median and upper quartile at each place, over the curves that reach it."""
     rows = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.inspection.data import Inspection, MergeInspection, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
-from dc_merge_peft.inspection.summary import cumulative_percent, quartiles
+from dc_merge_peft.inspection.summary import energy_curves, quartiles
 from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, literal, new_figure, settled
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def spectrum_figure(inspection: Inspection, merge: MergeInspection | None = None
         if modules is merged:
             style = {"color": "#000000", "linestyle": "-", "linewidth": 2.6}
         relative = [[value / module.S[0] for value in module.S] for module in modules]
-        cumulative = [cumulative_percent(module.S) for module in modules]
+        cumulative = energy_curves([module.S for module in modules])
         for axes, curves in ((left, relative), (right, cumulative)):
             low, middle, high = quartiles(curves)
             places = range(1, len(middle) + 1)

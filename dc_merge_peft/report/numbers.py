@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dc_merge_peft.inspection.data import Inspection, MergedSpectrum, MergeInspection, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
-from dc_merge_peft.inspection.summary import OUTSIDE, by_layer, cumulative_percent, group_means, quartiles
+from dc_merge_peft.inspection.summary import OUTSIDE, by_layer, energy_curves, group_means, quartiles
 from dc_merge_peft.report.heat import ranges
 
 
@@ -41,10 +41,7 @@ def spectrum_curve(modules: Sequence[ModuleSpectrum]) -> list[float]:
 
 def energy_curve(modules: Sequence[ModuleSpectrum]) -> list[float]:
     """Percent of ``sum S^2`` in the first j directions, as the median over modules."""
-    longest = max(len(module.S) for module in modules)
-    # A module without more directions has all of its energy: the curve must not fall where the others end.
-    curves = [[*cumulative_percent(module.S), *[100.0] * (longest - len(module.S))] for module in modules]
-    return quartiles(curves)[1]
+    return quartiles(energy_curves([module.S for module in modules]))[1]
 
 
 def measured(spectra: Iterable[ModuleSpectrum]) -> list[ModuleSpectrum]:
