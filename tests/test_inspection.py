@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge
 from dc_merge_peft.errors import IncompatibleAdaptersError, MergeWarning, OptionError, SourceError
 from dc_merge_peft.inspection import Inspection
-from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
 
 from .support import measures
 from .support.models import bert, deltas, factors, save_adapters, with_lora, write_checkpoint
@@ -121,16 +119,6 @@ def test_spectra_of_the_merge_are_those_of_its_deltas(peft_adapters: Any, tmp_pa
             lost = float(whole[6:].norm() / whole.norm())
             expected = (len(whole), pytest.approx(lost)) if target is merged else (None, None)
             assert (spectrum.full_rank, spectrum.truncation_error) == expected
-
-
-def test_cosines_over_all_modules_are_cosines() -> None:
-    """From -1 to 1 for copies and opposites, too, of which rounding would make a little more: an arc cosine takes them."""
-    for seed in range(8):
-        tasks = random_tasks(seed, (20, 16), (3, 3, 3, 3))
-        modules = {f"layers.{index}.q": [task, task, task.scaled(-1.0)] for index, task in enumerate(tasks)}
-        pairs = inspect_adapters(memory_sources(modules), progress=False).pairs
-        angles = [math.acos(pair.overall.cos_sim) for pair in pairs if pair.overall]
-        assert angles == pytest.approx([0.0, math.pi, math.pi], abs=1e-6)
 
 
 def test_adapters_in_memory() -> None:
@@ -270,21 +258,6 @@ def test_a_merge_of_other_adapters_says_so() -> None:
     opposed = DCMergeAdapter(method="ta").merge([first, second], weights=[1.0, -1.0], progress=False)
     kept = inspect_merge(opposed, [first, second], progress=False)
     assert any("'task1' is not in the merge or is opposed" in finding.text for finding in kept.findings)
-
-
-def test_untouched_modules_are_in_no_mean() -> None:
-    """An all-zero delta has nothing to keep: no zero in the means by kind and layer, and none is lost where the merge lacks it."""
-    first, second = random_tasks(3, (9, 8), (2, 2))
-    sources = memory_sources({"layers.0.q": [first, zero_task((9, 8))], "layers.1.q": [first, second]})
-    merged = DCMergeAdapter(method="ta").merge(sources, allow_zero=True, progress=False)
-    found = inspect_merge(merged, sources, progress=False)
-    assert list(found.modules["layers.0.q"]) == ["task0"]
-    (means,) = group_means(found, by_kind(found)).values()
-    assert means == pytest.approx({name: kept.projected_dir_sim for name, kept in found.overall.items()})
-    assert "task1" not in group_means(found, by_layer(found))["0"]
-    (rest,) = memory_sources({"layers.1.q": [first]})
-    other = inspect_merge(DCMergeAdapter(method="ta").merge([rest], progress=False), sources, progress=False)
-    assert [finding.adapters for finding in other.findings if "has nothing for" in finding.text] == [("task0",)]
 
 
 def test_a_task_left_behind_is_named() -> None:

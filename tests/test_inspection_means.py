@@ -1,0 +1,37 @@
+"""Numbers of an inspection over many modules: all of them, and groups."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
+from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
+
+from .support.strategies import memory_sources, random_tasks, zero_task
+
+
+def test_cosines_over_all_modules_are_cosines() -> None:
+    """From -1 to 1 for copies and opposites, too, of which rounding would make a little more: an arc cosine takes them."""
+    for seed in range(8):
+        tasks = random_tasks(seed, (20, 16), (3, 3, 3, 3))
+        modules = {f"layers.{index}.q": [task, task, task.scaled(-1.0)] for index, task in enumerate(tasks)}
+        pairs = inspect_adapters(memory_sources(modules), progress=False).pairs
+        angles = [math.acos(pair.overall.cos_sim) for pair in pairs if pair.overall]
+        assert angles == pytest.approx([0.0, math.pi, math.pi], abs=1e-6)
+
+
+def test_untouched_modules_are_in_no_mean() -> None:
+    """An all-zero delta has nothing to keep: no zero in the means by kind and layer, and none is lost where the merge lacks it."""
+    first, second = random_tasks(3, (9, 8), (2, 2))
+    sources = memory_sources({"layers.0.q": [first, zero_task((9, 8))], "layers.1.q": [first, second]})
+    merged = DCMergeAdapter(method="ta").merge(sources, allow_zero=True, progress=False)
+    found = inspect_merge(merged, sources, progress=False)
+    assert list(found.modules["layers.0.q"]) == ["task0"]
+    (means,) = group_means(found, by_kind(found)).values()
+    assert means == pytest.approx({name: kept.projected_dir_sim for name, kept in found.overall.items()})
+    assert "task1" not in group_means(found, by_layer(found))["0"]
+    (rest,) = memory_sources({"layers.1.q": [first]})
+    other = inspect_merge(DCMergeAdapter(method="ta").merge([rest], progress=False), sources, progress=False)
+    assert [finding.adapters for finding in other.findings if "has nothing for" in finding.text] == [("task0",)]
