@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
+from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge
+from dc_merge_peft.inspection.data import fixed
 from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
 
 from .support.strategies import memory_sources, random_tasks, zero_task
@@ -35,3 +37,21 @@ def test_untouched_modules_are_in_no_mean() -> None:
     (rest,) = memory_sources({"layers.1.q": [first]})
     other = inspect_merge(DCMergeAdapter(method="ta").merge([rest], progress=False), sources, progress=False)
     assert [finding.adapters for finding in other.findings if "has nothing for" in finding.text] == [("task0",)]
+
+
+def test_nothing_is_minus_nothing() -> None:
+    """A number that rounds to zero has no sign, in tables, on pages and in words."""
+    assert [fixed(value, 2) for value in (-0.004, -0.0, 0.004, -0.006, 1.0)] == [
+        "0.00",
+        "0.00",
+        "0.00",
+        "-0.01",
+        "1.00",
+    ]
+    tasks = [LowRank(torch.eye(4)[:, index : index + 1], torch.eye(4)[index : index + 1]) for index in (0, 1)]
+    first, second = memory_sources({"layers.0.q": tasks})
+    merged = DCMergeAdapter(method="ta").merge([first, second], weights=[1.0, -1e-3], progress=False)
+    (finding,) = (
+        f for f in inspect_merge(merged, [first, second], progress=False).findings if f.adapters == ("task1",)
+    )
+    assert "(strength 0.00)" in finding.text

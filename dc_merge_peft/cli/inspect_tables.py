@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dc_merge_peft.cli.show import table
 from dc_merge_peft.errors import message
-from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, MergeInspection
+from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, MergeInspection, fixed
 from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
 
 # More rows than this push what matters off the screen.
@@ -39,7 +39,7 @@ def print_inspection(out: Console, inspection: Inspection) -> None:
         (
             f"{names[pair.first]}, {names[pair.second]}",
             len(pair.modules),
-            *(f"{round(value, 3) + 0.0:.3f}" for value in (numbers.cos_sim, numbers.dir_sim)),
+            *(fixed(value, 3) for value in (numbers.cos_sim, numbers.dir_sim)),
             f"{numbers.left_overlap:.1%}",
             f"{numbers.right_overlap:.1%}",
             f"{numbers.sign_conflict:.1%}",
@@ -59,10 +59,10 @@ def print_merge(out: Console, merge: MergeInspection) -> None:
     rows = [
         (
             name,
-            f"{kept.projected_dir_sim:.3f}",
-            f"{kept.projected_cos_sim:.3f}",
+            fixed(kept.projected_dir_sim, 3),
+            fixed(kept.projected_cos_sim, 3),
             f"{kept.retained_energy:.1%}",
-            f"{kept.strength:.2f}",
+            fixed(kept.strength, 2),
         )
         for name, kept in merge.overall.items()
     ]
@@ -120,7 +120,7 @@ def _grouped(merge: MergeInspection, groups: Mapping[str, str], both: bool) -> I
     """One row a group, means over its modules."""
     energies = group_means(merge, groups, "retained_energy") if both else {}
     for group, similarities in group_means(merge, groups).items():
-        cells = {name: f"{value:.2f}" for name, value in similarities.items()}
+        cells = {name: fixed(value, 2) for name, value in similarities.items()}
         for name, energy in energies.get(group, {}).items():
             cells[name] += f" {energy:4.0%}"
         yield group, *(cells.get(name, "") for name in merge.adapters)

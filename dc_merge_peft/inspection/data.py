@@ -249,6 +249,11 @@ def median(values: Iterable[float]) -> float | None:
     return statistics.median(found) if found else None
 
 
+def fixed(value: float, places: int) -> str:
+    """A number with so many decimals, without the sign that rounding leaves of a small negative one."""
+    return f"{round(value, places) + 0.0:.{places}f}"
+
+
 def plain(value: Any) -> Any:
     """Tuples as lists, all the way down: what JSON would make of them."""
     if isinstance(value, (tuple, list)):

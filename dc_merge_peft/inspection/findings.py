@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from dc_merge_peft.errors import preview
-from dc_merge_peft.inspection.data import AdapterReport, Finding, Kept, PairReport
+from dc_merge_peft.inspection.data import AdapterReport, Finding, Kept, PairReport, fixed
 from dc_merge_peft.inspection.reading import Opened
 from dc_merge_peft.sources.refusals import extras_without_policy
 
@@ -244,14 +244,14 @@ def findings_after(overall: Mapping[str, Kept], missing: Mapping[str, Sequence[s
             yield Finding(
                 "warning",
                 (name,),
-                f"'{name}' is not in the merge or is opposed by it (strength {kept.strength:.2f}): its task is likely lost. "
+                f"'{name}' is not in the merge or is opposed by it (strength {fixed(kept.strength, 2)}): its task is likely lost. "
                 "Give it a larger weight, or look for an adapter that conflicts with it",
             )
         elif others and kept.projected_dir_sim < BEHIND * statistics.median(others):
             yield Finding(
                 "warning",
                 (name,),
-                f"'{name}' keeps far less of its directions (projected DirSim {kept.projected_dir_sim:.2f}) than the others "
+                f"'{name}' keeps far less of its directions (projected DirSim {fixed(kept.projected_dir_sim, 2)}) than the others "
                 f"(median {statistics.median(others):.2f}): it is the first to lose accuracy. Give it a larger weight",
             )
     lost = {name: kept.retained_energy for name, kept in overall.items() if kept.retained_energy < LOST}

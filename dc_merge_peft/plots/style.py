@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.errors import OptionError
+from dc_merge_peft.inspection.data import fixed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ def heat_map(
                     axes.text(
                         j,
                         i,
-                        f"{round(value, 2) + 0.0:.2f}",
+                        fixed(value, 2),
                         ha="center",
                         va="center",
                         fontsize=6.5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from dc_merge_peft.inspection.data import fixed
 from dc_merge_peft.report.colours import STEPS
 from dc_merge_peft.report.html import Html, element
 from dc_merge_peft.report.tables import clipped, scrolling, short
@@ -95,7 +96,7 @@ def _step(value: float, limit: float) -> str:
 
 
 def _number(value: float, percent: bool) -> str:
-    return f"{100 * value:.0f}%" if percent else f"{round(value, 2) + 0.0:.2f}"
+    return f"{100 * value:.0f}%" if percent else fixed(value, 2)
 
 
 def _scale(limit: float, percent: bool, signed: bool) -> Html:

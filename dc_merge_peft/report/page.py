@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from dc_merge_peft.inspection.data import fixed
 from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.outputs.card_facts import versions
 from dc_merge_peft.report import sections, spectra
@@ -94,7 +95,7 @@ def _facts(report: MergeReport) -> Html:
         ("method", clipped(report.method or unknown, 40), ""),
         ("alpha", unknown if alpha is None else f"{alpha:.4g}", "fitted without data" if fitted else ""),
         ("modules", str(len(report.after.modules)), f"rank {max(ranks)} at most" if ranks else ""),
-        ("mean projected DirSim", f"{statistics.fmean(similarities):.3f}", f"lowest: {clipped(lowest, 40)}"),
+        ("mean projected DirSim", fixed(statistics.fmean(similarities), 3), f"lowest: {clipped(lowest, 40)}"),
         ("truncation error", unknown if error is None else f"{error:.2%}", ""),
         ("warnings", str(warnings), "in words below" if warnings else ""),
     ]

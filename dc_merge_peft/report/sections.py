@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dc_merge_peft.errors import message
-from dc_merge_peft.inspection.data import AdapterReport
+from dc_merge_peft.inspection.data import AdapterReport, fixed
 from dc_merge_peft.inspection.summary import by_kind, group_means
 from dc_merge_peft.outputs.card_facts import HUB, hub_page
 from dc_merge_peft.outputs.public import is_hub_id
@@ -104,10 +104,10 @@ def kept(report: MergeReport) -> Html:
     rows = [
         (
             name,
-            f"{numbers.projected_dir_sim:.3f}",
-            f"{numbers.projected_cos_sim:.3f}",
+            fixed(numbers.projected_dir_sim, 3),
+            fixed(numbers.projected_cos_sim, 3),
             f"{numbers.retained_energy:.1%}",
-            f"{numbers.strength:.2f}",
+            fixed(numbers.strength, 2),
         )
         for name, numbers in merge.overall.items()
     ]
