@@ -50,7 +50,8 @@ def sign_conflict(first: Delta, second: Delta) -> float:
 
     ``1 - sum |M_s + M_t| / sum (|M_s| + |M_t|)``: what opposite signs destroy. There, not in the m x n entries, is where
     DC-Merge elects signs. It does not depend on the signs of singular vectors or the order of the two; it does depend on
-    their scale, since a weak task can cancel little of a strong one.
+    their scale, since a weak task can cancel little of a strong one. Within a run of equal singular values, as averaging leaves
+    them, the directions are arbitrary, and with them how much of single entries cancels.
 
     Args:
         first: A delta (m, n), scaling and weight included.
