@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dc_merge_peft.outputs.beside import Beside
+from dc_merge_peft.outputs.beside import FOLDER, Beside
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.directory import whole_directory
@@ -24,7 +24,7 @@ from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, run_record
 from dc_merge_peft.sources.base import CardFacts
-from dc_merge_peft.sources.hub import TRAINABLES_FILE
+from dc_merge_peft.sources.hub import TRAINABLES_FILE, WEIGHT_FILES
 from dc_merge_peft.sources.keys import PREFIX
 
 
@@ -80,6 +80,7 @@ def push_adapter(
             private=private,
             token=token,
             create_pr=create_pr,
+            stale=lambda path: path in (*WEIGHT_FILES, TRAINABLES_FILE) or path.startswith(f"{FOLDER}/"),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from dc_merge_peft.hub_errors import secrets as tokens_in_use
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub.hf_api import CommitOperation
 
 
 def publish(
@@ -22,6 +23,8 @@ def publish(
     private: bool | None = None,
     token: str | bool | None = None,
     create_pr: bool = False,
+    stale: Callable[[str], bool] = lambda _: False,
+    rival: str | None = None,
 ) -> str:
     """Upload files in one commit, to a repository that is created if need be.
 
@@ -36,13 +39,16 @@ def publish(
         private: Of a new repository; the account's default if ``None``.
         token: By default that of the environment (``HF_TOKEN``) or of the login.
         create_pr: Propose a pull request instead of committing to the main branch.
+        stale: Says of a file of the repository that it is part of what was pushed before, and would be taken for a part of
+            this. The commit deletes it unless it brings another one of that name.
+        rival: A file for which what is pushed would not be loaded.
 
     Returns:
         The URL of the commit or pull request.
 
     Raises:
-        OutputError: a repository that was to be private exists and is public, the Hub refuses or fails, or can't be
-            reached.
+        OutputError: a repository that was to be private exists and is public, or holds ``rival``, the Hub refuses or fails,
+            or can't be reached.
     """
     import huggingface_hub
 
@@ -59,12 +65,16 @@ def publish(
             )
 
         def commit_once() -> CommitInfo:
-            # New operations for each try: they remember what the repository held. What is uploaded the Hub remembers.
-            operations = [
-                huggingface_hub.CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-                for path, content in sorted(files.items())
-            ]
-            return api.create_commit(repo, operations, commit_message=commit_message, create_pr=create_pr)
+            # New operations for each try: they remember what the repository held, and a commit whose answer was lost has
+            # deleted already. What is uploaded the Hub remembers.
+            held = set() if created else {file.rfilename for file in api.model_info(repo).siblings or ()}
+            if rival in held:
+                raise OutputError(
+                    f"can't push to '{repo}': it holds an {rival}, for which transformers would load that adapter on its base model "
+                    "in place of this model; expected a repository without an adapter: delete it there, or give a new name"
+                )
+            gone = [path for path in sorted(held - files.keys()) if stale(path)]
+            return api.create_commit(repo, _operations(files, gone), commit_message=commit_message, create_pr=create_pr)
 
         commit = patiently(
             commit_once,
@@ -78,6 +88,17 @@ def publish(
             error, known
         )
     return commit.pr_url or commit.commit_url
+
+
+def _operations(files: Mapping[str, Path | bytes], gone: Iterable[str]) -> list[CommitOperation]:
+    """The parts of a commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    added = [
+        CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+        for path, content in sorted(files.items())
+    ]
+    return [*added, *map(CommitOperationDelete, gone)]
 
 
 def check_repository(repo_id: str) -> None:

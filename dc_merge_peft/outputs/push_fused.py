@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import yaml
 from torch import nn
 
 from dc_merge_peft.errors import OutputError
+from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.fused import save_fused
@@ -18,10 +20,11 @@ from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME
-from dc_merge_peft.sources.hub import HubId
+from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
 
 # Where transformers and tokenizers note which directory they were loaded from.
 _PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def push_fused(
@@ -76,6 +79,8 @@ def push_fused(
                 private=private,
                 token=token,
                 create_pr=create_pr,
+                stale=_of_an_earlier_model,
+                rival=CONFIG_FILE,
             )
         except OutputError as error:
             raise OutputError(
@@ -83,6 +88,11 @@ def push_fused(
                 if saved and keeps
                 else str(error)
             ) from error.__cause__
+
+
+def _of_an_earlier_model(path: str) -> bool:
+    """Whether it holds weights, in one file or several, which transformers could take for this model's, or a report."""
+    return _WEIGHTS.fullmatch(path) is not None or path.startswith(f"{FOLDER}/")
 
 
 def _title(result: MergeResult) -> str:

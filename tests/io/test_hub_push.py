@@ -103,6 +103,15 @@ def test_retries_are_bounded(server: HubServer, merged: MergedAdapter, step: str
     assert statuses(server, "PUT" if "_lfs" in step else "POST", step) == [500] * tries
 
 
+def test_files_of_an_earlier_adapter(server: HubServer, merged: MergedAdapter) -> None:
+    """What would be read as a part of the adapter goes with the commit; other files stay."""
+    old = {"non_lora_trainables.bin": b"x", "adapter_model.bin": b"x", "dc_merge_report/page.html": b"x"}
+    server.add_repo(MERGED, {**old, "notes.txt": b"mine", "tokenizer.json": b"{}", "sub/adapter_model.bin": b"x"})
+    merged.push_to_hub(MERGED)
+    assert set(server.files(MERGED)) == PUBLISHED | {"notes.txt", "tokenizer.json", "sub/adapter_model.bin"}
+    assert len(server.commits(MERGED, "main")) == 2 and list(merge(MERGED).modules) == ["enc.q"]
+
+
 @pytest.mark.parametrize("step", ["/preupload/", "^/_lfs/", "/commit/"])
 def test_a_new_repository_stays_empty(server: HubServer, merged: MergedAdapter, step: str) -> None:
     """The error says that the repository is there, and pushing again fills it."""

@@ -114,3 +114,32 @@ def test_a_fused_model_that_can_not_be_pushed(server: HubServer, base: tuple[Pat
     with refused(OutputError, "can't push to 'org/merged'", f"the fused model is in '{tmp_path / 'out'}'"):
         merger.fuse(folder, adapters, tmp_path / "out", push_to=MERGED)
     assert server.files(MERGED) == {} and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_weights_of_an_earlier_push(server: HubServer, base: tuple[Path, list[Path]]) -> None:
+    """One file takes the place of several, and several that of one, which transformers would load first: each push loads as what
+    it is, by one commit that leaves other files alone, and by one even where its answer gets lost."""
+    folder, adapters = base
+    merger, report = DCMergeAdapter(method="ta"), {"dc_merge_report/page.html": b"x", "notes.txt": b"mine"}
+    server.add_repo(MERGED, report)
+    for count, (weight, size) in enumerate(((1.0, None), (3.0, "10KB"), (5.0, None)), start=1):
+        server.fail("POST", "/commit/", cut="response", times=count - 1)
+        merger.fuse_to_disk(folder, adapters, weights=[weight, 1.0], push_to=MERGED, max_shard_size=size)
+        expected = merger.fuse(models.bert(), adapters, weights=[weight, 1.0])
+        loaded = type(models.bert()).from_pretrained(MERGED).eval()
+        assert models.difference(models.output(loaded), models.output(expected.eval())) < 1e-6
+        weights = {name for name in server.files(MERGED) if name.startswith("model")}
+        assert (weights == {"model.safetensors"}) == (size is None) and len(weights) != 2
+        assert len(server.commits(MERGED, "main")) == 1 + count
+    assert server.files(MERGED)["notes.txt"] == b"mine" and "dc_merge_report/page.html" not in server.files(MERGED)
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_repository_of_an_adapter(server: HubServer, base: tuple[Path, list[Path]], create_pr: bool) -> None:
+    """transformers would load the adapter that is there in place of a fused model, without a word."""
+    before = server.files("org/one")
+    with refused(
+        OutputError, "can't push to 'org/one'", "holds an adapter_config.json", "in place of this model", "new name"
+    ):
+        DCMergeAdapter(method="ta").fuse_to_disk(*base, push_to="org/one", create_pr=create_pr)
+    assert server.files("org/one") == before and not server.made("POST", "/preupload/")

@@ -108,6 +108,9 @@ def point_client_at(
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", True)
     # `huggingface_hub.create_repo` and the like are methods of one HfApi made when the module was loaded.
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+    # transformers keeps one, too; where nobody answers at its address, it goes on with its cache, a commit behind perhaps.
+    if hasattr(sys.modules.get("transformers.utils.hub"), "_hf_api"):
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None)
     # This library's own waits, and the clock by which it judges the client's patience.
     monkeypatch.setattr("dc_merge_peft.hub_errors.sleep", server.sleeps.append)
     monkeypatch.setattr("dc_merge_peft.hub_errors.monotonic", lambda: sum(server.sleeps))
