@@ -6,6 +6,7 @@ they carry (a status, headers, a cause), not by their class.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from time import monotonic, sleep
@@ -21,7 +22,10 @@ TRIES = 3
 PATIENCE_S = 15.0
 LONGEST_WAIT_S = 60.0  # that the Hub may ask for
 LONGEST_TEXT = 300  # of what others say
-_PASSING = (408, 429, 500, 502, 503, 504)
+# 412 is the answer to a commit while someone else's is being made.
+_PASSING = (408, 412, 429, 500, 502, 503, 504)
+# In the header "RateLimit": none of the requests of a span of time remain, and it ends in so many seconds.
+_LIMIT_SPENT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 _NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
 # Names of errors in these libraries which say that there is no way to the Hub at all.
 _NO_CONNECTION = (
@@ -48,8 +52,10 @@ def http_status(error: BaseException) -> int | None:
 
 
 def retry_after(error: BaseException) -> float | None:
-    """The seconds that the Hub asks to wait."""
+    """The seconds that the Hub asks to wait: those after which its limit of requests starts anew, or what is in its way does."""
     headers = getattr(_response(error), "headers", None) or {}
+    if spent := _LIMIT_SPENT.search(str(headers.get("RateLimit", ""))):
+        return float(spent[1])
     text = str(headers.get("Retry-After", ""))
     return float(text) if text.isdecimal() else None
 

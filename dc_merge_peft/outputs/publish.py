@@ -79,7 +79,7 @@ def publish(
         commit = patiently(
             commit_once,
             # To the main branch the same commit twice is one. A pull request, whose answer was lost, would be two.
-            repeatable=lambda error: not create_pr or http_status(error) in (429, 503),
+            repeatable=lambda error: not create_pr or http_status(error) in (412, 429, 503),
         )
     except OutputError:
         raise

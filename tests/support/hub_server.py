@@ -138,6 +138,7 @@ class HubServer:
         after_bytes: int = 0,
         reset: bool = False,
         retry_after: int | None = None,
+        rate_limit: int | None = None,
         delay: float = 0.0,
         error_code: str | None = None,
         message: str | None = None,
@@ -146,7 +147,8 @@ class HubServer:
 
         `path_regex` is searched in the decoded path without the query. `status` is answered without
         doing anything; 401 says that the token is wrong (set `error_code="RepoNotFound"` for the answer
-        to a missing token), 404 that the repository is missing. `retry_after` adds that header.
+        to a missing token), 404 that the repository is missing. `retry_after` adds that header, `rate_limit` the one
+        by which the Hub itself says after how many seconds its limit of requests starts anew.
 
         `cut=True` breaks the connection instead: of a PUT or POST after reading `after_bytes` of its
         body, of a GET after sending `after_bytes` of the answer's (0: before any answer). `cut="response"`
@@ -159,21 +161,14 @@ class HubServer:
         error = HubError(status, message or defaults.get(status, f"injected failure {status}"), code)
         if retry_after is not None:
             error.headers["Retry-After"] = str(retry_after)
+        if rate_limit is not None:
+            error.headers |= {
+                "RateLimit": f'"api";r=0;t={rate_limit}',
+                "RateLimit-Policy": '"fixed window";"api";q=500;w=300',
+            }
         with self._lock:
             self._failures.append(
-                Failure(
-                    method,
-                    path_regex,
-                    status,
-                    times,
-                    skip,
-                    cut,
-                    after_bytes,
-                    reset,
-                    retry_after,
-                    delay,
-                    error,
-                )
+                Failure(method, path_regex, status, times, skip, cut, after_bytes, reset, retry_after, delay, error)
             )
 
     def recover(self) -> None:
