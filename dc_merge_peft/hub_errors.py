@@ -100,12 +100,18 @@ def secrets(token: str | bool | None) -> tuple[str, ...]:
 def in_words(error: BaseException, known: tuple[str, ...]) -> str:
     """What went wrong: the Hub's own words where it answered, else the error's, without secrets."""
     status = http_status(error)
-    said = next((e.server_message for e in causes(error) if getattr(e, "server_message", None)), None)  # type: ignore[attr-defined]
     if status is not None:
-        text = f"the Hub answered {status}" + (f" ({' '.join(said.split())})" if said else "")
+        said = words_of_the_hub(error, known)
+        text = f"the Hub answered {status}" + (f" ({said})" if said else "")
     else:
         text = " ".join(str(error).split()) if isinstance(error, ValueError) else first_line(error)
     return without_secrets(text, *known)[:LONGEST_TEXT]
+
+
+def words_of_the_hub(error: BaseException, known: tuple[str, ...]) -> str:
+    """What the Hub wrote to its answer, without secrets; often nothing."""
+    said = next((e.server_message for e in causes(error) if getattr(e, "server_message", None)), "")  # type: ignore[attr-defined]
+    return without_secrets(" ".join(str(said).split()), *known)[:LONGEST_TEXT]
 
 
 def harmless(error: Exception, known: tuple[str, ...]) -> Exception | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dc_merge_peft.errors import SourceError, first_line
+from dc_merge_peft.errors import SourceError, first_line, preview
 from dc_merge_peft.hub_errors import (
     causes,
     connection_broke,
@@ -17,6 +17,7 @@ from dc_merge_peft.hub_errors import (
     patiently,
     retry_after,
     secrets,
+    words_of_the_hub,
 )
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,7 +97,30 @@ def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
     prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
     patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE, TRAINABLES_FILE)]
     snapshot = fetch_files(wanted, patterns, token, fallback=lambda: _from_cache(wanted, prefix))
+    if not (snapshot / prefix / CONFIG_FILE).is_file():
+        raise _no_adapter(wanted, snapshot.name, token)
     return AdapterFiles(snapshot / prefix, f"{wanted.repo}/{prefix}".rstrip("/"), snapshot.name)
+
+
+def _no_adapter(wanted: HubId, commit: str, token: str | bool | None) -> SourceError:
+    """Why a snapshot has no adapter: it lies elsewhere in the repository, or the cache holds other files only."""
+    import huggingface_hub
+
+    place = "/".join(filter(None, (wanted.repo, wanted.subfolder)))
+    try:
+        files = patiently(lambda: huggingface_hub.HfApi(token=token).list_repo_files(wanted.repo, revision=commit))
+    except Exception as error:
+        if failed_at_the_hub(error):
+            return SourceError(
+                f"of '{place}' the local cache holds other files, but no {CONFIG_FILE}, while the Hub can't be reached: connect (and "
+                "unset HF_HUB_OFFLINE) and try again later"
+            )
+        files = []
+    holders = sorted(file.removesuffix(CONFIG_FILE) for file in files if f"/{file}".endswith(f"/{CONFIG_FILE}"))
+    at = f"@{wanted.revision}" if wanted.revision else ""
+    found = [f"{wanted.repo}/{folder}".rstrip("/") + at for folder in holders]
+    hint = f"the repository has {preview(found)}" if found else "is it a full model?"
+    return SourceError(f"'{place}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
 
 
 def fetch_files(
@@ -166,12 +190,13 @@ def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]
         )
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
         return f"found no {wanted} on the Hub: expected a branch, tag or commit of it"
-    if status in (401, 403):
-        return f"the Hub refuses {wanted} (status {status}): log in with `hf auth login`, with a token that may read it"
     if status is not None:
+        said = words_of_the_hub(error, known)
+        words = f"(status {status})" + (f", saying '{said}'" if said else "")
+        if status in (401, 403):
+            return f"the Hub refuses {wanted} {words}: log in with `hf auth login`, with a token that may read it"
         wait = retry_after(error)
-        when = f"in {wait:.0f} seconds" if wait else "later"
-        return f"the Hub could not deliver {wanted} (status {status}): try again {when}"
+        return f"the Hub could not deliver {wanted} {words}: try again {f'in {wait:.0f} seconds' if wait else 'later'}"
     if any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):
         return (
             f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: check the "

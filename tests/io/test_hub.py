@@ -152,10 +152,12 @@ def test_subfolders(server: HubServer, tmp_path: Path) -> None:
         assert difference(found.delta("enc.q"), deltas_of(tmp_path / "made" / "inner")) < 1e-6
         assert found.adapters[0].location == source.removesuffix("@main")
     assert not server.made("GET", "/b/c/optimizer.pt")
-    with refused(SourceError, "'org/many' has no adapter_config.json", "expected a PEFT adapter directory"):
-        merge("org/many")
-    with refused(SourceError, "'org/many/nowhere'", "expected a PEFT adapter directory"):
-        merge("org/many/nowhere")
+    expected = "expected a PEFT adapter directory; the repository has 'org/many/a', 'org/many/b/c'"
+    for source in ("org/many", "org/many/nowhere"):
+        with refused(SourceError, f"'{source}' has no adapter_config.json", expected):
+            merge(source)
+    with refused(SourceError, "'org/one/tree/main' has no", "the repository has 'org/one@main'"):
+        merge("org/one/tree/main@main")
 
 
 def test_a_mix_with_directories(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

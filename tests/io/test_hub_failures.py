@@ -35,7 +35,11 @@ def merge(*sources: str) -> MergedAdapter:
 DOWNLOADS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "401": ({"status": 401}, ("401", "hf auth login")),
     "401 without a login": ({"status": 401, "error_code": "RepoNotFound"}, ("no Hub repository", "hf auth login")),
-    "403": ({"status": 403}, ("403",)),
+    "403": (
+        {"status": 403, "message": "Enable it in your token"},
+        ("403), saying 'Enable it in your token'", "may read it"),
+    ),
+    "451": ({"status": 451, "message": "Taken down"}, ("could not deliver", "451), saying 'Taken down'")),
     "gated": ({"status": 403, "error_code": "GatedRepo"}, ("gated", "access")),
     "429": ({"status": 429}, ("429", "try again later")),
     "500": ({"status": 500}, ("500", "try again later")),

@@ -168,6 +168,15 @@ def test_offline_after_peft(server: HubServer, monkeypatch: pytest.MonkeyPatch, 
         merge("org/cached@v2")
 
 
+def test_offline_with_other_files(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that holds a card or a tokenizer of the repository says nothing about its adapter."""
+    server.add_repo("org/cached", {**server.files(ONE), "README.md": b"# Card"})
+    hf_hub_download("org/cached", "README.md")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(SourceError, "of 'org/cached'", "no adapter_config.json", "can't be reached", "unset HF_HUB_OFFLINE"):
+        merge("org/cached")
+
+
 def test_fuse_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A base model of a revision, its tokenizer too, from the cache; a missing one is named."""
     models.bert(seed=3).save_pretrained(tmp_path / "base")
