@@ -9,7 +9,15 @@ import yaml
 
 from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.outputs.beside import FOLDER, Beside
-from dc_merge_peft.outputs.card_facts import HUB, base_model_id, hub_page, metadata, model_class, versions
+from dc_merge_peft.outputs.card_facts import (
+    HUB,
+    base_model_id,
+    base_revision,
+    hub_page,
+    metadata,
+    model_class,
+    versions,
+)
 from dc_merge_peft.outputs.markdown import code, fenced, text
 from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules, rows_by_layer
 from dc_merge_peft.result import MergeResult
@@ -22,7 +30,7 @@ MOST_ROWS = 60
 _USE_ADAPTER = """from peft import PeftModel
 from transformers import {model_class}
 
-model = {model_class}.from_pretrained("{base}")
+model = {model_class}.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(model, "{place}")"""
 
 _USE_MODEL = """from transformers import {model_class}
@@ -80,6 +88,7 @@ def adapter_card(
     usage = _USE_ADAPTER.format(
         model_class=model_class(result) or "AutoModel",
         base=code(base_model_id(result) or "the base model"),
+        revision=f', revision="{code(revision)}"' if (revision := base_revision(result)) else "",
         place=code(place or "path/or/id/of/this/adapter"),
     )
     header = metadata(result, base or CardFacts(), library="peft", relation="adapter")

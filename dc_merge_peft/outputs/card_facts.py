@@ -51,6 +51,11 @@ def base_model_id(result: MergeResult) -> str | None:
     return name if is_hub_id(name) else None
 
 
+def base_revision(result: MergeResult) -> str | None:
+    """The revision of the base model on which all adapters agree, where it is on the Hub."""
+    return _the_one(info.base_revision for info in result.adapters) if base_model_id(result) else None
+
+
 def base_facts(result: MergeResult, *, token: str | bool | None = None, ask_hub: bool = False) -> CardFacts:
     """What the card of the one base model says, where it is at hand or, if ``ask_hub``, on the Hub."""
     base = _the_one(info.base_model for info in result.adapters)

@@ -140,6 +140,22 @@ def test_loading_snippet(tmp_path: Path, fields: dict[str, Any], name: str, sure
     assert ("or in the class of your task" in snippet) is not sure
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ("v2", "v2", '"org/base", revision="v2"'),
+        ('x"); bad("', 'x"); bad("', '"org/base", revision="x\'); bad(\'"'),
+        ("v2", "v3", '"org/base"'),
+        ("v2", None, '"org/base"'),
+        (None, None, '"org/base"'),
+    ],
+)
+def test_revision_of_the_base_model(tmp_path: Path, one: str | None, two: str | None, expected: str) -> None:
+    """The one that all adapters were trained on is loaded, as AutoPeftModel does."""
+    folders = [with_card(tmp_path / name, revision=value) for name, value in (("one", one), ("two", two))]
+    assert f"model = AutoModel.from_pretrained({expected})\n" in saved_card(tmp_path, *folders).text
+
+
 def test_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real paths in it, the snippet loads the merged adapter."""
     monkeypatch.chdir(tmp_path)
