@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -22,8 +23,9 @@ from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME
 from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
 
-# Where transformers and tokenizers note which directory they were loaded from.
-_PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
+# Where transformers, of any version, notes from which directory something was loaded; in configs of parts, too.
+_NOTED_IN = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -107,12 +109,21 @@ def _given(model: nn.Module | None) -> nn.Module:
 
 
 def _public(file: Path) -> Path | bytes:
-    """The file, or its content without the local directory that it names."""
-    field = _PLACES.get(file.name)
-    if field is None:
+    """The file, or its content without the local directories that it names."""
+    if file.name not in _NOTED_IN:
         return file
     values = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or field not in values or is_hub_id(values[field]):
-        return file
-    del values[field]
-    return (json.dumps(values, indent=2) + "\n").encode()
+    public = _without_places(values)
+    return file if public == values else (json.dumps(public, indent=2) + "\n").encode()
+
+
+def _without_places(value: Any) -> Any:
+    """A value of a config without local directories, at any depth."""
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        key: item for key, item in value.items() if key not in _PLACES or not isinstance(item, str) or is_hub_id(item)
+    }
+    return {key: _without_places(item) for key, item in kept.items()}

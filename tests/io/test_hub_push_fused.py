@@ -30,9 +30,11 @@ def base(server: HubServer, tmp_path: Path) -> tuple[Path, list[Path]]:
     folder = tmp_path / "jane.doe" / "base"
     models.bert().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(folder), "model_max_length": 32}))
+    noted = {"name_or_path": str(folder), "special_tokens_map_file": str(folder / "special_tokens_map.json")}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**noted, "model_max_length": 32}))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": str(folder)}))
+    parts = {"a_part": {"_name_or_path": str(folder)}, "parts": [{"_name_or_path": "org/part"}]}
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": str(folder), **parts}))
     fields = {"r": 2, "target_modules": ["query"]}
     model = models.with_lora(models.bert(), {"first": fields, "second": fields})
     return folder, models.save_adapters(model, tmp_path / "jane.doe" / "in")
@@ -79,7 +81,9 @@ def test_a_fused_model_from_files(
     assert done.path == out and done.url is not None and done.url.startswith(f"{server.endpoint}/{MERGED}/commit/")
     assert server.store.repos[MERGED].private and server.commits(MERGED, "main")[-1].title == "A whole model"
     assert not [name for name, data in files.items() if b"jane.doe" in data]
-    assert "base" not in yaml.safe_load(files["dc_merge.yaml"])
+    assert (
+        "base" not in yaml.safe_load(files["dc_merge.yaml"]) and b'"_name_or_path": "org/part"' in files["config.json"]
+    )
     loaded = type(models.bert()).from_pretrained(MERGED).eval()
     expected = merger.fuse(models.bert(), adapters).eval()
     assert models.difference(models.output(loaded), models.output(expected)) < 1e-6
