@@ -15,7 +15,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceE
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
 from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
-from dc_merge_peft.sources.cards import read_card
+from dc_merge_peft.sources.cards import base_card, read_card
 from dc_merge_peft.sources.full_kinds import StoredMatrix
 from dc_merge_peft.sources.full_match import matched_tensors
 from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
@@ -87,23 +87,28 @@ def open_models(
             raise IncompatibleAdaptersError(
                 f"model '{name}' ({place}) is given twice: expected each model once; use a weight of 2 to count it double"
             )
-        models.append(FullModel(_describe(name, place, filed, base), filed.files, matched_tensors(name, filed, base)))
+        models.append(
+            FullModel(_describe(name, place, filed, base, token), filed.files, matched_tensors(name, filed, base))
+        )
     return models
 
 
-def _describe(name: str, place: str | Path, model: FiledModel, base: FiledModel) -> AdapterInfo:
+def _describe(
+    name: str, place: str | Path, model: FiledModel, base: FiledModel, token: str | bool | None
+) -> AdapterInfo:
     hub_id = None if Path(place).expanduser().is_dir() else HubId.parse(str(place))
+    revision = model.files.folder.name if hub_id else None
     kind = type(base.skeleton)
     base_id = None if Path(base.files.base).expanduser().is_dir() else HubId.parse(base.files.base)
     return AdapterInfo(
         name=name,
         location=hub_id.repo if hub_id else str(place),
-        revision=model.files.folder.name if hub_id else None,
+        revision=revision,
         base_model=base_id.repo if base_id else base.files.base,
         base_revision=base_id.revision if base_id else None,
         # What PEFT writes for adapters without a task type: the class that they belong to.
         auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        card=read_card(model.files.folder),
+        card=base_card(hub_id.repo, revision, token=token, ask_hub=True) if hub_id else read_card(model.files.folder),
     )
 
 

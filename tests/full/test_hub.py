@@ -35,6 +35,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 def test_from_the_hub_to_the_hub(server: HubServer, tmp_path: Path, lora_rank: int | None) -> None:
     """The same numbers as from directories; the record names commits, and makes them again."""
     base, places = write_models(tmp_path / "jane.doe", models.llama(), 2, max_shard_size="8KB")
+    for place in (base, *places):
+        (place / "README.md").write_text("---\nlicense: mit\npipeline_tag: text-generation\n---\n")
     server.add_repo("org/base", listing(base))
     commits = [server.add_repo(f"org/{place.name}", listing(place), private=True) for place in places]
     names = [f"org/{place.name}" for place in places]
@@ -52,6 +54,7 @@ def test_from_the_hub_to_the_hub(server: HubServer, tmp_path: Path, lora_rank: i
     card = files["README.md"].decode()
     assert (
         "base_model: org/base" in card
+        and "license: mit\npipeline_tag: text-generation\n" in card
         and f"[org/tuned-0](https://huggingface.co/org/tuned-0) at `{commits[0][:8]}`" in card
     )
     if lora_rank is None:
