@@ -21,6 +21,7 @@ from dc_merge_peft.hub_errors import (
 )
 
 CONFIG_FILE = "adapter_config.json"
+MODEL_CONFIG_FILE = "config.json"  # of a full model
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CARD_FILE = "README.md"
 # Of the original LLaVA repository: see dc_merge_peft.sources.llava.
@@ -128,9 +129,10 @@ def fetch_files(
     patterns: Sequence[str],
     token: str | bool | None = None,
     *,
-    fallback: Callable[[], Path | None] = lambda: None,
+    fallback: Callable[[], Path | None] | None = None,
 ) -> Path:
-    """A snapshot of those files of a repository that match, or ``fallback`` where the Hub can't be reached.
+    """A snapshot of those files of a repository that match, or ``fallback`` where the Hub can't be reached: by default what the
+    cache has of a full model, of which other programs leave out small files.
 
     Raises:
         SourceError: the Hub can't deliver it.
@@ -146,6 +148,7 @@ def fetch_files(
     try:
         return Path(patiently(fetch))
     except Exception as error:
+        fallback = fallback or (lambda: cached_snapshot(wanted, MODEL_CONFIG_FILE))
         cached = fallback() if isinstance(error, errors.LocalEntryNotFoundError) else None
         if cached is not None:
             return cached
@@ -156,13 +159,18 @@ def fetch_files(
 def _from_cache(wanted: HubId, prefix: str) -> Path | None:
     """The cached snapshot that holds config and weights, though not all that would have been asked for: other programs,
     PEFT among them, download these two and no card."""
+    snapshot = cached_snapshot(wanted, prefix + CONFIG_FILE)
+    if snapshot is None or not any((snapshot / prefix / name).is_file() for name in WEIGHT_FILES):
+        return None
+    return snapshot
+
+
+def cached_snapshot(wanted: HubId, file: str) -> Path | None:
+    """The snapshot in the local cache, if that file of it is there."""
     import huggingface_hub
 
-    revision = wanted.revision or "main"
-    cached = huggingface_hub.try_to_load_from_cache(wanted.repo, prefix + CONFIG_FILE, revision=revision)
-    if not isinstance(cached, str) or not any((Path(cached).parent / name).is_file() for name in WEIGHT_FILES):
-        return None
-    return Path(cached).parents[prefix.count("/")]
+    cached = huggingface_hub.try_to_load_from_cache(wanted.repo, file, revision=wanted.revision or "main")
+    return Path(cached).parents[file.count("/")] if isinstance(cached, str) else None
 
 
 def failed_at_the_hub(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.hub_errors import TRIES
@@ -197,6 +197,24 @@ def test_fuse_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_pa
     ):
         merger.fuse("org/other", folders)
     assert len(server.requests) == count
+
+
+def test_fuse_offline_after_others(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A base model that another program has downloaded without its small files is enough; one without weights is not."""
+    models.bert(seed=3).save_pretrained(tmp_path / "base")
+    model = models.with_lora(models.bert(seed=3), {"sentiment": {"r": 2, "target_modules": ["query"]}})
+    folders = models.save_adapters(model, tmp_path / "in")
+    for name, patterns in {"org/whole": ["*.json", "*.safetensors"], "org/hollow": ["*.json"]}.items():
+        server.add_repo(name, {**listing(tmp_path / "base"), "LICENSE": b"x"})
+        snapshot_download(name, allow_patterns=patterns)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    merger = DCMergeAdapter(method="ta")
+    fused_model = merger.fuse("org/whole", folders, tmp_path / "out")
+    assert difference(models.output(fused_model.eval()), models.output(model)) < 1e-5
+    merger.fuse_to_disk("org/whole", folders, tmp_path / "streamed")
+    assert set(listing(tmp_path / "out")) == set(listing(tmp_path / "streamed"))
+    with refused(SourceError, "the base model 'org/hollow' can't be loaded", "model.safetensors"):
+        merger.fuse_to_disk("org/hollow", folders, tmp_path / "none")
 
 
 BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
