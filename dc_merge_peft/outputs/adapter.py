@@ -16,7 +16,7 @@ from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.extras import extra_tensors, without_trainables
 from dc_merge_peft.outputs.files import PlannedTensor, bytes_of, early_to_disk, lay_out, write_at
 from dc_merge_peft.outputs.lora_config import StoredLayer, lora_fields, stored_layers
-from dc_merge_peft.outputs.public import is_hub_id, public_copy
+from dc_merge_peft.outputs.public import is_hub_id, public_copy, with_owned_base
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.parallel import in_parallel, one_thread
@@ -68,6 +68,7 @@ def push_adapter(
     Raises:
         OutputError: see :func:`dc_merge_peft.outputs.publish.publish`.
     """
+    result = with_owned_base(result, token)
     base = base_facts(result, token=token, ask_hub=True)
     with scratch() as folder:
         _write_files(

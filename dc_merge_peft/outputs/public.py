@@ -15,10 +15,32 @@ from dc_merge_peft.together import uniquely_named
 
 R = TypeVar("R", bound=MergeResult)
 
+# An id without an owner, as models have that are older than owners.
+_NO_OWNER = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a base model's name is a Hub id: spelled like one, and no directory here."""
     return name is not None and HubId.parse(name) == HubId(name) and not Path(name).exists()
+
+
+def with_owned_base(result: R, token: str | bool | None) -> R:
+    """The same merge with a base model such as "gpt2", which could be a directory's name, under the id that the Hub has for it today:
+    "openai-community/gpt2". As it is where the Hub knows none."""
+    import huggingface_hub
+
+    name, *others = {info.base_model for info in result.adapters}
+    if others or name is None or not _NO_OWNER.fullmatch(name) or Path(name).exists():
+        return result
+    try:
+        owned = huggingface_hub.HfApi(token=token).model_info(name).id
+    except Exception:  # no such model, no access or no Hub: nothing is claimed, and nothing fails for that
+        return result
+    if not is_hub_id(owned):
+        return result
+    return dataclasses.replace(
+        result, adapters=tuple(dataclasses.replace(info, base_model=owned) for info in result.adapters)
+    )
 
 
 def public_copy(result: R) -> R:

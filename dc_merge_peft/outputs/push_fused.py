@@ -16,7 +16,7 @@ from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.outputs.fused import save_fused
 from dc_merge_peft.outputs.fused_papers import fused_record
-from dc_merge_peft.outputs.public import is_hub_id, public_copy
+from dc_merge_peft.outputs.public import is_hub_id, public_copy, with_owned_base
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.result import MergeResult
@@ -61,8 +61,9 @@ def push_fused(
     Raises:
         OutputError: see :func:`dc_merge_peft.outputs.publish.publish`; it says where the saved model is.
     """
-    facts = base_facts(result, token=token, ask_hub=True)
-    public = public_copy(result)
+    owned = with_owned_base(result, token)
+    facts = base_facts(owned, token=token, ask_hub=True)
+    public = public_copy(owned)
     known = base is not None and HubId.parse(str(base)) is not None and not Path(base).exists()
     record = fused_record(public, base if known else None)
     card = fused_card(public, record, facts, repo_id if is_hub_id(repo_id) else None)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelCard, constants
 
 from dc_merge_peft import MergedAdapter, OutputError
 from dc_merge_peft.hub_errors import TRIES
 from tests.support.hub_adapters import MERGED, ONE, PUBLISHED, TWO, adapter_hub, merge, statuses
 from tests.support.hub_server import HubServer, point_client_at
+from tests.support.models import write_checkpoint
 from tests.support.refused import refused
 
 
@@ -187,6 +189,25 @@ def test_a_name_without_an_owner(server: HubServer, merged: MergedAdapter) -> No
     assert b"path/or/id/of/this/adapter" in server.files("tester/merged")["README.md"]
     merged.push_to_hub(MERGED)
     assert b'from_pretrained(model, "org/merged")' in server.files(MERGED)["README.md"]
+
+
+def test_a_base_model_without_an_owner(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "gpt2" is published as what the Hub calls it today, with its licence; a name that the Hub doesn't know, or that is a directory
+    here, is not published."""
+    server.add_repo("old-owner/old2", {"README.md": b"---\nlicense: mit\n---\n"})
+    server.routes.moved["old2"] = "old-owner/old2"
+    monkeypatch.chdir(tmp_path)
+    expected: list[tuple[str, str | None]] = [("old2", "old-owner/old2"), ("my-base", None), ("old2", None)]
+    for base, owned in expected:
+        folder = write_checkpoint(tmp_path / "in", base_model_name_or_path=base)
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+        merge(folder).push_to_hub(MERGED)
+        files = server.files(MERGED)
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == owned
+        card = ModelCard(files["README.md"].decode()).data.to_dict()
+        assert (card.get("base_model"), card.get("license")) == (owned, "mit" if owned else None)
+        if base == "my-base":
+            (tmp_path / "old2").mkdir()
 
 
 @pytest.mark.parametrize(

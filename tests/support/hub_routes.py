@@ -47,6 +47,7 @@ class Routes(WriteRoutes):
         """Build the table of requests, tried in order."""
         super().__init__(store, endpoint, cdn)
         self.yaml_errors: list[str] = []  # what the check of a card's metadata finds
+        self.moved: dict[str, str] = {}  # old ids without an owner, and what they are today
         repo, rest = r"(?P<repo>[^/]+/[^/]+)", r"(?:/(?P<rest>.*))?"
         self._table: list[tuple[str, re.Pattern[str], Callable[..., Response]]] = [
             (method, re.compile(pattern), handler)
@@ -61,6 +62,7 @@ class Routes(WriteRoutes):
                 ("POST", rf"/{repo}\.git/info/lfs/objects/batch", self.lfs_batch),
                 ("POST", rf"/{repo}\.git/info/lfs/verify", self.lfs_verify),
                 ("GET", rf"/api/models/{repo}(?:/revision/(?P<rev>[^/]+))?", self._info),
+                ("GET", r"/api/models/(?P<name>[^/]+)", self._moved),
                 ("GET", rf"/api/models/{repo}/tree/(?P<rev>[^/]+){rest}", self._tree),
                 ("POST", rf"/api/models/{repo}/paths-info/(?P<rev>[^/]+)", self._paths_info),
                 ("GET", rf"/api/models/{repo}/refs", self._refs),
@@ -142,6 +144,12 @@ class Routes(WriteRoutes):
         }
         about |= {"lastModified": DATE, "createdAt": DATE, "gated": False, "disabled": False, "tags": []}
         return as_json({**about, "siblings": siblings})
+
+    def _moved(self, request: Request, user: User | None, name: str) -> Response:
+        """An old id is answered by the way to the new one."""
+        if name not in self.moved:
+            raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
+        return Response(307, b"", {"Location": f"/api/models/{self.moved[name]}"})
 
     def _tree(self, request: Request, user: User | None, repo: str, rev: str, rest: str) -> Response:
         return as_json(_entries(self.store.open(repo, user).resolve(rev), rest, request.flag("recursive")))
