@@ -16,9 +16,10 @@ from dc_merge_peft.extras import POLICIES
 from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.fingerprint import fingerprint
+from dc_merge_peft.sources.hub import RECORD_FILE
 from dc_merge_peft.together import base_place
 
-FILE_NAME = "dc_merge.yaml"
+FILE_NAME = RECORD_FILE
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
 
 

@@ -27,6 +27,7 @@ from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
+from dc_merge_peft.sources.hub import locate
 from dc_merge_peft.sources.opening import sources_opened
 from dc_merge_peft.together import uniquely_named
 
@@ -98,11 +99,11 @@ def sources_of(merged: MergeResult | str | Path | Source) -> list[str]:
 
 
 def settings_of(merged: MergeResult | str | Path | Source) -> RunConfig:
-    """How a merge has read its adapters, as far as it says so; a directory does in its record."""
+    """How a merge has read its adapters, as far as it says so; a directory, or one on the Hub, does in its record."""
     if isinstance(merged, MergeResult):
         of_dora = {"base": merged.dora.base, "dora_rank": merged.dora.rank} if merged.dora else {}
         return RunConfig(rename=merged.rename, **of_dora)
-    record = None if isinstance(merged, Source) else Path(merged) / FILE_NAME
+    record = None if isinstance(merged, Source) else locate(merged).directory / FILE_NAME
     return RunConfig.read(record) if record is not None and record.is_file() else RunConfig()
 
 

@@ -24,6 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 MODEL_CONFIG_FILE = "config.json"  # of a full model
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CARD_FILE = "README.md"
+RECORD_FILE = "dc_merge.yaml"  # of an adapter that was merged: what from, and how
 # Of the original LLaVA repository: see dc_merge_peft.sources.llava.
 TRAINABLES_FILE = "non_lora_trainables.bin"
 
@@ -96,7 +97,7 @@ def locate(source: str | Path, token: str | bool | None = None) -> AdapterFiles:
 def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
     """A snapshot of one adapter's config, weights and card, nothing else of the repository."""
     prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
-    patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE, TRAINABLES_FILE)]
+    patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE, RECORD_FILE, TRAINABLES_FILE)]
     snapshot = fetch_files(wanted, patterns, token, fallback=lambda: _from_cache(wanted, prefix))
     if not (snapshot / prefix / CONFIG_FILE).is_file():
         raise _no_adapter(wanted, snapshot.name, token)

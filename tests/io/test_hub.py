@@ -21,6 +21,8 @@ from dc_merge_peft import (
     OptionError,
     OutputError,
     SourceError,
+    inspect_merge,
+    report_merge,
 )
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources import CheckpointSource, base_model
@@ -223,6 +225,19 @@ def test_push_as_a_pull_request(server: HubServer) -> None:
     assert url == f"{server.endpoint}/{ONE}/discussions/1"
     assert server.files(ONE) == before
     assert set(server.files(ONE, "refs/pr/1")) >= FILES
+
+
+def test_a_merged_adapter_knows_what_it_was_made_from(server: HubServer, tmp_path: Path) -> None:
+    """On the Hub as in a directory: a report finds the adapters behind it, and an inspection reads them as the merge did."""
+    places = [f"base_model.model.model.layers.{i}.q" for i in (0, 1)]
+    A, B = models.factors(6, 5, 2)
+    tensors = {f"{place}.lora_{name}.weight": factor for place in places for name, factor in (("A", A), ("B", B))}
+    for name in ("old1", "old2"):
+        server.add_repo(f"org/{name}", listing(write_checkpoint(tmp_path / name, tensors)))
+    merged = DCMergeAdapter(method="ta").merge(["org/old1", "org/old2"], rename="llava-hf")
+    merged.push_to_hub("org/merged")
+    assert "old1" in report_merge("org/merged", tmp_path / "page.html").read_text(encoding="utf-8")
+    assert set(inspect_merge("org/merged", ["org/old1", "org/old2"]).modules) == set(merged.modules)
 
 
 def test_push_with_a_token(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
