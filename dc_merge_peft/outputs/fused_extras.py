@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.sources.base import ExtraSpec
 from dc_merge_peft.sources.base_model import path_in_model
+from dc_merge_peft.sources.ties import has_followers
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def extra_changes(
                 yield _replacement(found, name, spec, shared)
     for name, spec in specs.items():
         if spec.kind == "tokens":
-            yield _new_rows(found, name, spec)
+            yield _new_rows(found, name, spec, shared)
     for name, spec in specs.items():
         if spec.kind == "lora_bias":
             yield _added_bias(found, name, spec)
@@ -101,14 +102,21 @@ def _replacement(model: _Finder, name: str, spec: ExtraSpec, shared: Mapping[str
     return ExtraChange(name, full_name, Tensor.copy_)
 
 
-def _new_rows(model: _Finder, name: str, spec: ExtraSpec) -> ExtraChange:
-    """Rows of an embedding. Where another layer shares it PEFT, too, has it follow."""
+def _new_rows(model: _Finder, name: str, spec: ExtraSpec, shared: Mapping[str, Sequence[str]]) -> ExtraChange:
+    """Rows of an embedding. Layers that share them must be those that PEFT, too, has follow."""
     full_name, found = model.tensor(f"{spec.module}.weight")
     if found.shape[1:] != spec.shape[1:] or max(spec.tokens) >= found.shape[0]:
         raise OutputError(
             f"'{spec.module}' has a weight of shape {tuple(found.shape)} in the base model, the merge tokens up to "
             f"{max(spec.tokens)} of width {spec.shape[1]}: expected the base model of the adapters; if they were "
             "trained with a resized vocabulary, give a model that is resized (model.resize_token_embeddings)"
+        )
+    path = full_name.rpartition(".")[0]
+    if path in shared and not has_followers(model.model, path):
+        raise OutputError(
+            f"'{full_name}' is shared by the modules {preview(shared[path])} of the base model, and the merged adapter has trained tokens "
+            f"for '{path}' alone: in a fused model the others would have them, too; untie them first (tie_word_embeddings=False in the "
+            "config, and the weight saved for each), keep the merged adapter, or leave the tokens out (extras='drop')"
         )
 
     def write(weight: Tensor, value: Tensor) -> Tensor:

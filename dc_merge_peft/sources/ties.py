@@ -13,6 +13,13 @@ def sharing(model: nn.Module) -> dict[str, list[str]]:
     return {path: paths for paths in groups for path in paths}
 
 
+def has_followers(model: nn.Module, path: str) -> bool:
+    """Whether layers that share the weight of the embedding at ``path`` take over its trained tokens in PEFT: those of a tied input
+    embedding do, others keep the rows of the base model."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and next(_embeddings(model), None) is model.get_submodule(path)
+
+
 def sharing_parameters(model: nn.Module) -> list[list[str]]:
     """The names of parameters that are one, in groups.
 

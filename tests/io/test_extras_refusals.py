@@ -21,6 +21,7 @@ from dc_merge_peft import (
 from tests.cli.test_merge import failed, run
 from tests.support import models
 from tests.support.extras import BIASES, IGNORE, KINDS, QUERY, save_extras
+from tests.support.families import FAMILIES
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import merge_refused, refused
 
@@ -250,6 +251,11 @@ FUSED: dict[str, tuple[Any, dict[str, Any], Any, type[Exception], tuple[str, ...
     "tied embedding": (
         models.gpt2, TIED, models.gpt2, OutputError,
         ("'transformer.wte.weight' is shared by the modules", "'lm_head'", "they would be one", "untie them"),
+    ),
+    "tokens of one of tied embeddings": (
+        FAMILIES["t5"].build, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"decoder.embed_tokens": [5, 9]}},
+        FAMILIES["t5"].build, OutputError,
+        ("'decoder.embed_tokens.weight' is shared by the modules", "trained tokens for 'decoder.embed_tokens' alone", "untie them"),
     ),
     "few tokens": (
         models.bert, WORDS, lambda: few_tokens(models.bert()), OutputError,
