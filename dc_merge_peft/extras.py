@@ -205,7 +205,8 @@ def _planned(name: str, sources: Sequence[Source], infos: Sequence[AdapterInfo],
             )
     dtype = reduce(torch.promote_types, (spec.dtype for spec in specs))
     if first.kind != "tokens":
-        return PlannedExtra(name, replace(first, dtype=dtype), tuple(tasks))
+        optional = all(spec.optional for spec in specs)
+        return PlannedExtra(name, replace(first, dtype=dtype, optional=optional), tuple(tasks))
     tokens = tuple(sorted({token for spec in specs for token in spec.tokens}))
     spec = replace(first, dtype=dtype, tokens=tokens, shape=(len(tokens), *first.shape[1:]))
     return PlannedExtra(name, spec, tuple(tasks))

@@ -42,7 +42,10 @@ def extra_fields(result: MergeResult) -> dict[str, Any]:
         fields["modules_to_save"] = modules
     if tokens := extras.of_kind("tokens"):
         fields["trainable_token_indices"] = {extra.spec.module: list(extra.spec.tokens) for extra in tokens.values()}
-    biases = [extra for name, extra in extras.of_kind("base").items() if name.endswith(".bias")]
+    # Trained ones: that of an adapted lm_head PEFT stores unasked, beside its weight.
+    biases = [
+        extra for name, extra in extras.of_kind("base").items() if name.endswith(".bias") and not extra.spec.optional
+    ]
     if biases:
         fields["bias"] = "lora_only" if all(extra.spec.module in _wrapped_layers(result) for extra in biases) else "all"
     if extras.of_kind("lora_bias"):

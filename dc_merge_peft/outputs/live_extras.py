@@ -28,8 +28,9 @@ def check_extras(result: MergeResult, model: nn.Module, *, shared: bool) -> None
     for name, extra in result.extras.of_kind("base").items():
         found = _parameter(model, name)
         _check_shape(name, extra, found)
-        # Biases are refused also where they agree: PEFT takes one adapter with biases, and would save the others without.
-        if shared and (name.endswith("bias") or not same_numbers(found.detach(), extra.value)):
+        # Trained biases are refused also where they agree: PEFT takes one adapter with biases, and would save the others without.
+        trained = name.endswith("bias") and not extra.spec.optional
+        if shared and (trained or not same_numbers(found.detach(), extra.value)):
             raise OutputError(
                 f"'{name}' is a value of the base model itself, which serves other adapters here, and PEFT has one for all: "
                 "expected a fresh base model to add the merge to; or leave such values out (extras='drop')"

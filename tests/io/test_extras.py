@@ -227,6 +227,28 @@ def test_resized_vocabulary(tmp_path: Path, targets: list[str]) -> None:
     assert difference(models.output(merged.add_to(build()).eval(), ids), models.output(loaded, ids)) < 1e-6
 
 
+def test_bias_of_an_adapted_head(tmp_path: Path) -> None:
+    """PEFT stores that of Phi's or GPT-J's ``lm_head`` unasked. It is no trained bias: the merge goes beside other adapters and into
+    further merges."""
+
+    def build() -> Any:
+        model = models.llama()
+        model.lm_head = models.seeded(lambda: torch.nn.Linear(16, models.VOCAB), 3)
+        return model
+
+    fields = {"r": 2, "target_modules": ["q_proj", "lm_head"]}
+    models.with_lora(build(), {"one": fields, "two": fields}).save_pretrained(str(tmp_path), save_embedding_layers=True)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    merged = DCMergeAdapter(method="ta").merge(folders)
+    out = merged.save_pretrained(tmp_path / "out")
+    assert config_of(out)["bias"] == "none" and "lm_head.base_layer.bias" in "".join(beside(out))
+    expected = models.output(PeftModel.from_pretrained(build(), str(out)).eval())
+    model: Any = merged.add_to(PeftModel.from_pretrained(build(), str(folders[0]), adapter_name="one"), "both")
+    assert difference(models.output(model.eval()), expected) < 1e-6
+    again = DCMergeAdapter(method="ta").merge([out]).add_to(build())
+    assert difference(models.output(again.eval()), expected) < 1e-6
+
+
 def test_command_line(three: list[Path]) -> None:
     """``--extras``, the note in the summary, the record that makes the output again, and the dry run."""
     root, paths = three[0].parent, [str(folder) for folder in three]
