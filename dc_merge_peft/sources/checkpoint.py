@@ -17,6 +17,7 @@ from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
 from dc_merge_peft.sources.cards import read_card
+from dc_merge_peft.sources.contents import instead_of_config
 from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
 from dc_merge_peft.sources.extras import extras_reason, stored_extras
@@ -182,8 +183,8 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
     """The adapter's JSON config with the fields that PEFT fills in by default."""
     path = files.directory / CONFIG_FILE
     if not _is_file(path, name):
-        inside = sorted(child.parent.name for child in files.directory.glob(f"*/{CONFIG_FILE}"))
-        hint = f"its subfolders hold adapters: {', '.join(inside)}" if inside else "is it a full model?"
+        # Of a repository of the Hub the cache has only what was asked for.
+        hint = instead_of_config(files.directory) if files.revision is None else "is it a full model?"
         raise SourceError(f"'{files.location}' has no {CONFIG_FILE}: expected a PEFT adapter directory; {hint}")
     if path.stat().st_size > LARGEST_CONFIG:
         raise SourceError(

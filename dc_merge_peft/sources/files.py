@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.errors import SourceError, first_line
-from dc_merge_peft.sources.hub import CONFIG_FILE, WEIGHT_FILES
-from dc_merge_peft.sources.stored import KNOWN, Unreadable, read_header
+from dc_merge_peft.sources.contents import CONFIG_FILE, WEIGHT_FILES, instead_of_weights
+from dc_merge_peft.sources.stored import KNOWN, POINTER, Unreadable, is_pointer, read_header
 
 
 class Tensors(Protocol):
@@ -39,8 +39,7 @@ def open_weights(directory: Path, name: str) -> Tensors:
         if path.is_file():
             return SafetensorsFile(path, name) if path.suffix == ".safetensors" else PickleFile(path, name)
     raise SourceError(
-        f"adapter '{name}' has no weights: expected {' or '.join(WEIGHT_FILES)} beside {CONFIG_FILE}; save or download "
-        "it again"
+        f"adapter '{name}' has no weights: expected {' or '.join(WEIGHT_FILES)} beside {CONFIG_FILE}; {instead_of_weights(directory)}"
     )
 
 
@@ -85,6 +84,8 @@ class PickleFile:
                 "trust it"
             )
         try:
+            if is_pointer(path):
+                raise Unreadable(POINTER)
             _refuse_packed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:

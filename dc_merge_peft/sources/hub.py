@@ -19,10 +19,9 @@ from dc_merge_peft.hub_errors import (
     secrets,
     words_of_the_hub,
 )
+from dc_merge_peft.sources.contents import CONFIG_FILE, WEIGHT_FILES, instead_of_directory
 
-CONFIG_FILE = "adapter_config.json"
 MODEL_CONFIG_FILE = "config.json"  # of a full model
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CARD_FILE = "README.md"
 RECORD_FILE = "dc_merge.yaml"  # of an adapter that was merged: what from, and how
 # Of the original LLaVA repository: see dc_merge_peft.sources.llava.
@@ -84,7 +83,7 @@ def locate(source: str | Path, token: str | bool | None = None) -> AdapterFiles:
     if is_directory:
         return AdapterFiles(path, str(source))
     if is_file:
-        raise SourceError(f"'{source}' is a file: expected an adapter directory; give the folder '{path.parent}'")
+        raise SourceError(f"'{source}' is a file: expected an adapter directory; {instead_of_directory(path)}")
     hub_id = HubId.parse(source) if isinstance(source, str) else None
     if hub_id is None:
         raise SourceError(

@@ -30,6 +30,9 @@ KNOWN = {**FLOATS, "I64": torch.int64}  # the count of a batch norm's batches
 # Whether threads that share an open file can each read at a place of their own.
 _APART = hasattr(os, "preadv")
 CHANGED = "it was changed after it had been opened"
+# What a clone without Git LFS has in the place of a large file begins so.
+_POINTER = b"version https://git-lfs"
+POINTER = "it is Git LFS's pointer to the file, not the file; 'git lfs pull' in the clone fetches it"
 
 
 class Unreadable(Exception):
@@ -139,6 +142,8 @@ def read_header(file: Path, opened: int) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if is_want_of_memory(error):  # a RuntimeError of torch's, which maps the file
             raise
+        if is_pointer(file):
+            raise Unreadable(POINTER) from None
         raise Unreadable(getattr(error, "strerror", None) or str(error)) from error
     return {
         name: StoredTensor(
@@ -147,6 +152,15 @@ def read_header(file: Path, opened: int) -> dict[str, StoredTensor]:
         )
         for name, entry in entries
     }  # fmt: skip
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file only says where Git LFS has the real one."""
+    try:
+        with file.open("rb") as start:
+            return start.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def _read_at(opened: int, content: memoryview, offset: int) -> int:

@@ -76,7 +76,7 @@ def empty_file(folder: Path) -> Path:
 PATHS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "missing directory": (missing, ("no adapter directory", "nowhere", "expected an existing directory or a Hub id")),
     "a file": (a_file, ("is a file", "expected an adapter directory", "give the folder")),
-    "no config": (no_config, ("has no adapter_config.json", "expected a PEFT adapter directory", "full model?")),
+    "no config": (no_config, ("has no adapter_config.json", "expected a PEFT adapter directory", "saved with it")),
     "folder of adapters": (parent_of_adapters, ("has no adapter_config.json", "expected", "first, second")),
     "no weights": (no_weights, ("has no weights", "expected adapter_model.safetensors or adapter_model.bin", "again")),
     "truncated": (truncated, ("'task'", f"unreadable {WEIGHTS}", "expected a complete weight file", "again")),
