@@ -165,8 +165,8 @@ def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:
         SourceError: the file is missing, or holds no YAML mapping.
     """
     try:
-        values = _loaded(Path(path))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        values = _loaded(Path(path).expanduser())
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
         reason = str(error).replace("\n", " ")
         raise SourceError(f"the {what} '{path}' can't be read ({reason}): expected a YAML file") from error
     if not isinstance(values, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
     if base.options and method != base.method and "record" in found:
         _note(f"the options of '{path}' are those of its method '{base.method}', and left out")
         base = dataclasses.replace(base, options={})
-    return dataclasses.replace(base, **given, options={**base.options, **options})
+    run = dataclasses.replace(base, **given, options={**base.options, **options})
+    # Under this path others find it, too: PEFT knows no "~", which shells leave in --output=~/merged, and YAML has.
+    return run if run.output is None else dataclasses.replace(run, output=os.path.expanduser(run.output))
 
 
 def check_kind(run: RunConfig, *, adapters: bool) -> None:

@@ -146,8 +146,5 @@ def save_fused(
 
 def _folder(base: str | Path, token: str | bool | None) -> Path:
     """A base model's directory, or a snapshot of what belongs to it beside its weights."""
-    return (
-        Path(base)
-        if Path(base).is_dir()
-        else fetch_files(HubId.parse(str(base)) or HubId(str(base)), COMPANIONS, token)
-    )
+    folder = Path(base).expanduser()
+    return folder if folder.is_dir() else fetch_files(HubId.parse(str(base)) or HubId(str(base)), COMPANIONS, token)

@@ -48,8 +48,8 @@ def base_card(base: str | None, revision: str | None, *, token: str | bool | Non
     if not base:
         return CardFacts()
     try:
-        if Path(base).is_dir():
-            return read_card(Path(base))
+        if (folder := Path(base).expanduser()).is_dir():
+            return read_card(folder)
         hub_id = HubId.parse(base)
         if hub_id is None or hub_id.subfolder:
             return CardFacts()

@@ -81,7 +81,10 @@ def load(path: str | Path) -> Statistics:
     Raises:
         SourceError: it can't be read, or holds something else.
     """
-    file = Path(path)
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise unreadable(Path(path), error) from error
     try:
         with file.open("rb", buffering=0) as raw:
             stored = read_header(file, raw.fileno())

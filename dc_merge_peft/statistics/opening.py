@@ -86,4 +86,4 @@ def statistics_files(method: Method) -> list[Path]:
             f"the statistics of method '{method.name}' are in memory: expected them in files, so that finished modules can be used "
             "again; save them with dc_merge_peft.statistics.save, or merge without a work folder"
         )
-    return [Path(place) for place in places if place is not None]
+    return [Path(place).expanduser() for place in places if place is not None]
