@@ -45,6 +45,12 @@ def without_effect(config: Any) -> Iterator[str]:
             )
 
 
+# What a merge takes beside its method, and what is often looked for among the method's options: 'svd_rank' is not its 'rank'.
+_OF_THE_MERGE = frozenset(
+    ("weights", "svd_rank", "dtype", "device", "rename", "base", "dora_rank", "extras", "max_memory", "allow_different_bases", "allow_zero")
+)  # fmt: skip
+
+
 def build_config(config_type: type[C], values: Mapping[str, Any], *, method: str) -> C:
     """A config from loose values: keyword arguments, YAML entries or command-line strings.
 
@@ -53,6 +59,12 @@ def build_config(config_type: type[C], values: Mapping[str, Any], *, method: str
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, config_type))}
     for name in values:
+        if name not in fields and name.replace("-", "_") in _OF_THE_MERGE:
+            setting = name.replace("-", "_")
+            raise OptionError(
+                f"'{name}' is a setting of the merge, no option of method '{method}': expected it beside the method, as in "
+                f"merge(..., {setting}=...) or --{setting.replace('_', '-')}"
+            )
         if name not in fields:
             raise OptionError(unknown_name(f"option of method '{method}'", name, fields))
     types_of = typing.get_type_hints(config_type)

@@ -144,6 +144,16 @@ def test_unknown_options() -> None:
         DCMergeConfig(densty=0.1)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("name", ["svd_rank", "svd-rank", "dtype", "weights"])
+def test_settings_of_the_merge(name: str) -> None:
+    """They are no options, and the closest option is another thing: 'rank' cuts every task, not the result."""
+    flag = name.replace("_", "-")
+    assert refusal("dc", **{name: "8"}) == (
+        f"'{name}' is a setting of the merge, no option of method 'dc': expected it beside the method, as in "
+        f"merge(..., {name.replace('-', '_')}=...) or --{flag}"
+    )
+
+
 def test_unknown_methods() -> None:
     """The same for the method's own name, and for a config that belongs to none."""
     with pytest.raises(
