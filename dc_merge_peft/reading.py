@@ -112,9 +112,14 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     except (RuntimeError, AssertionError) as error:
         found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise OptionError(
-            f"device '{device}' can't be used ({first_line(error)}): expected one of {', '.join(found)}, or none to compute "
-            "where the factors are"
+            f"device '{device}' can't be used ({_few(first_line(error))}): expected one of {', '.join(found)}, or no device at all, to "
+            "compute where the factors are"
         ) from error
+
+
+def _few(words: str) -> str:
+    """The beginning of a text: torch lists all of its devices, and what each of them lacks."""
+    return words if len(words) <= 100 else f"{words[:100]}..."
 
 
 def checked_devices(devices: Devices) -> tuple[torch.device, ...]:

@@ -83,6 +83,9 @@ class RunConfig:
                 raise OptionError(
                     f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in {example}"
                 )
+        for name in ("svd_rank", "dora_rank", "lora_rank"):
+            if str(values.get(name)).lower() == "none":  # as errors and options have it; YAML itself says null
+                values[name] = None
         for name in ("adapters", "models", "average"):
             if values.get(name) is not None:
                 values[name] = tuple(map(str, values[name]))  # a directory may be called 2024

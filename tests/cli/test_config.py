@@ -40,6 +40,14 @@ def test_dashes_are_underscores(workspace: Path) -> None:
     assert planned.exit_code == 0, planned.output
 
 
+def test_no_rank(workspace: Path) -> None:
+    """``none`` is what errors advise where all of a rank is to be kept; YAML itself says ``null``."""
+    for number, word in enumerate(("none", "None", "null")):
+        Path("run.yaml").write_text(f"adapters: [math-lora, code-lora]\nsvd_rank: {word}\ndora_rank: {word}\n")
+        made("merge", "--config", "run.yaml", "-o", f"out-{number}")
+        assert "svd_rank" not in record(f"out-{number}")
+
+
 def test_what_was_allowed_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An output makes itself again where base models differ or a factor is zero, in a merge, an inspection and a report."""
     monkeypatch.chdir(tmp_path)
