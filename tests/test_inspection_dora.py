@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dc_merge_peft import DCMergeAdapter, OptionError, SourceError, inspect_adapters, inspect_merge
+from dc_merge_peft.sources import CheckpointSource
 from tests.support.dora import MODELS, deltas_by_peft, save_dora
 from tests.support.program import run
 from tests.support.refused import refused
@@ -52,6 +53,15 @@ def test_the_rank_of_reading(made: Path) -> None:
     one = inspect_adapters([made / "sentiment"], base=BUILD(), dora_rank=1, progress=False).adapters[0]
     for name, module in twice.modules.items():
         assert len(module.S) == 4 and pytest.approx(module.S[:1], rel=1e-5) == one.modules[name].S
+
+
+def test_sources_stay_their_owners(made: Path) -> None:
+    """One that was open before is open afterwards, also where it was joined with the base model."""
+    source = CheckpointSource(made / "sentiment")
+    first = inspect_adapters([source], base=made / "base", progress=False).adapters[0]
+    assert inspect_adapters([source], base=made / "base", progress=False).adapters[0].modules == first.modules
+    assert source.lora(next(iter(source.modules))).rank == 2
+    source.close()
 
 
 @pytest.mark.filterwarnings("ignore:adapter '.*' is DoRA, whose delta is dense")

@@ -67,8 +67,8 @@ def inspect_adapters(
     try:
         return _inspect(opened, where, progress)
     finally:
-        for adapter in opened:
-            if adapter.source is not None and adapter.source not in sources:
+        for adapter, given in zip(opened, sources, strict=True):
+            if adapter.source is not None and not isinstance(given, Source):
                 adapter.source.close()
 
 
