@@ -18,6 +18,7 @@ from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
+from dc_merge_peft.sources.renames import meeting_rename
 from dc_merge_peft.statistics.opening import with_statistics
 from dc_merge_peft.together import (
     another_base,
@@ -210,11 +211,15 @@ def _refuse_strangers(sources: Sequence[Source], modules: Sequence[PlannedModule
     for index, source in enumerate(sources):
         if group[index] != group[0]:
             other = sources[0]
+            rename = meeting_rename(source.modules, other.modules) if source.info.rename is None else ""
             raise IncompatibleAdaptersError(
                 f"adapter '{source.info.name}' has no target module in common with '{other.info.name}': it has "
                 f"{preview(source.modules, 2)}, '{other.info.name}' has {preview(other.modules, 2)}; expected adapters of one "
-                "base model, under the same module names; where they are, and adapt other parts of it, load them all with PEFT and merge "
-                "there, by add_weighted_adapter"
+                "base model, under the same module names; "
+                + (
+                    rename
+                    or "where they are, and adapt other parts of it, load them all with PEFT and merge there, by add_weighted_adapter"
+                )
             )
 
 

@@ -16,6 +16,7 @@ from dc_merge_peft.cli.settings import assignments, check_kind, merged_in_memory
 from dc_merge_peft.cli.show import console, reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
 from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
+from dc_merge_peft.inspection.merged import settings_of
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.plots import (
     FORMATS,
@@ -63,8 +64,10 @@ def inspect(
             rich_help_panel=_MERGE,
         ),
     ] = None,
+    rename: shared.RenameName = None,
     base: shared.Base = None,
     dora_rank: shared.DoraRank = None,
+    extras: shared.Extras = None,
     allow_different_bases: Annotated[
         bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=_MERGE)
     ] = False,
@@ -106,9 +109,11 @@ def inspect(
         method=method,
         options=dict(assignments(option or [], {})),
         svd_rank=svd_rank,
+        rename=rename,
         device=device,
         base=base,
         dora_rank=dora_rank,
+        extras=extras,
         allow_different_bases=allow_different_bases,
         allow_zero=allow_zero,
     )
@@ -122,8 +127,16 @@ def inspect(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)  # the findings say it
             target = merged_in_memory(run, base=model)
-    before = inspect_adapters(run.adapters, **dora, device=run.device)
-    after = None if target is None else inspect_merge(target, run.adapters, **dora, device=run.device)
+    made_by = run if merged is None else settings_of(merged)
+    before = inspect_adapters(
+        run.adapters, **dora, device=run.device, rename=run.rename or made_by.rename,
+        extras=run.extras or made_by.extras,
+        allow_different_bases=run.allow_different_bases or made_by.allow_different_bases,
+        allow_zero=run.allow_zero or made_by.allow_zero,
+    )  # fmt: skip
+    after = (
+        None if target is None else inspect_merge(target, run.adapters, **dora, device=run.device, rename=run.rename)
+    )
     files = _plot(before, after, plot, kinds) if plot is not None else []
     if as_json:
         plain = {**before.to_dict(), "merge": after.to_dict() if after else None, "figures": list(map(str, files))}

@@ -45,6 +45,10 @@ def inspect_adapters(
     dora_rank: int | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
+    rename: str | None = None,
+    extras: str | None = None,
+    allow_different_bases: bool = False,
+    allow_zero: bool = False,
 ) -> Inspection:
     """Look at adapters before merging them: what they are, how they lie to each other, and what may go wrong.
 
@@ -57,22 +61,32 @@ def inspect_adapters(
         dora_rank: As for :meth:`DCMergeAdapter.merge`.
         device: Where to compute; by default where the factors are.
         progress: Show a progress bar; by default on a terminal only.
+        rename: Look at the modules of directories and Hub ids under their names of today, as :meth:`DCMergeAdapter.merge` reads them.
+        extras: As for :meth:`DCMergeAdapter.merge`; with any policy trained values beside LoRA are no refusal.
+        allow_different_bases: Different base models are none.
+        allow_zero: All-zero factors are none, and count as a delta of zero.
 
     Raises:
-        OptionError: no adapters, no rank of DoRA adapters, or an unknown device.
+        OptionError: no adapters, no rank of DoRA adapters, or an unknown device or rename.
         SourceError: an adapter without a readable ``adapter_config.json``, or a base model that can't be loaded.
     """
     where = checked_device(device)
-    opened = open_leniently(sources, BaseModel.of(base, None), DoraReading(dora_rank, where))
+    opened = open_leniently(
+        sources, BaseModel.of(base, None), DoraReading(dora_rank, where, allow_zero=allow_zero), rename
+    )
     try:
-        return _inspect(opened, where, progress)
+        adapters, pairs, cover = _measure_all(opened, where, progress, allow_zero)
+        found = findings_before(opened, adapters, pairs, allow_different_bases=allow_different_bases, extras=extras)
+        return Inspection(adapters=adapters, pairs=pairs, cover=cover, findings=tuple(found))
     finally:
         for adapter, given in zip(opened, sources, strict=True):
             if adapter.source is not None and not isinstance(given, Source):
                 adapter.source.close()
 
 
-def _inspect(opened: Sequence[Opened], device: torch.device | None, progress: bool | None) -> Inspection:
+def _measure_all(
+    opened: Sequence[Opened], device: torch.device | None, progress: bool | None, allow_zero: bool
+) -> tuple[tuple[AdapterReport, ...], tuple[PairReport, ...], dict[str, CoverReport]]:
     modules = dict.fromkeys(name for adapter in opened if adapter.source for name in adapter.source.modules)
     spectra: list[dict[str, ModuleSpectrum]] = [{} for _ in opened]
     pairs: dict[tuple[int, int], dict[str, PairNumbers]] = {
@@ -83,7 +97,7 @@ def _inspect(opened: Sequence[Opened], device: torch.device | None, progress: bo
         deltas: dict[int, LowRank] = {}
         for index, adapter in enumerate(opened):
             if adapter.source is not None and name in adapter.source.modules:
-                delta, problem = _read(adapter.source, name)
+                delta, problem = _read(adapter.source, name, allow_zero)
                 spectra[index][name] = _described(adapter.source, name, problem)
                 if delta is not None:
                     deltas[index] = delta
@@ -100,15 +114,13 @@ def _inspect(opened: Sequence[Opened], device: torch.device | None, progress: bo
         PairReport(first=i, second=j, overall=_overall(adapters[i], adapters[j], numbers), modules=numbers)
         for (i, j), numbers in pairs.items()
     )
-    return Inspection(
-        adapters=adapters, pairs=reports, cover=cover, findings=tuple(findings_before(opened, adapters, reports))
-    )
+    return adapters, reports, cover
 
 
-def _read(source: Source, module: str) -> tuple[LowRank | None, str | None]:
+def _read(source: Source, module: str, allow_zero: bool) -> tuple[LowRank | None, str | None]:
     """Factors that can be measured, or the reason why not."""
     try:
-        return checked_factors(source, module, False), None
+        return checked_factors(source, module, allow_zero), None
     except MergeError as error:
         return None, str(error)
 

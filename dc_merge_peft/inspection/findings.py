@@ -9,6 +9,7 @@ from dc_merge_peft.errors import preview
 from dc_merge_peft.inspection.data import AdapterReport, Finding, Kept, PairReport, fixed
 from dc_merge_peft.inspection.reading import Opened
 from dc_merge_peft.sources.refusals import extras_without_policy
+from dc_merge_peft.sources.renames import meeting_rename
 
 # |CosSim| from here on is one adapter twice, up to rounding and a few more steps of training.
 COPY = 0.99
@@ -23,12 +24,17 @@ LOST, BEHIND = 0.9, 0.5
 
 
 def findings_before(
-    opened: Sequence[Opened], adapters: Sequence[AdapterReport], pairs: Sequence[PairReport]
+    opened: Sequence[Opened],
+    adapters: Sequence[AdapterReport],
+    pairs: Sequence[PairReport],
+    *,
+    allow_different_bases: bool,
+    extras: str | None,
 ) -> Iterator[Finding]:
     """Every finding about adapters that are to be merged: refusals first, then warnings, then notes."""
     found = [
-        *_refusals(adapters),
-        *_more_than_factors(opened, adapters),
+        *_refusals(adapters, allow_different_bases),
+        *(_more_than_factors(opened, adapters) if extras is None else ()),
         *_damage(adapters),
         *_pairs(adapters, pairs),
         *_sizes(adapters),
@@ -40,7 +46,7 @@ def findings_before(
     yield from sorted(found, key=lambda finding: order[finding.level])
 
 
-def _refusals(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
+def _refusals(adapters: Sequence[AdapterReport], allow_different_bases: bool) -> Iterator[Finding]:
     for adapter in adapters:
         if adapter.problem is not None:
             yield Finding("refused", (adapter.name,), f"'{adapter.name}' can't be merged: {adapter.problem}")
@@ -50,11 +56,15 @@ def _refusals(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
             bases.setdefault(adapter.info.base_model.rstrip("/"), []).append(adapter.name)
     if len(bases) > 1:
         listing = "; ".join(f"'{base}' ({', '.join(names)})" for base, names in bases.items())
+        advice = (
+            "that is allowed here, as the same weights under two names"
+            if allow_different_bases
+            else "adapters of different models can't be merged. If these are the same weights under two names, allow different bases"
+        )
         yield Finding(
-            "refused",
+            "note" if allow_different_bases else "refused",
             tuple(name for names in bases.values() for name in names),
-            f"the adapters were trained on different base models: {listing}; adapters of different models can't be merged. "
-            "If these are the same weights under two names, allow different bases",
+            f"the adapters were trained on different base models: {listing}; {advice}",
         )
     yield from _misfits(adapters)
 
@@ -86,14 +96,15 @@ def _misfits(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
                     f"'{other.name}' and '{adapter.name}' have different shapes or layer types in {len(differing)} modules "
                     f"({preview(differing)}): they belong to different base models",
                 )
-        if index and not any(
-            adapter.modules.keys() & other.modules.keys() for other in readable if other is not adapter
-        ):
+        others = [other for other in readable if other is not adapter]
+        if index and not any(adapter.modules.keys() & other.modules.keys() for other in others):
+            hints = (meeting_rename(adapter.modules, other.modules) for other in others if other.info.rename is None)
+            hint = next(filter(None, hints), "was the base model loaded with another class?")
             yield Finding(
                 "refused",
                 (adapter.name,),
                 f"'{adapter.name}' has no module in common with the others ({preview(adapter.modules, 2)}): there is nothing "
-                "to merge it with; was the base model loaded with another class?",
+                f"to merge it with; {hint}",
             )
 
 
@@ -103,6 +114,10 @@ def _damage(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
         if damaged:
             count = f"{len(damaged)} of {len(adapter.modules)} modules can't be measured, the first because "
             yield Finding("refused", (adapter.name,), f"in '{adapter.name}' {count}{next(iter(damaged.values()))}")
+        zero = [name for name, module in adapter.modules.items() if not module.S and not module.problem]
+        if zero:
+            text = f"'{adapter.name}' is all zero in {len(zero)} of {len(adapter.modules)} modules ({preview(zero)}): that is allowed here"
+            yield Finding("note", (adapter.name,), text)
 
 
 def _pairs(adapters: Sequence[AdapterReport], pairs: Sequence[PairReport]) -> Iterator[Finding]:

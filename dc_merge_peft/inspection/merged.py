@@ -44,6 +44,7 @@ def inspect_merge(
     dora_rank: int | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
+    rename: str | None = None,
 ) -> MergeInspection:
     """Look at what a merge keeps of each adapter, from factors.
 
@@ -54,6 +55,7 @@ def inspect_merge(
         dora_rank: As for :meth:`DCMergeAdapter.merge`; by default as recorded.
         device: Where to compute; by default where the factors are.
         progress: Show a progress bar; by default on a terminal only.
+        rename: As for :meth:`DCMergeAdapter.merge`; by default as recorded.
 
     Raises:
         OptionError: no adapters given and none known, no rank of DoRA adapters, or an unknown device.
@@ -67,7 +69,10 @@ def inspect_merge(
     made_by = settings_of(merged)
     model = BaseModel.of(made_by.base if base is None else base, None)
     reading = DoraReading(made_by.dora_rank if dora_rank is None else dora_rank, where, allow_zero=True)
-    with sources_opened(given, rename=made_by.rename) as opened, _target(merged) as target:
+    with (
+        sources_opened(given, rename=made_by.rename if rename is None else rename) as opened,
+        _target(merged) as target,
+    ):
         found = merged.adapters if isinstance(merged, MergeResult) and sources is None else [s.info for s in opened]
         names = [info.name for info in uniquely_named(found)]
         return _inspect(target, with_base(opened, model, reading), names, where, progress)

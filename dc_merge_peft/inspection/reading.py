@@ -15,6 +15,8 @@ from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.hub import CONFIG_FILE, locate
 from dc_merge_peft.sources.opening import short_names
+from dc_merge_peft.sources.renamed import RenamedSource
+from dc_merge_peft.sources.renames import rename_named
 from dc_merge_peft.together import uniquely_named
 
 
@@ -29,21 +31,25 @@ class Opened:
 
 
 def open_leniently(
-    sources: Sequence[str | Path | Source], base: BaseModel | None, reading: DoraReading
+    sources: Sequence[str | Path | Source], base: BaseModel | None, reading: DoraReading, rename: str | None
 ) -> list[Opened]:
-    """Open adapters under unique names, DoRA ones with their base model where there is one.
+    """Open adapters under unique names and a rename, DoRA ones with their base model where there is one.
 
     Raises:
-        OptionError: no list, or an empty one.
+        OptionError: no list, an empty one, or an unknown rename.
         SourceError: an adapter without a readable config, of which nothing is known, or a base model that can't be loaded.
     """
     if isinstance(sources, (str, Path)):
         raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     if not sources:
         raise OptionError("found no adapters to inspect: expected at least one")
+    if rename is not None:
+        rename_named(rename)
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
     opened = [
-        Opened(source.info, source.config, source) if isinstance(source, Source) else _open(source, names[str(source)])
+        Opened(source.info, source.config, source)
+        if isinstance(source, Source)
+        else _open(source, names[str(source)], rename)
         for source in sources
     ]
     if base is not None and any(adapter.source.is_dora for adapter in opened if adapter.source):
@@ -59,9 +65,10 @@ def _joined(source: Source | None, base: BaseModel | None, reading: DoraReading)
     return None if source is None else with_base([source], base, reading)[0]
 
 
-def _open(path: str | Path, name: str) -> Opened:
+def _open(path: str | Path, name: str, rename: str | None) -> Opened:
     try:
-        source = CheckpointSource(path, name=name)
+        source: Source = CheckpointSource(path, name=name)
+        source = source if rename is None else RenamedSource(source, rename, keep_extras=False)
     except MergeError as error:
         config = _raw_config(path)
         if config is None:

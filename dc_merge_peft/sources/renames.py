@@ -141,3 +141,13 @@ def fitting_rename(paths: Iterable[str], exists: Callable[[str], object], given:
         if all(path is not None and exists(path) for path in renamed):
             return f"; they are named as in {rename.old}: merge with rename='{name}' (--rename {name})"
     return ""
+
+
+def meeting_rename(one: Iterable[str], other: Iterable[str]) -> str:
+    """For the end of an error about two adapters without a common module: the rename under which they have some, or nothing."""
+    both = [set(one), set(other)]
+    for name, rename in RENAMES.items():
+        first, second = ({new_path(path, rename) for path in paths} for paths in both)
+        if None not in first | second and first & second:
+            return f"under rename='{name}' (--rename {name}) they have some, since one is named as in {rename.old}"
+    return ""

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import Result
 
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
@@ -125,6 +126,46 @@ def test_adapters_that_need_a_word_more(workspace: Path) -> None:
     assert all(module["S"] and module["problem"] is None for module in head["modules"].values())
     texts = {finding["adapters"][0]: finding["text"] for finding in report["findings"] if finding["level"] == "refused"}
     assert "use_dora=True" in texts["dora"] and "--extras" in texts["head"]
+
+
+def test_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each refusal names the flag that overrules it; with it, or beside a merge that was made with it, there is none."""
+    monkeypatch.chdir(tmp_path)
+    zero = {"enc.q.lora_A.weight": torch.zeros(2, 5), "enc.q.lora_B.weight": torch.ones(6, 2)}
+    write_checkpoint(tmp_path / "one", base_model_name_or_path="org/one", modules_to_save=["head"])
+    write_checkpoint(tmp_path / "two", zero, base_model_name_or_path="org/two")
+    allowed = ("--extras", "drop", "--allow-different-bases", "--allow-zero")
+    assert shown("inspect", "one", "two").count("refused: ") == 3
+    for others in ((), ("-m", "ta")):
+        output = shown("inspect", "one", "two", *allowed, *others)
+        assert "refused" not in output and "'two' is all zero in 1 of 1 modules ('enc.q')" in output
+        assert "'org/one' (one); 'org/two' (two); that is allowed here" in " ".join(output.split())
+    shown("merge", "one", "two", *allowed, "-m", "ta", "-o", "both")
+    assert "'org/one' (one); 'org/two' (two); that is allowed here" in " ".join(
+        shown("inspect", "one", "two", "--merged", "both", "--extras", "drop").split()
+    )
+
+
+def test_old_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of two layouts have nothing in common, unless they are read under one; which one is said."""
+    monkeypatch.chdir(tmp_path)
+    paths = {"old": "vision_model.encoder.layers.0.q", "new": "encoder.layers.0.q"}
+    for number, (name, path) in enumerate(paths.items()):
+        A, B = models.factors(6, 5, 2, seed=number)
+        write_checkpoint(tmp_path / name, {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B})
+    for names in (("old", "new"), ("new", "old")):
+        output = " ".join(shown("inspect", *names).split())
+        assert "under rename='clip-vision-v5' (--rename clip-vision-v5) they have some" in output
+        failed(run("merge", *names, "--dry-run"), "no target module in common", "(--rename clip-vision-v5)")
+        failed(run("inspect", *names, "-m", "ta"), "no target module in common", "(--rename clip-vision-v5)")
+        shown("inspect", *names, "-m", "ta", "--rename", "clip-vision-v5")
+    shown("merge", "old", "new", "-m", "ta", "-o", "both", "--rename", "clip-vision-v5")
+    output = shown("inspect", "old", "new", "--merged", "both")
+    assert "refused" not in output and "are in some of the adapters only" not in output
+    failed(run("inspect", "old", "--rename", "clip"), "unknown rename 'clip'", "clip-vision-v5")
+    assert "refused: 'old' can't be merged: rename 'vit-v5' does not know" in shown(
+        "inspect", "old", "--rename", "vit-v5"
+    )
 
 
 def test_many_real_adapters() -> None:
