@@ -188,12 +188,13 @@ def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]
     is then its cause."""
     from huggingface_hub import errors
 
-    chain, status, repo = causes(error), http_status(error), wanted.repo
+    chain, status = causes(error), http_status(error)
+    place = "/".join(filter(None, (wanted.repo, wanted.subfolder)))  # as a directory it would be all of this
     if any(isinstance(e, errors.GatedRepoError) for e in chain):
         return f"the Hub repository {wanted} is gated: ask for access on its page, then log in with `hf auth login`"
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
         return (
-            f"found no directory and no Hub repository {wanted}: check the name, or log in with `hf auth login` if it is "
+            f"found no directory '{place}' and no Hub repository {wanted}: check the name, or log in with `hf auth login` if it is "
             "private"
         )
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
@@ -207,7 +208,7 @@ def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]
         return f"the Hub could not deliver {wanted} {words}: try again {f'in {wait:.0f} seconds' if wait else 'later'}"
     if any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):
         return (
-            f"found no directory '{repo}', and {wanted} is not in the local cache while the Hub can't be reached: check the "
+            f"found no directory '{place}', and {wanted} is not in the local cache while the Hub can't be reached: check the "
             "path, or connect (and unset HF_HUB_OFFLINE) and try again later"
         )
     remedy = "use another repository" if isinstance(error, ValueError) else "try again later"

@@ -79,7 +79,8 @@ def test_passing_failures_are_retried_by_asking_again(server: HubServer) -> None
 
 
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "no such repository": ("org/nobody", ("no directory and no Hub repository 'org/nobody'", "check the name")),
+    "no such repository": ("org/nobody", ("no directory 'org/nobody' and no Hub repository 'org/nobody'", "check the name")),
+    "a mistyped directory": ("org/nobody/step-9", ("no directory 'org/nobody/step-9' and no Hub repository 'org/nobody'",)),
     "no such revision": (f"{REPO}@v9", ("no 'org/one' at revision 'v9'", "expected a branch, tag or commit")),
     "no such subfolder": (f"{REPO}/sub", ("'org/one/sub'", "no adapter_config.json", "expected a PEFT adapter")),
     "one word": ("one", ("no adapter directory 'one'", "expected an existing directory or a Hub id")),
@@ -122,6 +123,8 @@ def test_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert merge(REPO).delta("enc.q").equal(before)
     with refused(SourceError, "no directory 'org/two'", "not in the local cache", "unset HF_HUB_OFFLINE"):
         merge("org/two")
+    with refused(SourceError, "no directory 'runs/math/step-9'", "'runs/math' is not in the local cache"):
+        merge("runs/math/step-9")
     assert len(server.requests) == count
 
 
