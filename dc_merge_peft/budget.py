@@ -18,6 +18,9 @@ ROOM, MATRICES = 4 << 30, 13
 _TRUNCATED = 27
 _CORES, _CORES_OF_TASK, _FACTORS = 20, 3, 6
 
+# So that a size in whole MB, said as the least that is needed, is no less than that.
+_ROUNDING = 500_000
+
 # Of modules that are merged as one stack: bytes on a GPU, and how many.
 BATCH_ROOM, MOST_IN_A_BATCH = 2 << 30, 256
 
@@ -43,7 +46,7 @@ def workers(method: Method, plan: MergePlan, threads: int, max_memory: int | Non
     needed, there = working_bytes(method, largest), resident_bytes()
     if max_memory < there + kept + needed:
         raise OptionError(
-            f"max_memory is {_in_words(max_memory)}: expected at least {_in_words(there + kept + needed)}, of which the program has "
+            f"max_memory is {_in_words(max_memory)}: expected at least {_in_words(there + kept + needed + _ROUNDING)}, of which the program has "
             f"{_in_words(there)}, the result takes {_in_words(kept)}, and module '{largest.name}' {_in_words(needed)} while it is merged; "
             f"give more{', or write the result instead of keeping it (merging, dc-merge merge)' if kept else ''}"
             f"{'' if method.equivariant else ', or take a method in factor space, such as dc'}"

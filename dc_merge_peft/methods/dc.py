@@ -115,8 +115,9 @@ def entries_kept(density: float | Literal["auto"], k: int, rank: int) -> int:
         return max(math.floor(PAPER_DENSITY * k * k), rank)
     count = math.floor(density * k * k)
     if count == 0 and k > 0:
+        least = math.ceil(1e6 / (k * k)) / 1e6  # rounded up, so that it keeps one
         raise OptionError(
             f"option 'density' is {density}, which keeps none of the {k} x {k} entries of a task: "
-            f"expected at least {1 / (k * k):.2g}, or 'auto'"
+            f"expected at least {least:g}, or 'auto'"
         )
     return count

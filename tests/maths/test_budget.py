@@ -33,6 +33,11 @@ def test_as_many_as_there_is_room_for(name: str, monkeypatch: pytest.MonkeyPatch
     with refused(OptionError, "max_memory is", "expected at least", "module '0'", "while it is merged") as refusal:
         workers(method, plan, 8, there + kept + needed - 1, kept)
     assert ("such as dc" in refusal.text) == (name == "ties")
+    for size in (443_000_001, 443_499_999, 443_500_001):  # the least that is said is enough
+        monkeypatch.setattr(budget, "resident_bytes", lambda size=size: size)
+        with refused(OptionError, "expected at least 444 MB"):
+            workers(method, plan, 8, 8)
+        assert workers(method, plan, 8, 444_000_000) >= 1
 
 
 def test_what_is_kept() -> None:

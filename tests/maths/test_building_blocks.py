@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -270,6 +271,11 @@ def test_entries_kept() -> None:
     assert entries_kept(0.1, 12, 4) == 14 and entries_kept(1.0, 12, 4) == 144 and entries_kept("auto", 0, 0) == 0
     with pytest.raises(OptionError, match=r"'density' is 0.001, which keeps none of the 8 x 8 entries .* 'auto'"):
         entries_kept(0.001, 8, 4)
+    for k in range(1, 400):  # the number that the error advises is one that works
+        with pytest.raises(OptionError) as refused:
+            entries_kept(1e-9, k, 1)
+        advised = re.search(r"at least ([\d.e-]+)", str(refused.value))
+        assert advised is not None and entries_kept(float(advised[1]), k, 1) in (1, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))
