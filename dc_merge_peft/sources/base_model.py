@@ -128,7 +128,8 @@ def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known:
     if "trust_remote_code" in str(error):
         return (
             f"the base model '{base}' brings Python code of its own, which is not run unasked: expected a model class of "
-            "transformers; read the code, and pass trust_remote_code=True if you trust it"
+            "transformers; read the code, and if you trust it, allow it (trust_remote_code=True, --trust-remote-code), or, beside DoRA "
+            "adapters, load the model in Python and give it (base=model)"
         )
     if hub_id is not None and failed_at_the_hub(error):
         return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"

@@ -197,7 +197,12 @@ def test_code_of_a_base_model(server: HubServer, tmp_path: Path, monkeypatch: py
         base = "org/base"
     model = models.with_lora(models.bert(), {"first": {"r": 2, "target_modules": ["query"]}})
     folders = models.save_adapters(model, tmp_path / "in")
-    with refused(SourceError, f"'{base}' brings Python code of its own", "not run unasked", "trust_remote_code=True"):
+    with refused(
+        SourceError,
+        f"'{base}' brings Python code of its own",
+        "not run unasked",
+        "trust_remote_code=True, --trust-remote-code",
+    ):
         DCMergeAdapter().fuse(base, folders)
     assert not (tmp_path / "mark").exists()
     fused_model = DCMergeAdapter().fuse(base, folders, trust_remote_code=True)
