@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from dc_merge_peft.sources.hub import RECORD_FILE
 from dc_merge_peft.together import base_place
 
 FILE_NAME = RECORD_FILE
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
 
 
@@ -83,6 +85,7 @@ class RunConfig:
                 raise OptionError(
                     f"the configuration '{path}' has {name}: {values[name]!r}: expected a list, as in {example}"
                 )
+        values["weights"] = with_exponents(values.get("weights"))
         for name in ("svd_rank", "dora_rank", "lora_rank"):
             if str(values.get(name)).lower() == "none":  # as errors and options have it; YAML itself says null
                 values[name] = None
@@ -211,6 +214,15 @@ def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
         parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
         known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
     return known[id(node)]
+
+
+def with_exponents(value: Any) -> Any:
+    """Numbers such as ``1e-3``, which YAML 1.1 takes for text unless they have a point, as numbers, all the way down."""
+    if isinstance(value, dict):
+        return {key: with_exponents(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(with_exponents, value))
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def printable_yaml(record: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.outputs.single import check_file
 from dc_merge_peft.plots import MARK, figure_kind, require_matplotlib
 from dc_merge_peft.progress import progress_bar
-from dc_merge_peft.runconfig import RunConfig, loaded_yaml
+from dc_merge_peft.runconfig import RunConfig, loaded_yaml, with_exponents
 from dc_merge_peft.tuning import CommandEvaluation, Search, TuneResult, prepare
 from dc_merge_peft.tuning.journal import Journal
 from dc_merge_peft.tuning.outcome import check_place
@@ -192,7 +192,7 @@ def _check_outputs(
 
 def _space(path: Path | None, tried: list[str]) -> dict[str, Any]:
     """The dimensions of the YAML file and of ``--try``."""
-    space = loaded_yaml(path, "search space", "density: [0.001, 0.01]") if path is not None else {}
+    space = with_exponents(loaded_yaml(path, "search space", "density: [0.001, 0.01]")) if path is not None else {}
     for name, values in assignments(tried, {}, flag="--try", example="smoothing=none,linear"):
         if name in space:
             raise OptionError(f"'{name}' is given by --try and by --space: expected it once")

@@ -40,6 +40,19 @@ def test_dashes_are_underscores(workspace: Path) -> None:
     assert planned.exit_code == 0, planned.output
 
 
+def test_exponents(workspace: Path) -> None:
+    """``1e-1`` is a number in weights and in a search space, too, where YAML has it for text; names of adapters stay text."""
+    shutil.copytree("math-lora", "1e-4")
+    Path("run.yaml").write_text("adapters: [1e-4, code-lora]\nweights: [1e-1, 1]\nalpha: 2e0\n")
+    made("merge", "--config", "run.yaml", "-o", "out")
+    assert record("out")["weights"] == [0.1, 1.0] and record("out")["adapters"][0] == "1e-4"
+    ranges = "density: {min: 1e-2, max: 1E-1, log: true}\nweights: {code-lora: {min: 5e-1, max: 1, step: 25e-2}}\n"
+    Path("space.yaml").write_text(ranges)
+    made("tune", "math-lora", "code-lora", "--space", "space.yaml", "--dry-run")
+    Path("space.yaml").write_text("weights: [[1e-1, 1], [1, 1e0]]\nalpha: [1e0]\n")
+    made("tune", "math-lora", "code-lora", "--space", "space.yaml", "--dry-run")
+
+
 def test_no_rank(workspace: Path) -> None:
     """``none`` is what errors advise where all of a rank is to be kept; YAML itself says ``null``."""
     for number, word in enumerate(("none", "None", "null")):
