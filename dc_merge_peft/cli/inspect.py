@@ -26,6 +26,7 @@ from dc_merge_peft.plots import (
     require_matplotlib,
     save_figures,
 )
+from dc_merge_peft.runconfig import FILE_NAME
 from dc_merge_peft.sources.base_model import BaseModel
 
 _MERGE, _OUT = "What a merge keeps", "Output"
@@ -39,7 +40,10 @@ def inspect(
     ] = None,
     merged: Annotated[
         str | None,
-        typer.Option(help="A merged adapter, to see what it keeps of each of these.", rich_help_panel=_MERGE),
+        typer.Option(
+            help="A merged adapter, to see what it keeps of each of these, by default of those it has recorded.",
+            rich_help_panel=_MERGE,
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -102,6 +106,9 @@ def inspect(
             "found --merged and options of a merge: expected one of them, a merge that exists or a new one"
         )
     one_process("inspect")
+    if merged is not None and config is None and not adapters:
+        record = Path(merged).expanduser() / FILE_NAME
+        config = record if record.is_file() else None
     run = run_settings(
         config,
         adapters=tuple(adapters) if adapters else None,

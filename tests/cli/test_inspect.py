@@ -168,6 +168,14 @@ def test_old_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_recorded_adapters(workspace: Path) -> None:
+    """Beside a merged adapter those that it has recorded need not be named; one without a record needs them."""
+    shown("merge", "math-lora", "code-lora", "-o", "both")
+    named = shown("inspect", "math-lora", "code-lora", "--merged", "both", "--json")
+    assert shown("inspect", "--merged", "both", "--json") == named
+    failed(run("inspect", "--merged", "math-lora"), "found no adapters to inspect")
+
+
 def test_many_real_adapters() -> None:
     """All of the demo's: the pairs are cut, the layers are not, and eight adapters fit in a line."""
     paths = [str(path.parent) for path in sorted(assets().glob("*/adapter_config.json"))]
