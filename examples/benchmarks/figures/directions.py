@@ -92,13 +92,13 @@ def layer_trials(scope: Scope) -> Iterable[Trial]:
 
 
 def layer_numbers(bank: Bank) -> list[dict[str, Any]]:
-    """A line for each method, module and task."""
+    """A line for each method, module and task, layer after layer."""
     lines = []
     for label in AGAIN:
         kept = bank.kept(method_merged(bank.scope, label, bank.scope.seed))
-        for module, by_task in kept.items():
+        for module in places(kept):
             lines += [
-                {"method": label, "module": module, "task": task, "dir_sim": by_task[task][0]}
+                {"method": label, "module": module, "task": task, "dir_sim": kept[module][task][0]}
                 for task in bank.scope.tasks
             ]
     return lines
