@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dc_merge_peft.sources.base_model import BaseModel
 # Settings of one kind of input alone.
 FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras", "allow_different_bases", "allow_zero")
 FOR_MODELS = ("models", "average", "lora_rank")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+),?")
 
 
 def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any) -> RunConfig:
@@ -35,6 +37,7 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
         check_adapters(path, found, base.adapters)
     method, own = given.get("method", base.method), base.adapters or base.models
     merged = given.get("adapters") or given.get("models") or own
+    _check_words(merged, weighted="weights" in given)
     if base.weights is not None and own and merged != own and "weights" not in given:
         _note(f"the weights of '{path}' are those of its own {'adapters' if base.adapters else 'models'}, and left out")
         base = dataclasses.replace(base, weights=None)
@@ -44,6 +47,16 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
     run = dataclasses.replace(base, **given, options={**base.options, **options})
     # Under this path others find it, too: PEFT knows no "~", which shells leave in --output=~/merged, and YAML has.
     return run if run.output is None else dataclasses.replace(run, output=os.path.expanduser(run.output))
+
+
+def _check_words(merged: Sequence[str] | None, *, weighted: bool) -> None:
+    """Refuse weights in words of their own, which stand among what is merged then."""
+    for name in merged or () if weighted else ():
+        if _NUMBER.fullmatch(str(name)) and not Path(name).exists():
+            raise OptionError(
+                f"'{name}' stands among what is merged, where there is no directory of that name: expected all weights in one word, "
+                "as in --weights 1,0.5"
+            )
 
 
 def check_kind(run: RunConfig, *, adapters: bool) -> None:

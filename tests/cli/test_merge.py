@@ -157,6 +157,10 @@ def test_json_holds_every_module(workspace: Path) -> None:
         (["merge", "math-lora", "code-lora", "-o", "out", "-O", "rho=5", "--rho", "4"], ["once"]),
         (["merge", "math-lora", "code-lora", "-o", "out", "--weights", "1,x"], ["1,x", "expected numbers"]),
         (["merge", "math-lora", "code-lora", "-o", "out", "--weights", "1"], ["1 weights for 2 adapters"]),
+        (
+            ["merge", "math-lora", "code-lora", "-o", "out", "--weights", "1", "0.5"],
+            ["'0.5' stands among", "--weights 1,0.5"],
+        ),
         (["merge", "math-lora", "code-lora", "-o", "out", "--weights", "1,nan"], ["finite"]),
         (["merge", "math-lora", "code-lora", "-o", "out", "--svd-rank", "0"], ["svd_rank", "at least 1"]),
         (["merge", "math-lora", "code-lora", "-o", "out", "--dtype", "int8"], ["int8", "float32"]),
