@@ -14,7 +14,7 @@ from tests.support.refused import listing
 pytestmark = pytest.mark.skipif(not can_make_machines(), reason="needs namespaces of Linux, and the right to make them")
 
 # dc-merge that misses the other machine after some seconds instead of a minute.
-IMPATIENT = "from dc_merge_peft.work import team\nteam.PATIENCE = 4\nfrom dc_merge_peft.cli import main\nmain()\n"
+IMPATIENT = "from dc_merge_peft.work import team\nteam.PATIENCE = 8\nfrom dc_merge_peft.cli import main\nmain()\n"
 
 
 @pytest.fixture

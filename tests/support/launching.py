@@ -90,8 +90,11 @@ def can_make_machines() -> bool:
     """Whether this system lets us."""
     if not (sys.platform.startswith("linux") and all(map(shutil.which, ("unshare", "nsenter", "ip")))):
         return False
-    wire = "ip link add one type veth peer name other"
-    return not subprocess.run(["unshare", *APART, "--fork", "sh", "-c", wire], capture_output=True).returncode
+    try:
+        with two_machines():
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 @contextmanager
@@ -121,7 +124,13 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
 def _booted(rank: int) -> Machine:
     boot = f"hostname machine-{rank} && mount -t proc proc /proc && echo up && exec sleep 600"
     process = subprocess.Popen(
-        ["unshare", *APART, "--fork", "--kill-child", "sh", "-c", boot], text=True, stdout=subprocess.PIPE
+        ["unshare", *APART, "--fork", "--kill-child", "sh", "-c", boot],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
-    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    assert process.stdout is not None
+    if process.stdout.readline() != "up\n":
+        process.communicate()
+        raise OSError(f"machine {rank} does not start")
     return Machine(rank, process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip())
