@@ -115,7 +115,16 @@ def _say_and_wait(store: Any, word: str, rank: int, others: Sequence[int]) -> No
         for other in others:
             store.wait([f"{word}/{other}"], MEETING)
     except RuntimeError as error:
-        missing = [other for other in others if not store.check([f"{word}/{other}"])]
+        missing = [other for other in others if not _there(store, f"{word}/{other}")]
         if not missing:
             raise
         raise RuntimeError(f"no sign of process {', '.join(map(str, missing))} after {MEETING}") from error
+
+
+def _there(store: Any, key: str) -> bool:
+    """Whether a process has said something; older stores can't be asked without waiting."""
+    try:
+        store.wait([key], timedelta(milliseconds=100))
+    except RuntimeError:
+        return False
+    return True
