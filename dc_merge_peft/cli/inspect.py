@@ -16,7 +16,7 @@ from dc_merge_peft.cli.settings import assignments, check_kind, merged_in_memory
 from dc_merge_peft.cli.show import console, reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, unknown_name
 from dc_merge_peft.inspection import Inspection, MergeInspection, inspect_adapters, inspect_merge
-from dc_merge_peft.inspection.merged import settings_of
+from dc_merge_peft.inspection.merged import record_file, settings_of
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.plots import (
     FORMATS,
@@ -26,7 +26,6 @@ from dc_merge_peft.plots import (
     require_matplotlib,
     save_figures,
 )
-from dc_merge_peft.runconfig import FILE_NAME
 from dc_merge_peft.sources.base_model import BaseModel
 
 _MERGE, _OUT = "What a merge keeps", "Output"
@@ -107,8 +106,7 @@ def inspect(
         )
     one_process("inspect")
     if merged is not None and config is None and not adapters:
-        record = Path(merged).expanduser() / FILE_NAME
-        config = record if record.is_file() else None
+        config = record_file(merged)
     run = run_settings(
         config,
         adapters=tuple(adapters) if adapters else None,

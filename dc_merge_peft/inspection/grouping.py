@@ -22,8 +22,8 @@ def places(modules: Iterable[str]) -> dict[str, Place]:
     short = _shortened([kind for _, _, kind in split.values()])
     names = _shortened(stacks)
 
-    def order(module: str) -> tuple[int, list[tuple[int, str]]]:
-        stack, numbers, _ = split[module]
+    def order(item: tuple[str, tuple[str, str, str]]) -> tuple[int, list[tuple[int, str]]]:
+        stack, numbers, _ = item[1]
         # Files have layer 10 before layer 2, and the first adapter may lack some.
         return stacks.index(stack) if numbers else len(stacks), [(len(number), number) for number in numbers.split(".")]
 
@@ -31,7 +31,7 @@ def places(modules: Iterable[str]) -> dict[str, Place]:
         module: Place(
             " ".join(filter(None, (names[stack] if len(stacks) > 1 and numbers else "", numbers))), short[kind]
         )
-        for module, (stack, numbers, kind) in ((module, split[module]) for module in sorted(split, key=order))
+        for module, (stack, numbers, kind) in sorted(split.items(), key=order)
     }
 
 

@@ -108,8 +108,14 @@ def settings_of(merged: MergeResult | str | Path | Source) -> RunConfig:
     if isinstance(merged, MergeResult):
         of_dora = {"base": merged.dora.base, "dora_rank": merged.dora.rank} if merged.dora else {}
         return RunConfig(rename=merged.rename, **of_dora)
-    record = None if isinstance(merged, Source) else locate(merged).directory / FILE_NAME
-    return RunConfig.read(record) if record is not None and record.is_file() else RunConfig()
+    record = None if isinstance(merged, Source) else record_file(merged)
+    return RunConfig() if record is None else RunConfig.read(record)
+
+
+def record_file(merged: str | Path) -> Path | None:
+    """The record of a merged adapter in a directory or on the Hub, if it came with one."""
+    file = locate(merged).directory / FILE_NAME
+    return file if file.is_file() else None
 
 
 def _inspect(
@@ -133,9 +139,8 @@ def _inspect(
         norms_here = {name: task.norm() for name, task in tasks.items()}
         for name, norm in norms_here.items():
             norms[name][module] = norm
-        changed = [
-            name for name, norm in norms_here.items() if norm > 0
-        ]  # of an all-zero delta there is nothing to keep
+        # Of an all-zero delta there is nothing to keep.
+        changed = [name for name, norm in norms_here.items() if norm > 0]
         if module in merged.modules:
             *seen, delta = _together(module, tasks, _delta_of(merged, module), device)
             of = dict(zip(tasks, seen, strict=True))

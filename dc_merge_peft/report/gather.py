@@ -13,7 +13,7 @@ import torch
 
 from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.inspection.adapters import inspect_adapters
-from dc_merge_peft.inspection.merged import inspect_merge, sources_of
+from dc_merge_peft.inspection.merged import inspect_merge, record_file, sources_of
 from dc_merge_peft.outputs.public import public_copy
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.weights import assigned, recorded_adapters
@@ -22,7 +22,6 @@ from dc_merge_peft.runconfig import FILE_NAME, RunConfig, check_adapters, read_r
 from dc_merge_peft.sources.base import AdapterInfo, Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
-from dc_merge_peft.sources.hub import locate
 from dc_merge_peft.sources.opening import sources_opened
 
 if TYPE_CHECKING:
@@ -82,8 +81,8 @@ def _of_result(merged: MergeResult, sources: Sequence[str | Path | Source] | Non
 
 
 def _of_directory(merged: str | Path, sources: Sequence[str | Path | Source] | None) -> _Origin:
-    file = locate(merged).directory / FILE_NAME
-    if not file.is_file():
+    file = record_file(merged)
+    if file is None:
         if sources is None:
             raise SourceError(
                 f"'{merged}' has no {FILE_NAME} that says what it was made from: expected an adapter that dc-merge merge has "

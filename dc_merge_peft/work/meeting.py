@@ -111,9 +111,10 @@ def _meet(store: Any, rank: int, size: int) -> str:
 
 def _say_and_wait(store: Any, word: str, rank: int, others: Sequence[int]) -> None:
     store.set(f"{word}/{rank}", platform.node())
+    if not others:
+        return
     try:
-        for other in others:
-            store.wait([f"{word}/{other}"], MEETING)
+        store.wait([f"{word}/{other}" for other in others], MEETING)
     except RuntimeError as error:
         missing = [other for other in others if not _there(store, f"{word}/{other}")]
         if not missing:

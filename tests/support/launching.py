@@ -66,12 +66,11 @@ class Machine:
         self,
         arguments: Sequence[object],
         folder: Path,
-        machines: int = 2,
         program: Sequence[object] = ("-m", "dc_merge_peft"),
     ) -> subprocess.Popen[str]:
         """Its part of a launch that has a process on each machine."""
         meeting = ("--main_process_ip", address(0), "--main_process_port", PORT)
-        options = ("--num_machines", machines, "--machine_rank", self.rank, "--num_processes", machines, *meeting)
+        options = ("--num_machines", 2, "--machine_rank", self.rank, "--num_processes", 2, *meeting)
         command = ["env", "-C", str(folder), *launcher(*options, program=program), *map(str, arguments)]
         return started(self.does(*command), folder, CUDA_VISIBLE_DEVICES="")
 
