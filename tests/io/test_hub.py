@@ -26,7 +26,7 @@ from dc_merge_peft import (
 )
 from dc_merge_peft.runconfig import RunConfig
 from dc_merge_peft.sources import CheckpointSource, base_model
-from tests.support import models
+from tests.support import models, program
 from tests.support.hub_server import HubServer, hub_server, point_client_at
 from tests.support.models import difference, write_checkpoint
 from tests.support.refused import listing, refused
@@ -238,6 +238,8 @@ def test_a_merged_adapter_knows_what_it_was_made_from(server: HubServer, tmp_pat
     merged.push_to_hub("org/merged")
     assert "old1" in report_merge("org/merged", tmp_path / "page.html").read_text(encoding="utf-8")
     assert set(inspect_merge("org/merged", ["org/old1", "org/old2"]).modules) == set(merged.modules)
+    inspected = program.run("inspect", "--merged", "org/merged", "--json")
+    assert set(json.loads(inspected.stdout)["merge"]["modules"]) == set(merged.modules)
 
 
 def test_push_with_a_token(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
