@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.budget import MOST_IN_A_BATCH, batch_room, working_bytes
-from dc_merge_peft.linalg import FLOAT32_EPS
+from dc_merge_peft.linalg import FLOAT32_EPS, null_thresholds
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleTasks
@@ -28,7 +28,6 @@ from dc_merge_peft.stacked import (
     StackedMerge,
     StackedSVD,
     StackedTasks,
-    null_thresholds,
     stacked_factors,
     svds_of_stacks,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Stack:
 
     parts: tuple[Tensor, ...]  # (m, r_i) each, of any floating dtype, on one device
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(m, k)."""
         return self.parts[0].shape[0], sum(part.shape[1] for part in self.parts)
@@ -119,9 +119,9 @@ class Stack:
         """The (m, k) matrix in the dtype of its parts, until the next one is made."""
         if len(self.parts) == 1:
             return self.parts[0]
-        dtype = reduce(torch.promote_types, (part.dtype for part in self.parts))
+        dtype = reduce(torch.promote_types, {part.dtype for part in self.parts})
         X = SCRATCH.take("stack", *self.shape, self.parts[0], dtype)
-        return torch.cat([part.to(dtype) for part in self.parts], dim=1, out=X)
+        return torch.cat([part if part.dtype == dtype else part.to(dtype) for part in self.parts], dim=1, out=X)
 
 
 @dataclass(frozen=True, eq=False)

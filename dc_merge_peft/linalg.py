@@ -7,12 +7,13 @@ whitening near-duplicate directions depends on them. The two passes over tall fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+K = TypeVar("K", bound=Hashable)
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -30,7 +31,7 @@ class SVD(NamedTuple):
 
     def truncate(self, rank: int | None) -> SVD:
         """The ``rank`` leading components (all of them for ``None``): the best approximation of that rank."""
-        return self if rank is None else SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+        return self if rank is None or rank >= len(self.S) else SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
 
 def null_threshold(S: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -39,7 +40,13 @@ def null_threshold(S: Tensor, shape: tuple[int, int]) -> Tensor:
     ``S_max * eps * max(shape)``, numpy's ``matrix_rank`` rule with the eps of float32: adapters are stored in float32
     or less, so that smaller components have arbitrary directions even where the arithmetic is float64.
     """
-    return S.amax() * FLOAT32_EPS * max(shape) if S.numel() else S.new_zeros(())
+    return null_thresholds(S, max(shape))[0]
+
+
+def null_thresholds(S: Tensor, size: int) -> Tensor:  # (..., r) to (..., 1)
+    """:func:`null_threshold` of each spectrum of a stack of matrices whose longer side is ``size``."""
+    largest = S.amax(-1, keepdim=True) if S.shape[-1] else S.new_zeros((*S.shape[:-1], 1))
+    return largest * FLOAT32_EPS * size
 
 
 def svd_of_product(
@@ -54,15 +61,20 @@ def svd_of_product(
     return svds_of_products([(B, A)])[0]
 
 
+def alike(kinds: Iterable[K]) -> dict[K, list[int]]:
+    """The places of each kind: what can be computed together."""
+    found: dict[K, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(place)
+    return found
+
+
 def svds_of_products(
     products: Sequence[tuple[Tensor, Tensor]],  # (m, r) and (r, n) each
 ) -> list[SVD]:
     """:func:`svd_of_product` of many; those of one shape go through LAPACK together, which is most of the time of small ones."""
     found: dict[int, SVD] = {}
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, (B, A) in enumerate(products):
-        alike.setdefault((B.shape, A.shape, B.dtype, B.device), []).append(index)
-    for indices in alike.values():
+    for indices in alike((B.shape, A.shape, B.dtype, B.device) for B, A in products).values():
         B, A = (torch.stack([products[index][side] for index in indices]) for side in (0, 1))
         (_, m, r), n = B.shape, A.shape[2]
         if r >= min(m, n):  # no smaller core than the product itself
@@ -72,8 +84,9 @@ def svds_of_products(
             Q_A, R_A = torch.linalg.qr(A.mT)
             U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
             shape, U, Vh = (r, r), Q_B @ U, Vh @ Q_A.mT
-        for index, *svd in zip(indices, U, S, Vh, strict=True):
-            found[index] = without_null(SVD(*svd), shape)
+        components = (null_thresholds(S, max(shape)) < S).sum(-1).tolist()
+        for index, kept, *svd in zip(indices, components, U, S, Vh, strict=True):
+            found[index] = SVD(*svd).truncate(kept)
     return [found[index] for index in range(len(products))]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import Frame, orthonormal_frame
-from dc_merge_peft.linalg import SVD, svd_of_product, svds_of_products
+from dc_merge_peft.linalg import SVD, alike, svd_of_product, svds_of_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +100,14 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm, in float64."""
-        return max(self.inner(self), 0.0) ** 0.5
+        return self.moments()[0] ** 0.5
 
     def moments(self) -> tuple[float, float]:
         """``||dW||_F^2`` and ``||dW||_4^4``, the sums of the squares and of the fourth powers of the singular values, in float64 from
-        r x r products."""
-        B, A = self.B.to(torch.float64), self.A.to(torch.float64)
-        G = (B.mT @ B) @ (A @ A.mT)  # its eigenvalues are the squares of the singular values
-        return max(float(G.trace()), 0.0), max(float((G * G.mT).sum()), 0.0)
+        r x r products; computed once."""
+        if "_moments" not in self.__dict__:
+            measure([self])
+        return self.__dict__["_moments"]
 
 
 def concatenate(deltas: Sequence[LowRank]) -> LowRank:
@@ -122,18 +122,16 @@ def decompose(deltas: Iterable[LowRank]) -> None:
         delta.__dict__["svd"] = svd
 
 
-def norms(deltas: Sequence[LowRank]) -> list[float]:
-    """Their Frobenius norms, in float64; those of one shape together."""
-    found: dict[int, float] = {}
-    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-    for index, delta in enumerate(deltas):
-        alike.setdefault((delta.B.shape, delta.A.shape), []).append(index)
-    for indices in alike.values():
-        B = torch.stack([deltas[index].B.to(torch.float64) for index in indices])
-        A = torch.stack([deltas[index].A.to(torch.float64) for index in indices])
-        squares = ((B.mT @ B) * (A @ A.mT)).sum((1, 2)).clamp(min=0)
-        found |= zip(indices, squares.sqrt().tolist(), strict=True)
-    return [found[index] for index in range(len(deltas))]
+def measure(deltas: Iterable[LowRank]) -> None:
+    """Their moments, computed together, for when they or the norms are asked for."""
+    left = [delta for delta in deltas if "_moments" not in delta.__dict__]
+    for places in alike((delta.B.shape, delta.A.shape) for delta in left).values():
+        B = torch.stack([left[place].B.to(torch.float64) for place in places])
+        A = torch.stack([left[place].A.to(torch.float64) for place in places])
+        G = (B.mT @ B) @ (A @ A.mT)  # its eigenvalues are the squares of the singular values
+        squares, fourths = G.diagonal(dim1=1, dim2=2).sum(1), (G * G.mT).sum((1, 2))
+        for place, *moments in zip(places, *torch.stack([squares, fourths]).clamp_(min=0).tolist(), strict=True):
+            left[place].__dict__["_moments"] = tuple(moments)
 
 
 def is_ordinary(factor: Tensor) -> bool:

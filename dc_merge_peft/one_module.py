@@ -12,7 +12,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.linalg import FLOAT32_EPS
-from dc_merge_peft.lowrank import LowRank, SharedSpace, norms
+from dc_merge_peft.lowrank import LowRank, SharedSpace, measure
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks
 from dc_merge_peft.methods.rescaling import AlphaFit, fit_alpha
@@ -65,8 +65,8 @@ def merge_one(
     element-wise method has left their span.
     """
     seen, space = seen_by(method, module)
-    sizes = norms(space.cores) if space else [task.norm() for task in seen.tasks]
-    largest = max(abs(weight) * size for size, weight in zip(sizes, seen.weights, strict=True))
+    measure(task for task in seen.tasks if isinstance(task, LowRank))
+    largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
     refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
     if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):

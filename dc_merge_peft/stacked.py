@@ -6,7 +6,8 @@ ones are; what stands in a stack for the others is finite and means nothing. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import GRAM_CONDITION_LIMIT
-from dc_merge_peft.linalg import FLOAT32_EPS
+from dc_merge_peft.linalg import alike, null_thresholds
 from dc_merge_peft.lowrank import LowRank
 
 
@@ -106,19 +107,6 @@ def stacked_factors(modules: Sequence[Sequence[LowRank]]) -> tuple[Tensor, Tenso
     return B.to(torch.float64), A.to(torch.float64).mT
 
 
-def alike(sizes: Iterable[int]) -> dict[int, list[int]]:
-    """The places of each size: what can be decomposed together."""
-    found: dict[int, list[int]] = {}
-    for place, size in enumerate(sizes):
-        found.setdefault(size, []).append(place)
-    return found
-
-
-def null_thresholds(S: Tensor, size: int) -> Tensor:  # (..., r) to (..., 1)
-    """:func:`dc_merge_peft.linalg.null_threshold` of each spectrum of a stack of matrices of (size, size)."""
-    return S.amax(-1, keepdim=True) * FLOAT32_EPS * size
-
-
 def svds_of_stacks(B: Sequence[Tensor], A: Sequence[Tensor]) -> tuple[tuple[StackedSVD, ...], Tensor]:
     """The SVDs of ``B_i @ A_i``, (b, k, r_i) and (b, r_i, k) each, and (b,) where all of them have full rank."""
     k, found = B[0].shape[-2], {}
@@ -146,6 +134,39 @@ def svd_of_stack(
     return StackedSVD(*torch.linalg.svd(B @ A, full_matrices=False)).truncate(B.shape[-1])
 
 
+def svd_of_blocks(
+    U_cover: Tensor,  # (b, k, K), orthonormal columns
+    merged: Tensor,  # (b, K, K), of which the diagonal blocks count
+    V_cover: Tensor,  # (b, n, K), orthonormal columns
+    blocks: Sequence[int],
+) -> StackedSVD:
+    """The SVD of each ``U~ merged V~^T`` from those of its blocks, T times r^3 instead of K^3."""
+    ends = list(itertools.accumulate(blocks))
+    slices = [slice(end - size, end) for end, size in zip(ends, blocks, strict=True)]
+    parts: list[StackedSVD] = []
+    for places in alike(blocks).values():
+        chosen = [slices[place] for place in places]
+        U, S, Vh = torch.linalg.svd(torch.stack([merged[:, c, c] for c in chosen], dim=1), full_matrices=False)
+        U = _side_by_side(U_cover, chosen) @ U  # (b, t, k, r)
+        Vh = Vh @ _side_by_side(V_cover, chosen).mT  # (b, t, r, n)
+        parts.append(StackedSVD(U.transpose(1, 2).flatten(2), S.flatten(1), Vh.flatten(1, 2)))
+    S, order = torch.cat([part.S for part in parts], dim=1).sort(dim=1, descending=True, stable=True)
+    U, Vh = torch.cat([part.U for part in parts], dim=2), torch.cat([part.Vh for part in parts], dim=1)
+    return StackedSVD(U.gather(2, order[:, None, :].expand_as(U)), S, Vh.gather(1, order[:, :, None].expand_as(Vh)))
+
+
+def _side_by_side(
+    X: Tensor,  # (b, k, K)
+    columns: Sequence[slice],  # t times r of them, ascending
+) -> Tensor:  # (b, t, k, r)
+    """Some columns as a stack."""
+    start, end, count = columns[0].start, columns[-1].stop, len(columns)
+    r = columns[0].stop - start
+    if end - start == count * r:  # they follow each other
+        return X[:, :, start:end].unflatten(2, (count, r)).transpose(1, 2)
+    return torch.stack([X[:, :, some] for some in columns], dim=1)
+
+
 def weighted_sum_of_stacks(tasks: StackedTasks) -> tuple[Tensor, Tensor]:
     """``sum_i w_i dW_i`` as factors side by side, (b, k, K) and (b, K, k)."""
     B = [weight[:, None, None] * B for weight, B in zip(tasks.weights.unbind(1), tasks.B, strict=True)]
@@ -162,7 +183,7 @@ def polar_factors(
     return X @ (Q * eigenvalues.rsqrt()[:, None, :]) @ Q.mT, fine
 
 
-def are_orthonormal(bases: Tensor) -> Tensor:  # (b, k, r) to (b,) bool
+def are_orthonormal(bases: Tensor) -> Tensor:  # (..., k, r) to (...) bool
     """Which of them have orthonormal columns, up to the rounding of float64."""
     gram = bases.mT @ bases
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)

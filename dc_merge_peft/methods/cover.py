@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta, leading_svd, real_rank
 from dc_merge_peft.linalg import SVD, polar_factor, without_null
 from dc_merge_peft.lowrank import LowRank, decompose
+from dc_merge_peft.stacked import are_orthonormal, svd_of_blocks
 
 
 def cover_basis(
@@ -35,40 +35,22 @@ def leading_svds(tasks: Sequence[Delta], rank: int | None) -> list[SVD]:
 def from_cover(
     U_cover: Tensor,  # (m, k)
     V_cover: Tensor,  # (n, k)
-    merged: Tensor,  # (k, k), masked
-    blocks: Sequence[int] | None,
+    merged: Tensor,  # (k, k)
+    ranks: Sequence[int],
+    *,
+    mask: bool,
+    mask_size: int | None,
 ) -> LowRank:
-    """Back from cover space, Eq. 11: ``U~ merged V~^T``.
+    """Back from cover space, Eq. 11: ``U~ (merged * mask) V~^T``, the mask being :func:`structural_mask`.
 
-    Args:
-        U_cover, V_cover: The cover bases.
-        merged: What is merged in them.
-        blocks: Sizes of the diagonal blocks outside of which ``merged`` is zero. Between orthonormal bases the SVD of the whole is
-            then that of its blocks, T times r^3 instead of k^3.
+    Between orthonormal bases the SVD of what the tasks' blocks hold is that of the blocks.
     """
-    if not blocks or len(blocks) < 2 or not (_is_orthonormal(U_cover) and _is_orthonormal(V_cover)):
-        return LowRank(U_cover @ merged, V_cover.mT)
-    places = torch.tensor([0, *blocks]).cumsum(0).tolist()
-    slices = [slice(start, end) for start, end in itertools.pairwise(places)]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    if len(set(blocks)) == 1:
-        U, S, Vh = torch.linalg.svd(torch.stack([merged[block, block] for block in slices]), full_matrices=False)
-        parts = list(zip(U, S, Vh, strict=True))
-    else:
-        parts = [torch.linalg.svd(merged[block, block], full_matrices=False) for block in slices]
-    S, order = torch.cat([S for _, S, _ in parts]).sort(descending=True, stable=True)
-    U = torch.cat([U_cover[:, block] @ U for block, (U, _, _) in zip(slices, parts, strict=True)], dim=1)
-    Vh = torch.cat([Vh @ V_cover[:, block].mT for block, (_, _, Vh) in zip(slices, parts, strict=True)])
-    return LowRank.of_svd(without_null(SVD(U[:, order], S, Vh[order]), (len(U_cover), len(V_cover))))
-
-
-def _is_orthonormal(basis: Tensor) -> bool:
-    """Whether its columns are, up to the rounding of float64: not so where directions of the tasks coincide."""
-    if basis.dtype != torch.float64:
-        return False
-    gram = basis.mT @ basis
-    gram.diagonal().sub_(1)
-    return float(torch.linalg.matrix_norm(gram)) < 1e-12 * len(gram)
+    by_tasks = mask and mask_size is None and len(ranks) > 1
+    if by_tasks and U_cover.dtype == torch.float64 and bool(are_orthonormal(U_cover) & are_orthonormal(V_cover)):
+        svd = SVD(*(part[0] for part in svd_of_blocks(U_cover[None], merged[None], V_cover[None], ranks)))
+        return LowRank.of_svd(without_null(svd, (len(U_cover), len(V_cover))))
+    kept = structural_mask(ranks, mask=mask, mask_size=mask_size, device=merged.device)
+    return LowRank(U_cover @ (merged * kept), V_cover.mT)
 
 
 def crowding(shape: tuple[int, int], ranks: Sequence[int], rank: int | None) -> Iterable[str]:

@@ -8,7 +8,7 @@ order, or one adapter twice, then give the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Literal, TypeAlias
 
@@ -26,6 +26,8 @@ Matrices: TypeAlias = Callable[[], Iterable[Tensor]]
 SAME = 8 * FLOAT32_EPS
 # A share of one in so many entries is few.
 FEW = 16
+# So many entries of several matrices are looked at together: 1 MB.
+STACKED = 2**17
 
 
 def keep_largest(
@@ -118,30 +120,51 @@ def ties(
         trimmed = [keep_largest(without_noise(M), count) for M, count in zip(matrices(), kept, strict=True)]
         signs, _ = elected_signs(lambda: trimmed)
         return disjoint_merge(lambda: trimmed, signs, "mean")
-    entries = [largest_entries(M, count) for M, count in zip(chain([first], iterator), kept, strict=True)]
+    stacks = stacked_up(chain([first], iterator), kept)
+    entries = [largest_entries(X, count) for X, count in stacks]
+    places, values = (torch.cat(parts) for parts in zip(*entries, strict=True))
     sums, sizes, merged, counts = (first.new_zeros(first.numel()) for _ in range(4))
-    for places, values in entries:
-        sums[places] += values
-        sizes[places] += values.abs()
+    add_at(sums, places, values)
+    add_at(sizes, places, values.abs())
     signs = certain_signs(sums, sizes)
-    for places, values in entries:
-        agreeing = (values * signs[places]).relu_()
-        merged[places] += agreeing
-        counts[places] += agreeing.sign_()
+    agreeing = (values * signs[places]).relu_()
+    add_at(merged, places, agreeing)
+    add_at(counts, places, agreeing.sign_())
     return masked(merged / counts.clamp_(min=1), signs).view(first.shape)
 
 
+def stacked_up(matrices: Iterable[Tensor], counts: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+    """Matrices that follow each other and have the same count as the rows of one, (t, entries), as many as stay small, and the count."""
+    rows: list[Tensor] = []
+    for index, X in enumerate(matrices):
+        rows.append(X.flatten())
+        last = index + 1 == len(counts) or counts[index + 1] != counts[index]
+        if last or (len(rows) + 1) * X.numel() > STACKED:
+            yield torch.stack(rows), counts[index]
+            rows = []
+
+
+def add_at(
+    sums: Tensor,  # (d,)
+    places: Tensor,  # (c,)
+    values: Tensor,  # (c,)
+) -> None:
+    """Add values to these places, where some may coincide, one after the other: the same sum each time."""
+    if sums.device.type == "cpu":
+        sums.index_add_(0, places, values)
+    else:  # which adds in any order there
+        sums.index_put_((places,), values, accumulate=True)
+
+
 def largest_entries(
-    X: Tensor,  # any shape
-    count: int,  # far fewer than it has
-) -> tuple[Tensor, Tensor]:  # places in the flat X, and the entries there
-    """What :func:`keep_largest` keeps of X :func:`without_noise`, by itself."""
-    flat = X.flatten()
-    if count <= 0 or not flat.numel():
-        return torch.zeros(0, dtype=torch.long, device=X.device), flat[:0]
-    magnitudes = flat.abs()
+    X: Tensor,  # (t, d)
+    count: int,  # far fewer than d
+) -> tuple[Tensor, Tensor]:  # places, 0 to d, and the entries there, row by row
+    """What :func:`keep_largest` keeps of each row :func:`without_noise`, by itself."""
+    if count <= 0 or not X.numel():
+        return torch.zeros(0, dtype=torch.long, device=X.device), X.new_zeros(0)
+    magnitudes = X.abs()
     largest = magnitudes.topk(count).values
-    (places,) = ((magnitudes >= largest[-1] * (1 - SAME)) & (magnitudes > FLOAT32_EPS * largest[0])).nonzero(
-        as_tuple=True
-    )
-    return places, flat[places]
+    kept = (magnitudes >= largest[:, -1:] * (1 - SAME)) & (magnitudes > FLOAT32_EPS * largest[:, :1])
+    rows, places = kept.nonzero(as_tuple=True)
+    return places, X[rows, places]

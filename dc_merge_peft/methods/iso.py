@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense, leading_svd, real_rank, weighted_sum
-from dc_merge_peft.linalg import FLOAT32_EPS, SVD, polar_factor
+from dc_merge_peft.linalg import FLOAT32_EPS, SVD, null_thresholds, polar_factor
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
 from dc_merge_peft.methods.options import option
@@ -19,7 +19,6 @@ from dc_merge_peft.stacked import (
     StackedMerge,
     StackedSVD,
     StackedTasks,
-    null_thresholds,
     svd_of_stack,
     weighted_sum_of_stacks,
 )

@@ -70,7 +70,7 @@ class RegularisedZeroForcing(Method):
 
     def _merged(self, tasks: Sequence[Delta], weights: Sequence[float], shape: tuple[int, int]) -> Delta:
         """The tasks may be cores of a module of this shape."""
-        svds = [smoothed(svd, self.config) for svd in leading_svds(tasks, self.config.rank)]
+        svds = smoothed(leading_svds(tasks, self.config.rank), self.config)
         U, V = self._apart(torch.cat([svd.U for svd in svds], dim=1), torch.cat([svd.Vh for svd in svds]).mT, shape)
         S = torch.cat([weight * svd.S for svd, weight in zip(svds, weights, strict=True)])  # (k,)
         return LowRank(U * S, V.mT)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense, leading_svd, row_blocks
-from dc_merge_peft.linalg import SVD
+from dc_merge_peft.linalg import SVD, alike
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
 from dc_merge_peft.methods.basis import optimized_basis
-from dc_merge_peft.methods.cover import cover_basis, crowding, from_cover, leading_svds, structural_mask
+from dc_merge_peft.methods.cover import cover_basis, crowding, from_cover, leading_svds
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.smoothing import Smoothing, smooth_energy
 
@@ -149,16 +149,23 @@ class SwitchedMethod(ElementwiseMethod):
         return crowding(shape, ranks, self.space.rank) if self.space.cover else ()
 
 
-def smoothed(svd: SVD, config: SmoothingConfig) -> SVD:
-    """Algorithm 1, line 6: energy smoothing of one task vector."""
-    return svd._replace(S=smooth_energy(svd.S, config.smoothing, rho=config.rho, tau=config.tau))
+def smoothed(svds: Sequence[SVD], config: SmoothingConfig) -> list[SVD]:
+    """Algorithm 1, line 6: energy smoothing of each task vector; those of one rank together."""
+    found = list(svds)
+    for places in alike(len(svd.S) for svd in svds).values():
+        S = torch.stack([svds[place].S for place in places])
+        for place, values in zip(
+            places, smooth_energy(S, config.smoothing, rho=config.rho, tau=config.tau), strict=True
+        ):
+            found[place] = svds[place]._replace(S=values)
+    return found
 
 
 def smoothed_tasks(tasks: Sequence[Delta], config: SmoothingConfig) -> Sequence[Delta]:
     """The task vectors cut to ``rank`` and energy smoothed; as they are where nothing is to be done."""
     if config.smoothing == "none" and config.rank is None:
         return tasks
-    return [LowRank.from_svd(smoothed(leading_svd(task, config.rank), config)) for task in tasks]
+    return [LowRank.from_svd(svd) for svd in smoothed([leading_svd(task, config.rank) for task in tasks], config)]
 
 
 def parameter_view(module: ModuleTasks, config: CoverConfig) -> View:
@@ -182,7 +189,7 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
     # Line 5: rank-r SVD of each task vector; an orthonormal basis has room for min(m, n) directions.
     original = leading_svds(module.tasks, config.rank)
     # Line 6: smoothing; then the weights, which multiply the smoothed task vectors.
-    svds = [smoothed(svd, config) for svd in original]
+    svds = smoothed(original, config)
     S = [weight * svd.S for svd, weight in zip(svds, module.weights, strict=True)]
     # Lines 9-10: the cover basis, (m, k) and (n, k); by Algorithm 2 from the task vectors as they are.
     if config.basis == "whitening":
@@ -192,13 +199,14 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
 
     # Line 12, Eq. 10: each smoothed task vector in cover space, k x k. T of them are more numbers than anything else here.
     ranks = [len(svd.S) for svd in svds]
-    left = (U_cover.mT @ torch.cat([svd.U for svd in svds], dim=1)).split(ranks, dim=1)
+    left = ((U_cover.mT @ torch.cat([svd.U for svd in svds], dim=1)) * torch.cat(S)).split(ranks, dim=1)
     right = (torch.cat([svd.Vh for svd in svds]) @ V_cover).split(ranks)
 
     def M(task: int) -> Tensor:
-        return (left[task] * S[task]) @ right[task]
+        return left[task] @ right[task]
 
-    mask = structural_mask(ranks, mask=config.mask, mask_size=config.mask_size, device=U_cover.device)
     # Lines 15-16, Eq. 11: mask, and back to parameter space.
-    blocks = ranks if config.mask and config.mask_size is None else None
-    return View(module, M, lambda merged: from_cover(U_cover, V_cover, merged * mask, blocks), ranks)
+    def back(merged: Tensor) -> LowRank:
+        return from_cover(U_cover, V_cover, merged, ranks, mask=config.mask, mask_size=config.mask_size)
+
+    return View(module, M, back, ranks)

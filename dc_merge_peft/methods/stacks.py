@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dc_merge_peft.linalg import FLOAT32_EPS
+from dc_merge_peft.linalg import FLOAT32_EPS, alike, null_thresholds
 from dc_merge_peft.methods.cover import structural_mask
 from dc_merge_peft.methods.elementwise import FEW, SAME, certain_signs
-from dc_merge_peft.methods.smoothing import Smoothing
+from dc_merge_peft.methods.smoothing import smooth_energy
 from dc_merge_peft.methods.spaces import CoverConfig, SmoothingConfig
 from dc_merge_peft.stacked import (
     StackedDelta,
     StackedSVD,
     StackedTasks,
-    alike,
     are_orthonormal,
-    null_thresholds,
     polar_factors,
+    svd_of_blocks,
     svd_of_stack,
 )
-
-
-def smooth_energies(
-    S: Tensor,  # (b, r), descending, > 0
-    smoothing: Smoothing,
-    *,
-    rho: float,
-    tau: float,
-) -> Tensor:  # (b, r)
-    """:func:`dc_merge_peft.methods.smoothing.smooth_energy` of each row."""
-    r = S.shape[-1]
-    if smoothing == "none" or r <= 1:
-        return S
-    if smoothing == "average":
-        smoothed = S.mean(-1, keepdim=True).expand_as(S)  # Eq. 38
-    else:
-        ratio = (S[:, :1] / S[:, -1:]).clamp(max=rho)  # Eq. 39
-        line = 1.0 + (ratio - 1.0) * torch.linspace(1.0, 0.0, r, dtype=S.dtype, device=S.device)
-        smoothed = S.sum(-1, keepdim=True) * line / line.sum(-1, keepdim=True)  # Eq. 40
-    return tau * S + (1.0 - tau) * smoothed  # Eq. 41
 
 
 def smoothed_stacks(tasks: StackedTasks, config: SmoothingConfig) -> list[StackedSVD]:
     """The SVDs of all tasks cut to ``rank`` and energy smoothed (Algorithm 1, lines 5-6)."""
     cut = [svd.truncate(config.rank) for svd in tasks.svds]
-    return [svd._replace(S=smooth_energies(svd.S, config.smoothing, rho=config.rho, tau=config.tau)) for svd in cut]
+    return [svd._replace(S=smooth_energy(svd.S, config.smoothing, rho=config.rho, tau=config.tau)) for svd in cut]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +65,8 @@ class StackedCover:
         if not config.mask or config.mask_size is not None or len(ranks) < 2:
             return StackedDelta(svd_of_stack(*whole), self.fine)
         by_blocks = are_orthonormal(self.U_cover) & are_orthonormal(self.V_cover)
-        svd = _svd_of_blocks(self.U_cover, merged, self.V_cover, ranks)
+        U, S, Vh = svd_of_blocks(self.U_cover, merged, self.V_cover, ranks)
+        svd = StackedSVD(U, S.where(null_thresholds(S, U.shape[1]) < S, 0.0), Vh)
         if not bool(by_blocks.all()):
             other = svd_of_stack(*whole)
             choice = by_blocks[:, None]
@@ -95,28 +74,6 @@ class StackedCover:
                 svd.U.where(choice[:, None], other.U), svd.S.where(choice, other.S), svd.Vh.where(choice[:, None], other.Vh)
             )  # fmt: skip
         return StackedDelta(svd, self.fine)
-
-
-def _svd_of_blocks(
-    U_cover: Tensor,  # (b, k, K), orthonormal columns
-    merged: Tensor,  # (b, K, K), zero outside its diagonal blocks
-    V_cover: Tensor,  # (b, k, K)
-    blocks: Sequence[int],
-) -> StackedSVD:
-    """The SVD of each ``U~ merged V~^T`` from those of its blocks."""
-    ends = list(itertools.accumulate(blocks))
-    places = [slice(end - size, end) for end, size in zip(ends, blocks, strict=True)]
-    parts: list[StackedSVD] = []
-    for chosen in alike(blocks).values():
-        block = torch.stack([merged[:, places[index], places[index]] for index in chosen], dim=1)  # (b, t, r, r)
-        U, S, Vh = torch.linalg.svd(block, full_matrices=False)
-        U = torch.stack([U_cover[:, :, places[index]] for index in chosen], dim=1) @ U  # (b, t, k, r)
-        Vh = Vh @ torch.stack([V_cover[:, :, places[index]].mT for index in chosen], dim=1)  # (b, t, r, k)
-        parts.append(StackedSVD(U.transpose(1, 2).flatten(2), S.flatten(1), Vh.flatten(1, 2)))
-    S, order = torch.cat([part.S for part in parts], dim=1).sort(dim=1, descending=True, stable=True)
-    U, Vh = torch.cat([part.U for part in parts], dim=2), torch.cat([part.Vh for part in parts], dim=1)
-    U, Vh = U.gather(2, order[:, None, :].expand_as(U)), Vh.gather(1, order[:, :, None].expand_as(Vh))
-    return StackedSVD(U, S.where(null_thresholds(S, U.shape[1]) < S, 0.0), Vh)
 
 
 def ties_of_stack(

@@ -85,12 +85,9 @@ class StoredTensor:
             Unreadable: see :meth:`read_into`.
         """
         assert self.torch_dtype is not None
-        content = bytearray(self.size)
-        self.read_into(memoryview(content), 0, opened)
-        numbers = (
-            torch.frombuffer(content, dtype=self.torch_dtype) if content else torch.empty(0, dtype=self.torch_dtype)
-        )
-        return numbers.view(self.shape)
+        content = torch.empty(self.size, dtype=torch.uint8, device="cpu")
+        self.read_into(content.numpy().data, 0, opened)
+        return content.view(self.torch_dtype).view(self.shape)
 
     def read_into(self, content: memoryview, start: int, opened: int | None = None) -> None:
         """As many of the tensor's bytes as ``content`` has, from ``start`` on.

@@ -278,16 +278,23 @@ def test_entries_kept() -> None:
         assert advised is not None and entries_kept(float(advised[1]), k, 1) in (1, 2)
 
 
+@pytest.mark.parametrize("stacked", [1, 1200, 2**17])
 @pytest.mark.parametrize("seed", range(8))
-def test_ties_of_few_entries_is_ties(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By places or by whole matrices: the same numbers to the last bit, with equal entries, opposite ones, noise and nothing."""
+def test_ties_of_few_entries_is_ties(seed: int, stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By places, of so many entries at a time, or by whole matrices: the same numbers to the last bit, with equal entries,
+    opposite ones, noise and nothing."""
+    monkeypatch.setattr(elementwise, "STACKED", stacked)
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(24, 24, dtype=torch.float64, generator=generator)
     matrices = [shared.clone(), -shared, shared * (1 + 1e-9), torch.zeros_like(shared), shared * 1e-12]
     matrices += [torch.randn(24, 24, dtype=torch.float64, generator=generator).round(decimals=1) for _ in range(4)]
     matrices[4][0, 0] = 1.0
     matrices = [matrices[index] for index in torch.randperm(len(matrices), generator=generator).tolist()]
-    kept = torch.randint(0, 37, (len(matrices),), generator=generator).tolist()
+    kept = (
+        torch.randint(0, 37, (len(matrices),), generator=generator).tolist()
+        if seed % 2
+        else [0, 9, 9, 9, 30, 30, 9, 9, 1]
+    )
     found = ties(lambda: matrices, kept)
     monkeypatch.setattr(elementwise, "FEW", 10**9)
     assert torch.equal(found, ties(lambda: matrices, kept)) and bool(found.any())

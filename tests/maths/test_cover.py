@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.linalg import svd_of_product
-from dc_merge_peft.lowrank import LowRank, decompose, norms
+from dc_merge_peft.lowrank import LowRank, decompose, measure
 from dc_merge_peft.methods.cover import from_cover, structural_mask
 
 
@@ -17,11 +17,15 @@ def orthonormal(m: int, k: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(m, k, dtype=torch.float64, generator=generator))[0]
 
 
+def mask_of(ranks: list[int]) -> Tensor:
+    """1 in the blocks of the tasks, 0 elsewhere."""
+    return structural_mask(ranks, mask=True, mask_size=None, device=torch.device("cpu")).double()
+
+
 def masked(ranks: list[int], seed: int = 0) -> Tensor:
     """A matrix that is zero outside of the blocks."""
     k, generator = sum(ranks), torch.Generator().manual_seed(seed)
-    mask = structural_mask(ranks, mask=True, mask_size=None, device=torch.device("cpu"))
-    return torch.randn(k, k, dtype=torch.float64, generator=generator) * mask
+    return torch.randn(k, k, dtype=torch.float64, generator=generator) * mask_of(ranks)
 
 
 @pytest.mark.parametrize("ranks", [[3, 3, 3], [4, 1, 2], [5], [2, 0, 3]])
@@ -32,7 +36,7 @@ def test_blocks_have_the_svd_of_the_whole(ranks: list[int], m: int, n: int) -> N
     if ranks[0] > 1:
         merged[0] = merged[1]  # a block that lacks a rank: its null component is not kept
     U_cover, V_cover = orthonormal(m, sum(ranks), 1), orthonormal(n, sum(ranks), 2)
-    found = from_cover(U_cover, V_cover, merged, ranks)
+    found = from_cover(U_cover, V_cover, merged + 1 - mask_of(ranks), ranks, mask=True, mask_size=None)
     torch.testing.assert_close(found.dense(), U_cover @ merged @ V_cover.mT)
     U, S, Vh = found.svd
     torch.testing.assert_close((U * S) @ Vh, U_cover @ merged @ V_cover.mT)
@@ -44,17 +48,20 @@ def test_blocks_have_the_svd_of_the_whole(ranks: list[int], m: int, n: int) -> N
     torch.testing.assert_close(Vh @ Vh.mT, identity)
 
 
-@pytest.mark.parametrize("blocks", [None, [3, 3]])
-def test_other_bases(blocks: list[int] | None) -> None:
+@pytest.mark.parametrize("skew", [False, True])
+def test_other_bases(skew: bool) -> None:
     """Of columns that are not at right angles, as those of tasks that share directions, and without blocks: by the factors."""
     U_cover, V_cover = orthonormal(9, 6, 1), orthonormal(8, 6, 2)
-    if blocks:
+    merged = masked([2, 4])
+    if skew:
         U_cover[:, 5] = U_cover[:, 0]
-    merged = masked([3, 3])
-    found = from_cover(U_cover, V_cover, merged, blocks)
+        found = from_cover(U_cover, V_cover, merged + 1 - mask_of([2, 4]), [2, 4], mask=True, mask_size=None)
+    else:
+        merged = merged + 1 - mask_of([2, 4])
+        found = from_cover(U_cover, V_cover, merged, [2, 4], mask=False, mask_size=None)
     torch.testing.assert_close(found.dense(), U_cover @ merged @ V_cover.mT)
     torch.testing.assert_close(found.svd.S, torch.linalg.svdvals(U_cover @ merged @ V_cover.mT)[: len(found.svd.S)])
-    assert len(found.svd.S) == (5 if blocks else 6)
+    assert len(found.svd.S) == (5 if skew else 6)
 
 
 def test_together_is_one_by_one() -> None:
@@ -65,7 +72,11 @@ def test_together_is_one_by_one() -> None:
         LowRank(torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)) for m, r, n in shapes
     ]
     deltas[2] = LowRank(torch.zeros(9, 2), torch.zeros(2, 8))
-    assert norms(deltas) == pytest.approx([delta.norm() for delta in deltas]) and norms([]) == []
+    measure(deltas)
+    for delta in deltas:
+        S = torch.linalg.svdvals(delta.dense().double())
+        assert delta.moments() == pytest.approx((float(S.pow(2).sum()), float(S.pow(4).sum())), rel=1e-5)
+        assert delta.norm() == delta.moments()[0] ** 0.5
     known = deltas[0].svd
     decompose(deltas)
     assert deltas[0].svd is known and len(deltas[2].svd.S) == 0 and len(deltas[5].svd.S) == 0

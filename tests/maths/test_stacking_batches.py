@@ -12,14 +12,14 @@ from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.linalg import null_threshold
+from dc_merge_peft.linalg import null_threshold, null_thresholds
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.methods.base import ModuleTasks, stacked_merge
 from dc_merge_peft.plan import PlannedModule, plan_merge
 from dc_merge_peft.sources.base import ModuleSpec
 from dc_merge_peft.spanned import Spanned
-from dc_merge_peft.stacked import StackedDelta, StackedSVD, StackedTasks, null_thresholds
+from dc_merge_peft.stacked import StackedDelta, StackedSVD, StackedTasks
 from dc_merge_peft.work.finished import Finished
 from tests.support.refused import refused
 from tests.support.stacking import assert_same, merged, ordinary
