@@ -54,9 +54,7 @@ def meet(device: str | None) -> Meeting:
             f"device '{device}' is given to {launched()} processes: expected cpu, or cuda for a GPU each; leave --device out, or "
             "start one process"
         )
-    from accelerate.utils import get_cpu_distributed_information  # whichever launcher has set the variables
-
-    own = get_cpu_distributed_information()
+    own = _place()
     device = _device(device, own.local_rank, own.local_world_size)
     try:
         store = _store(own.rank, own.world_size, own.local_world_size)
@@ -68,6 +66,22 @@ def meet(device: str | None) -> Meeting:
             "process to merge without"
         ) from error
     return Meeting(own.rank, own.world_size, device, token)
+
+
+def _place() -> Any:
+    """This process's rank and the launch's size, of all and on this machine, as whichever launcher has set the variables says it."""
+    from accelerate.utils import get_cpu_distributed_information
+
+    try:
+        own = get_cpu_distributed_information()
+        if own.world_size != launched() or not 0 <= own.rank < own.world_size:
+            raise ValueError(f"rank {own.rank} of {own.world_size} processes, beside a launch of {launched()}")
+    except ValueError as error:
+        raise MergeError(
+            f"the variables of a launch don't fit together ({first_line(error)}): expected RANK and WORLD_SIZE, or those of MPI, as one "
+            "launcher sets them; start the processes by accelerate launch, or unset these variables to start one"
+        ) from error
+    return own
 
 
 def _device(device: str | None, local_rank: int, local_size: int) -> str:

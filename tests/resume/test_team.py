@@ -227,7 +227,7 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of a launcher without the launcher."""
     for name, value in {
         "WORLD_SIZE": "2",
-        "RANK": "5",
+        "RANK": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
@@ -237,3 +237,21 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(MergeError, "the 2 processes of this launch can't reach each other", "accelerate launch"):
         Team.join("cpu")
     assert os.environ["WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"RANK": "abc"}, "'abc'"),
+        ({"RANK": "5"}, "rank 5 of 2 processes"),
+        ({"RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, "rank 1 of 2 processes, beside a launch of 4"),
+    ],
+)
+def test_variables_that_do_not_fit_together(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: str
+) -> None:
+    """What a script has set by hand, or a launcher within another one: said at once, instead of waiting for processes that are not."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with refused(MergeError, found, "unset these variables"):
+        Team.join("cpu")
