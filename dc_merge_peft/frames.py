@@ -62,9 +62,14 @@ class Stack:
     def gram(self) -> Tensor:
         """``X^T X``, (k, k) float64."""
         k = self.shape[1]
+        half = k // 2
         gram = torch.zeros(k, k, dtype=torch.float64, device=self.parts[0].device)
         for _, block in self._blocks(torch.float64):
-            gram.addmm_(block.mT, block)
+            # It is symmetric: a quarter need not be computed.
+            left = block[:, :half]
+            gram[:half, :half].addmm_(left.mT, left)
+            gram[half:].addmm_(block[:, half:].mT, block)
+        gram[:half, half:] = gram[half:, :half].mT
         return gram
 
     def times(self, coefficients: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
