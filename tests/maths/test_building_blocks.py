@@ -290,11 +290,8 @@ def test_ties_of_few_entries_is_ties(seed: int, stacked: int, monkeypatch: pytes
     matrices += [torch.randn(24, 24, dtype=torch.float64, generator=generator).round(decimals=1) for _ in range(4)]
     matrices[4][0, 0] = 1.0
     matrices = [matrices[index] for index in torch.randperm(len(matrices), generator=generator).tolist()]
-    kept = (
-        torch.randint(0, 37, (len(matrices),), generator=generator).tolist()
-        if seed % 2
-        else [0, 9, 9, 9, 30, 30, 9, 9, 1]
-    )
+    drawn = torch.randint(0, 37, (len(matrices),), generator=generator).tolist()
+    kept = drawn if seed % 2 else [0, 9, 9, 9, 30, 30, 9, 9, 1]
     found = ties(lambda: matrices, kept)
     monkeypatch.setattr(elementwise, "FEW", 10**9)
     assert torch.equal(found, ties(lambda: matrices, kept)) and bool(found.any())
