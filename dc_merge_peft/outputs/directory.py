@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from dc_merge_peft.errors import MergeWarning, OutputError, first_line
 from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
+from dc_merge_peft.work.place import unfinished
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
@@ -190,8 +191,10 @@ def hidden_beside(path: str | Path, target: Path | None = None) -> Iterator[Path
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not _failed_to_write(error):
             raise
+        left = unfinished(target)
         raise OutputError(
             f"can't write '{path}' ({first_line(error)}): nothing new was left there; make room or choose another place"
+            f"{f'; {left}' if left else ''}"
         ) from error
     finally:
         if not target.exists():

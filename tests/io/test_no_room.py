@@ -64,6 +64,15 @@ def test_files_that_can_not_grow(workspace: Path, small_files: None, command: tu
         assert listing(workspace) == before
 
 
+@pytest.mark.parametrize("command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=needs_v5)])
+def test_full_while_modules_are_kept(workspace: Path, small_files: None, command: tuple[str, ...]) -> None:
+    """With --resume finished modules stay, and take room: the error names their folder, since nothing else says what fills the disk."""
+    done = run(*command[:-1], "new", "--resume")
+    work = workspace / ".new.dc-merge-work"
+    assert done.exit_code == 2 and "File too large" in done.stderr and work.is_dir(), done.stderr
+    assert f"'{work}' holds an unfinished merge to this output" in done.stderr
+
+
 def test_a_real_full_disk(tmp_path: Path) -> None:
     """A file system of 64 kB, where one may be mounted."""
     disk = tmp_path / "disk"
