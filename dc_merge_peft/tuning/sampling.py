@@ -75,7 +75,8 @@ class Optuna:
     def _suggested(self, name: str) -> Any:
         found = self._dimensions[name]
         if not isinstance(found, Choices):
-            return self._trial.suggest_float(name, found.low, found.high, log=found.log)
+            suggest = self._trial.suggest_int if found.whole else self._trial.suggest_float
+            return suggest(name, found.low, found.high, log=found.log)
         places = range(len(found.values))
         # By places: neighbours are alike where values ascend, and optuna takes no lists as categories.
         if found.ordered:

@@ -49,6 +49,7 @@ class Range:
     low: float
     high: float
     log: bool = False  # whether ratios count, not differences
+    whole: bool = False  # whether only whole numbers are meant
 
     def to_plain(self) -> Any:
         """For JSON."""
@@ -183,7 +184,9 @@ def _range(name: str, spec: Mapping[str, Any], checked: Any) -> Choices | Range:
         # Sums of binary fractions would show: 0.30000000000000004.
         return Choices(tuple(checked(_tidy(low + index * step)) for index in range(count)))
     if all(isinstance(number, int) for number in (low, high)) and not _takes_fractions(low + 0.5, checked):
-        return _range(name, {**spec, "step": 1, "log": False}, checked)
+        if log:
+            return Range(checked(low), checked(high), log, whole=True)
+        return _range(name, {**spec, "step": 1}, checked)
     return Range(float(checked(float(low))), float(checked(float(high))), log)
 
 

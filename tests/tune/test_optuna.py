@@ -65,6 +65,18 @@ def test_it_finds_what_is_known(workspace: Path) -> None:
     assert low.best.score == pytest.approx(-best.score)
 
 
+def test_ratios_of_whole_numbers(workspace: Path) -> None:
+    """``log`` of an option that takes no fractions: half of 1 to 1024 is below 32, and none of it is a grid's."""
+    space = {"svd_rank": {"min": 1, "max": 1024, "log": True}}
+    ranks = [
+        trial.settings["svd_rank"] for trial in tune(NAMES, lambda merged: 0.0, space, alphas=[1], trials=40).trials
+    ]
+    assert all(isinstance(rank, int) and 1 <= rank <= 1024 for rank in ranks)
+    assert 10 <= sum(rank < 32 for rank in ranks) <= 30
+    with refused(OptionError, "'svd_rank' in the search space is a range, which a grid can't try"):
+        tune(NAMES, lambda merged: 0.0, space, search="grid")
+
+
 @pytest.mark.parametrize("after", [1, 12])
 def test_resumed(workspace: Path, deltas: dict[str, dict[str, Tensor]], after: int) -> None:
     """Finished trials are told again, so that the next one is the same as without the interruption; then more are added."""
