@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,25 @@ def test_page_is_the_saved_one(name: str, tasks: int, seeds: list[int]) -> None:
     saved = json.loads((DOCS / folder / "results.json").read_text(encoding="utf-8"))
     assert with_tables(page, saved) == page, f"run python -m examples.benchmarks.{name} report --page docs/{folder}.md"
     assert (saved["suite"], len(saved["tasks"]), saved["seeds"]) == (name, tasks, seeds)
+
+
+def test_how_far_alpha_is_off() -> None:
+    """What the docs say of alpha without data: for which methods, and how many times it is too large."""
+    words = (DOCS / "concepts.md").read_text(encoding="utf-8").partition("For sums and means of the")[2]
+    said = re.search(r"\(([^)]*)\).*?(\d\.\d) to (\d\.\d) times too large.*?up to (\d+) points", words, re.DOTALL)
+    assert said is not None
+    methods, times, losses = re.findall(r"`(\w+)`", said[1]), [], []
+    for suite in ("vision", "language"):
+        with (DOCS / suite / "results.csv").open(encoding="utf-8", newline="") as opened:
+            lines = {(line["label"], line["rule"], int(line["tasks"])): line for line in csv.DictReader(opened)}
+        for method, count in {(label, count) for label, _, count in lines if label in methods and count >= 4}:
+            auto, picked = (lines[method, rule, count] for rule in ("auto", "validation"))
+            times.append(mean_alpha(auto) / mean_alpha(picked))
+            losses.append(100 * (float(picked["normalized"]) - float(auto["normalized"])))
+    assert len(times) == 5 * len(methods)
+    assert [f"{min(times):.1f}", f"{max(times):.1f}", f"{max(losses):.0f}"] == list(said.groups()[1:])
+
+
+def mean_alpha(line: dict[str, str]) -> float:
+    """Over seeds and groups."""
+    return statistics.mean(map(float, line["alpha"].split()))
