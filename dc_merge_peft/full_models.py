@@ -98,7 +98,7 @@ class FullModelMerger:
         """
         if out is None and push_to is None:
             raise OutputError("found no output: expected a directory, or a Hub repository to push to")
-        models = listed(models)
+        models = listed(models, "model")
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
             create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *models],

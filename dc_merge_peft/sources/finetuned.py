@@ -19,7 +19,7 @@ from dc_merge_peft.sources.cards import base_card, read_card
 from dc_merge_peft.sources.full_kinds import StoredMatrix
 from dc_merge_peft.sources.full_match import matched_tensors
 from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
-from dc_merge_peft.sources.opening import short_names
+from dc_merge_peft.sources.opening import listed, short_names
 from dc_merge_peft.sources.stored import FLOATS, StoredTensor
 
 
@@ -70,12 +70,11 @@ def open_models(
     """Fine-tuned models of a base model, matched with it tensor by tensor; no numbers are read.
 
     Raises:
-        OptionError: no models, or a single one that is no list.
+        OptionError: no models, or no list of them.
         SourceError: a model can't be found or read.
         IncompatibleAdaptersError: a model of another class, with other tensors or shapes, or given twice.
     """
-    if isinstance(places, (str, Path)):
-        raise OptionError(f"found the single model {str(places)!r}: expected a list of models")
+    places = listed(places, "model")
     if not places:
         raise OptionError("found no models to merge: expected at least one")
     names = short_names([str(place) for place in places])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.sources.base import Source
@@ -25,15 +25,7 @@ def open_sources(
 ) -> list[Source]:
     """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
     where that is asked for, but for open ones that are read under that rename already."""
-    if isinstance(sources, (str, Path)):
-        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
-    check_order(sources)
-    if not isinstance(sources, Iterable):
-        raise OptionError(
-            f"found a {type(sources).__name__} in the place of the adapters: expected a list of directories and Hub ids; adapters of a "
-            "model in memory are merged by its add_weighted_adapter"
-        )
-    sources = list(sources)  # it is gone through twice
+    sources = listed(sources)
     strangers = [type(source).__name__ for source in sources if not isinstance(source, (str, Path, Source))]
     if strangers:
         raise OptionError(
@@ -74,22 +66,34 @@ def sources_opened(
             source.close()
 
 
-def listed(sources: S) -> S | list[Any]:
-    """Any iterable as a list, which can be gone through more than once; what :func:`open_sources` refuses as it is."""
-    if isinstance(sources, Iterable) and not isinstance(sources, (str, Mapping, set, frozenset)):
-        return list(sources)
-    return sources
+def listed(things: Iterable[S], what: str = "adapter") -> list[S]:
+    """Adapters or models as a list, which can be gone through more than once.
+
+    Raises:
+        OptionError: a single one, one that is no iterable, or what :func:`check_order` refuses.
+    """
+    if isinstance(things, (str, Path)):
+        raise OptionError(f"found the single {what} {str(things)!r}: expected a list of {what}s")
+    check_order(things, what)
+    if not isinstance(things, Iterable):
+        in_memory = (
+            "; adapters of a model in memory are merged by its add_weighted_adapter" if what == "adapter" else ""
+        )
+        raise OptionError(
+            f"found a {type(things).__name__} in the place of the {what}s: expected a list of directories and Hub ids{in_memory}"
+        )
+    return list(things)
 
 
-def check_order(adapters: object) -> None:
-    """Refuse adapters in a dict, whose values would be left out, or in a set, whose order and so whose weights would be chance.
+def check_order(things: object, what: str = "adapter") -> None:
+    """Refuse adapters or models in a dict, whose values would be left out, or in a set, whose order and so whose weights would be chance.
 
     Raises:
         OptionError: they are.
     """
-    if isinstance(adapters, (Mapping, set, frozenset)):
+    if isinstance(things, (Mapping, set, frozenset)):
         raise OptionError(
-            f"found a {type(adapters).__name__} of adapters: expected a list, with their weights as another one (weights=[...]) in the "
+            f"found a {type(things).__name__} of {what}s: expected a list, with their weights as another one (weights=[...]) in the "
             "same order"
         )
 

@@ -70,6 +70,24 @@ def test_weights_in_the_place_of_the_output(tmp_path: Path) -> None:
             make(tmp_path / "base", [tmp_path / "one"], [1.0])
 
 
+NO_LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "one": ("one", ("found the single {}", "expected a list of {}s")),
+    "one path": (Path("one"), ("found the single {}", "expected a list of {}s")),
+    "weights by name": ({"one": 0.5}, ("found a dict of {}s", "weights as another one (weights=[...])")),
+    "a set": ({"one", "two"}, ("found a set of {}s", "in the same order")),
+    "a number": (3, ("found a int in the place of the {}s", "expected a list of directories and Hub ids")),
+    "a model": (nn.Linear(2, 2), ("found a Linear in the place of the {}s",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "words"), NO_LISTS.values(), ids=NO_LISTS)
+@pytest.mark.parametrize(("make", "what"), [("fuse", "adapter"), ("fuse_to_disk", "adapter"), ("merge_full", "model")])
+def test_no_list(tmp_path: Path, make: str, what: str, given: Any, words: tuple[str, ...]) -> None:
+    """Full models are made of a list, too: of a dict its weights would be left out without a word."""
+    with refused(OptionError, *(word.format(what) for word in words)):
+        getattr(DCMergeAdapter(), make)(tmp_path / "base", given, tmp_path / "out")
+
+
 def test_a_tensor_of_weights(tmp_path: Path) -> None:
     """Is a list of numbers."""
     merger, folder = DCMergeAdapter(method="ta"), write_checkpoint(tmp_path / "one")
