@@ -37,6 +37,9 @@ class Dense:
         if self.W.ndim != 2:
             raise ValueError(f"Dense needs a matrix (m, n), found a tensor of shape {tuple(self.W.shape)}")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape})"
+
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the delta."""

@@ -21,8 +21,8 @@ class LowRank:
     Examples:
         >>> import torch
         >>> delta = LowRank(torch.ones(4, 1), torch.tensor([[3.0, 4.0]]))
-        >>> delta.shape, delta.rank
-        ((4, 2), 1)
+        >>> delta
+        LowRank(shape=(4, 2), rank=1)
         >>> delta.norm()
         10.0
     """
@@ -35,6 +35,11 @@ class LowRank:
             raise ValueError(
                 f"LowRank needs B (m, r) and A (r, n), found B {tuple(self.B.shape)} and A {tuple(self.A.shape)}"
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(shape={self.shape}, rank={self.rank})"  # no numbers: a look at them may read files
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

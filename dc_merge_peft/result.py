@@ -28,7 +28,9 @@ class MergedModule:
     """The merged delta of one module, before ``alpha``."""
 
     delta: Delta  # (m, n), float32: balanced factors of the rank that is kept, or dense and whole for full weights
-    S: Tensor | None  # (full_rank,) float64, all singular values, those beyond the kept rank included; None if dense
+    S: Tensor | None = field(
+        repr=False
+    )  # (full_rank,) float64, all singular values, those beyond the kept rank included; None if dense
     layout: Layout
     tasks: tuple[int, ...]  # which of the adapters have the module: indices into MergeResult.adapters
 
@@ -101,6 +103,14 @@ class MergeResult:
     allow_zero: bool = False  # whether all-zero factors were accepted
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0  # reading and merging
+
+    def __repr__(self) -> str:
+        """One line, as notebooks show it: a model has hundreds of modules."""
+        names = [info.name for info in self.adapters]
+        return (
+            f"{type(self).__name__}(method={self.method!r}, adapters={names}, weights={self.weights}, alpha={self.alpha:g}, "
+            f"modules={len(self.modules)}, max_rank={self.max_rank})"
+        )
 
     @property
     def rename(self) -> str | None:

@@ -74,6 +74,11 @@ def test_sources_close_with_the_block(tmp_path: Path) -> None:
     sources = adapters(tmp_path, torch.float32)
     with DCMergeAdapter().merging(sources) as merged:
         name = next(iter(merged.modules))
+    assert repr(merged).startswith(
+        "MergedAdapter(method='dc', adapters=['task0', 'task1', 'task2'], weights=(1.0, 1.0, 1.0), alpha="
+    )
+    assert repr(merged).endswith(", modules=2, max_rank=9)") and "tensor(" not in repr(merged.modules)
+    assert repr(merged.modules[name].delta) == f"Spanned(shape={merged.modules[name].delta.shape}, rank=9)"
     with refused(SourceError, "closed", "lazily=False"):
         merged.delta(name)
     with DCMergeAdapter().merging(sources, lazily=False) as whole:
