@@ -35,7 +35,7 @@ from dc_merge_peft.work.finished import Finished
 
 NO_ROOM: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 # Reads the factors of a module's tasks again.
-Read: TypeAlias = Callable[[], Sequence[LowRank]]
+Reread: TypeAlias = Callable[[], Sequence[LowRank]]
 
 
 def batches(
@@ -73,7 +73,7 @@ class Stacker:
     svd_rank: int | None
 
     def merged(
-        self, planned: Sequence[PlannedModule], modules: Sequence[ModuleTasks], reads: Sequence[Read | None]
+        self, planned: Sequence[PlannedModule], modules: Sequence[ModuleTasks], reads: Sequence[Reread | None]
     ) -> list[Finished | None]:
         """The result of each module; None where it is to be merged by itself.
 
@@ -105,7 +105,7 @@ class Stacker:
     def _merge(
         self,
         modules: Sequence[ModuleTasks],
-        reads: Sequence[Read | None],
+        reads: Sequence[Reread | None],
         places: Sequence[int],
         found: list[Finished | None],
     ) -> None:
