@@ -124,8 +124,14 @@ def plan_full(
             copied.append(key)
             continue
         if own.dtype not in FLOATS:
+            model, found = named[changed[0]].name, models[changed[0]].tensors[key].dtype
+            if found in FLOATS:
+                raise SourceError(
+                    f"'{key}' of the base model is quantised ({own.dtype}), and that of model '{model}' is not ({found}): expected "
+                    "floating-point weights; give the base model as it was before"
+                )
             raise SourceError(
-                f"'{key}' of model '{named[changed[0]].name}' holds no floating-point numbers ({own.dtype}) and differs from the base "
+                f"'{key}' of model '{model}' holds no floating-point numbers ({own.dtype}) and differs from the base "
                 "model's: expected the same in all models, since there is no mean of it; give models that agree in it"
             )
         changing.update(changed)

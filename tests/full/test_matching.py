@@ -56,7 +56,11 @@ def test_integers_of_another_type(tmp_path: Path, other: torch.dtype) -> None:
     base, places = write_models(tmp_path, models.llama(), 2)
     for folder, dtype in zip((base, *places), (torch.int8, torch.int8, other), strict=True):
         edit(folder, **{Q: torch.arange(256).view(16, 16).to(torch.int8).to(dtype)})
-    with refused(SourceError, f"'{Q}' of model 'tuned-1' holds no floating-point numbers (I8)"):
+    wrong = {
+        torch.int16: "of model 'tuned-1' holds no floating-point numbers (I8)",
+        torch.float32: "of the base model is quantised (I8), and that of model 'tuned-1' is not (F32)",
+    }
+    with refused(SourceError, f"'{Q}' {wrong[other]}"):
         TA.plan_full(base, places)
 
 
