@@ -1,7 +1,9 @@
-"""Programs that read the output and end before it, as ``head`` does: the work goes on, and what is said then goes nowhere."""
+"""Output that nobody reads, or not as it is: programs that end before it, as ``head`` does, streams that are closed from the start,
+and encodings that lack a character. The work goes on."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -32,11 +34,14 @@ class _Pipe:
 
 
 def outlive_readers() -> None:
-    """Let this program's output and errors be closed by who reads them, without an error of its own."""
+    """Let this program's output and errors be closed, or of an encoding that lacks a character, without an error of its own."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None:
-            setattr(sys, name, _Pipe(stream))
+        if stream is None:  # closed by who started this program
+            stream = open(os.devnull, "w")  # noqa: SIM115  for as long as the program lasts
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Pipe(stream))
 
 
 def print_no_more(stream: TextIO) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from dc_merge_peft.cli.pipes import outlive_readers
-
 MERGE = ("merge", "math-lora", "code-lora", "-m", "ta")
 
 
@@ -52,9 +50,22 @@ def test_refusals(workspace: Path) -> None:
     assert closed("merge", "--nonsense", both=True)[0] == 2
 
 
-def test_no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program may have none."""
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    outlive_readers()
-    assert sys.stdout is None and sys.stderr is None
+@pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_no_streams(workspace: Path, streams: str) -> None:
+    """A program may have none, as some of those that run by themselves; the progress bar and the errors go nowhere."""
+    command = f'exec "{sys.executable}" -m dc_merge_peft merge "$@" {streams}'
+    assert subprocess.run(["sh", "-c", command, "sh", *MERGE[1:], "-o", "out"], check=False).returncode == 0
+    assert Path("out/adapter_model.safetensors").is_file()
+    assert subprocess.run(["sh", "-c", command, "sh", *MERGE[1:], "-o", "out"], check=False).returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_encodings(workspace: Path, encoding: str) -> None:
+    """A character that the output can't show is written by its number."""
+    (workspace / "math-lora").rename(workspace / "лора")
+    done = subprocess.run(
+        [sys.executable, "-m", "dc_merge_peft", "inspect", "лора", "code-lora"], capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"\u043b\u043e\u0440\u0430" in done.stdout
