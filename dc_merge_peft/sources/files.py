@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import weakref
@@ -154,7 +155,8 @@ def _refuse_packed(path: Path) -> None:
 
 
 def _unreadable(path: Path, adapter: str, error: Exception) -> SourceError:
-    return SourceError(
-        f"adapter '{adapter}' has an unreadable {path.name} ({first_line(error)}): expected a "
-        "complete weight file; save or download it again"
-    )
+    found = first_line(error)
+    expected = "a complete weight file; save or download it again"
+    if os.strerror(errno.EMFILE) in found:  # the files of all adapters are open at the same time
+        expected = "a limit of open files above the number of adapters; raise it (ulimit -n 4096)"
+    return SourceError(f"adapter '{adapter}' has an unreadable {path.name} ({found}): expected {expected}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dc_merge_peft import DCMergeAdapter, MergeError, OutputError
+from dc_merge_peft import DCMergeAdapter, MergeError, OutputError, SourceError
 from dc_merge_peft.adapter import DCMergeAdapter as Merger
 from dc_merge_peft.outputs import room
 from tests.support.models import write_checkpoint
@@ -131,6 +131,19 @@ def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         room.scratch(),
     ):
         pass
+
+
+def test_too_many_open_files(workspace: Path) -> None:
+    """The files of all adapters are open while they are merged; their number is limited by the system, and no file is damaged."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least = os.open(os.devnull, os.O_RDONLY)  # the next number that a file would get
+    os.close(least)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least + 2, before[1]))
+    try:
+        with refused(SourceError, "Too many open files", "raise it (ulimit -n"):
+            DCMergeAdapter().merge([ADAPTERS[0]] * 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def torch_has_none() -> None:
