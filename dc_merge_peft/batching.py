@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.budget import MOST_IN_A_BATCH, batch_room, working_bytes
-from dc_merge_peft.linalg import FLOAT32_EPS, null_thresholds
+from dc_merge_peft.linalg import FLOAT32_EPS, alike, null_thresholds
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleTasks
@@ -85,12 +85,10 @@ class Stacker:
         Raises:
             MergeError: a delta beyond float32.
         """
-        alike: dict[Any, list[int]] = {}
-        for index, module in enumerate(modules):
-            if (kind := _kind(module)) is not None:
-                alike.setdefault(kind, []).append(index)
         found: list[Finished | None] = [None] * len(modules)
-        for indices in alike.values():
+        for kind, indices in alike(map(_kind, modules)).items():
+            if kind is None:
+                continue
             room = batch_room(modules[indices[0]].tasks[0].device)
             count = max(room // working_bytes(self.method, planned[indices[0]]), 1)
             for start in range(0, len(indices), count):

@@ -37,9 +37,8 @@ class LowRank:
             )
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(shape={self.shape}, rank={self.rank})"  # no numbers: a look at them may read files
-        )
+        """No numbers: a look at them may read files."""
+        return f"{type(self).__name__}(shape={self.shape}, rank={self.rank})"
 
     @property
     def shape(self) -> tuple[int, int]:

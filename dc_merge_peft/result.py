@@ -28,9 +28,8 @@ class MergedModule:
     """The merged delta of one module, before ``alpha``."""
 
     delta: Delta  # (m, n), float32: balanced factors of the rank that is kept, or dense and whole for full weights
-    S: Tensor | None = field(
-        repr=False
-    )  # (full_rank,) float64, all singular values, those beyond the kept rank included; None if dense
+    # (full_rank,) float64, all singular values, those beyond the kept rank included; None if dense
+    S: Tensor | None = field(repr=False)
     layout: Layout
     tasks: tuple[int, ...]  # which of the adapters have the module: indices into MergeResult.adapters
 
