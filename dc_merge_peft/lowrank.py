@@ -139,19 +139,20 @@ def measure(deltas: Iterable[LowRank]) -> None:
 
 
 def is_ordinary(factor: Tensor) -> bool:
-    """Whether one look, a norm in float32, is enough to see that a factor is finite and not zero. It is not where squares
-    overflow or vanish, nor for float64, which can hold numbers beyond float32."""
+    """Whether one look, the sum of its numbers, is enough to see that a factor is finite and not zero: NaN and Inf stay in sums.
+    It is not where the sum overflows or vanishes, nor for float64, which can hold numbers beyond float32."""
     if factor.dtype == torch.float64:
         return False
-    return 0 < float(torch.linalg.vector_norm(factor, dtype=torch.float32)) < math.inf
+    total = float(factor.sum())
+    return total != 0 and math.isfinite(total)
 
 
 def are_ordinary(factors: Sequence[Tensor]) -> bool:
     """:func:`is_ordinary` of all of them, with one look for all: on a GPU each look waits for what was asked before."""
     if any(factor.dtype == torch.float64 for factor in factors) or len({factor.device for factor in factors}) > 1:
         return all(map(is_ordinary, factors))
-    sizes = torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float32) for factor in factors])
-    return bool(((sizes > 0) & (sizes < math.inf)).all())
+    totals = torch.stack([factor.sum() for factor in factors])
+    return bool((totals.isfinite() & (totals != 0)).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ PACKAGE = "dc_merge_peft"
 
 # From the bottom up; a module may import from its own layer and those below. A name with ".*" is a whole subpackage.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "progress"),
+    ("errors", "_version", "progress", "startup"),
     ("hub_errors", "memory", "sizes"),
     ("linalg", "frames"),
     ("lowrank", "dense", "spanned", "stacked"),

@@ -1,0 +1,65 @@
+"""Importing the package leaves Python's garbage collector as it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dc_merge_peft.startup import uncollected
+
+# What a process finds before and after the import, and after a cycle that the collector alone can free.
+PROGRAM = """
+import gc, json, sys, weakref
+{before}
+start = [gc.isenabled(), gc.get_freeze_count() > 0]
+passes = []
+gc.callbacks.append(lambda phase, info: passes.append(phase))
+import dc_merge_peft
+during = len(passes)
+class Ring: pass
+ring = Ring(); ring.itself = ring
+known = weakref.ref(ring)
+del ring
+gc.collect()
+print(json.dumps({{"start": start, "end": [gc.isenabled(), gc.get_freeze_count() > 0], "during": during, "freed": known() is None}}))
+"""
+
+
+def imported(before: str = "") -> dict[str, object]:
+    program = PROGRAM.format(before=before)
+    return json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+
+
+def test_collector_rests_while_the_package_is_imported() -> None:
+    found = imported()
+    assert found["start"] == found["end"] == [True, False]
+    assert found["freed"]
+    # A few come before the pause, with what the package imports to make it; without one there are hundreds.
+    assert int(str(found["during"])) < 20
+
+
+def test_collector_that_somebody_stopped_stays_stopped() -> None:
+    found = imported("gc.disable()")
+    assert found["start"] == found["end"] == [False, False]
+
+
+def test_objects_that_somebody_froze_stay_frozen() -> None:
+    found = imported("gc.freeze()")
+    assert found["start"] == found["end"] == [True, True]
+
+
+def test_collector_is_back_after_an_import_that_fails() -> None:
+    seen = []
+
+    def fail() -> None:
+        with uncollected():
+            seen.append(gc.isenabled())
+            raise ImportError("none")
+
+    with pytest.raises(ImportError, match="none"):
+        fail()
+    assert [*seen, gc.isenabled()] == [False, True]
