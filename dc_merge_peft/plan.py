@@ -240,7 +240,7 @@ def _output_dtype(dtype: torch.dtype | str | None, sources: Sequence[Source]) ->
     """The dtype asked for, or the widest of the sources."""
     if dtype is None:
         return reduce(torch.promote_types, (spec.dtype for source in sources for spec in source.modules.values()))
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    found = DTYPES.get(dtype.strip().lower().removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
         raise OptionError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     assert found is not None

@@ -105,7 +105,7 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        found_device = torch.empty(0, device=device).device
+        found_device = torch.empty(0, device=device.strip().lower() if isinstance(device, str) else device).device
         if found_device.type == "meta":
             raise RuntimeError("it holds no numbers")
         return found_device
@@ -134,13 +134,13 @@ def checked_devices(devices: Devices) -> tuple[torch.device, ...]:
     """
     if devices is None:
         return ()
-    if isinstance(devices, str) and devices == "auto":
+    if isinstance(devices, str) and devices.strip().lower() == "auto":
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     named = devices.split(",") if isinstance(devices, str) else devices
     several = [named] if isinstance(named, torch.device) else list(named)
     if not several:
         raise OptionError("found an empty list of devices: expected one at least, as in cuda:0, or none")
-    found = [checked_device(device.strip() if isinstance(device, str) else device) for device in several]
+    found = list(map(checked_device, several))
     return tuple(device for device in found if device is not None)
 
 

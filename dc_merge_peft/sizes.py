@@ -10,7 +10,7 @@ _THOUSANDS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def checked_size(size: int | str, option: str) -> int:
-    """Bytes, from a number or a text as in ``"8GB"`` (8 * 10^9) or ``"8GiB"`` (8 * 2^30), in either case.
+    """Bytes, from a number or a text as in ``"8GB"`` or ``"8G"`` (8 * 10^9) or ``"8GiB"`` (8 * 2^30), in either case.
 
     Args:
         size: What was given.
@@ -19,9 +19,7 @@ def checked_size(size: int | str, option: str) -> int:
     Raises:
         OptionError: no size, or none above zero.
     """
-    match = (
-        re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(I?)B)?", size.strip().upper()) if isinstance(size, str) else None
-    )
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", size.strip().upper()) if isinstance(size, str) else None
     found: object = size
     if match and not (match[3] and not match[2]):
         found = int(float(match[1]) * (1024 if match[3] else 1000) ** _THOUSANDS[match[2] or ""])

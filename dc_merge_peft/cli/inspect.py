@@ -26,6 +26,7 @@ from dc_merge_peft.plots import (
     require_matplotlib,
     save_figures,
 )
+from dc_merge_peft.runconfig import FILE_NAME
 from dc_merge_peft.sources.base_model import BaseModel
 
 _MERGE, _OUT = "What a merge keeps", "Output"
@@ -107,6 +108,11 @@ def inspect(
     one_process("inspect")
     if merged is not None and config is None and not adapters:
         config = record_file(merged)
+        if config is None:
+            raise OptionError(
+                f"'{merged}' has no {FILE_NAME} that says what it was made from: expected an adapter that dc-merge merge has written, or "
+                f"the adapters behind it, as in dc-merge inspect --merged {merged} ADAPTERS"
+            )
     run = run_settings(
         config,
         adapters=tuple(adapters) if adapters else None,

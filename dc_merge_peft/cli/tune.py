@@ -150,7 +150,7 @@ def tune(
         shared.checked_output(save, overwrite=replace, dry_run=dry_run, inputs=shared.inputs_of(run))
     _check_outputs(output, plot, files, overwrite=replace, dry_run=dry_run)
     prepared = _prepared(
-        run, _space(space, tried or []), alphas=alphas.split(",") if alphas is not None else None, minimize=minimize,
+        run, _space(space, tried or []), alphas=[alpha.strip() for alpha in alphas.split(",")] if alphas is not None else None, minimize=minimize,
         search=search, trials=trials, seed=seed,
     )  # fmt: skip
     if dry_run or evaluate is None or output is None:

@@ -15,6 +15,7 @@ from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.inspection.adapters import inspect_adapters
 from dc_merge_peft.inspection.merged import inspect_merge, record_file, sources_of
 from dc_merge_peft.outputs.public import public_copy
+from dc_merge_peft.reading import checked_device
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.weights import assigned, recorded_adapters
 from dc_merge_peft.result import MergeResult
@@ -106,7 +107,7 @@ def _opened(
     origin: _Origin, base: str | Path | nn.Module | None, device: torch.device | str | None, token: str | bool | None
 ) -> Iterator[list[Source]]:
     """The adapters as they were merged: renamed, DoRA with its base model, under the names of the merge."""
-    reading = DoraReading(origin.run.dora_rank, None if device is None else torch.device(device), allow_zero=True)
+    reading = DoraReading(origin.run.dora_rank, checked_device(device), allow_zero=True)
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(sources_opened(origin.adapters, token, origin.run.rename, keep_extras=False))

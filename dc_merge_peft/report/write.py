@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dc_merge_peft.errors import OutputError
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.outputs.single import check_file, write_file
 from dc_merge_peft.report.data import MergeReport
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _EXAMPLE = "report.html"
+_OTHER = (".pdf", ".md", ".json", ".txt", ".csv", ".png", ".svg", ".docx")  # what a page of HTML must not pass for
 
 
 @memory_in_words()
@@ -69,6 +71,10 @@ def check_place(path: str | Path, *, overwrite: bool) -> None:
         OutputError: something stands there, or it is no place.
     """
     check_file(path, overwrite=overwrite, example=_EXAMPLE, mark=MARK)
+    if (ending := Path(path).suffix.lower()) in _OTHER:
+        raise OutputError(
+            f"the output '{path}' ends in {ending}: expected a page of HTML, as in {Path(path).with_suffix('.html')}, which browsers print to PDF"
+        )
 
 
 def write_report(report: MergeReport, path: str | Path, *, overwrite: bool) -> Path:

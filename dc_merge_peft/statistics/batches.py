@@ -65,7 +65,8 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     if isinstance(batch, Mapping):
         return {name: moved(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(moved(value, device) for value in batch)
+        values = [moved(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a tuple with names
     return batch
 
 

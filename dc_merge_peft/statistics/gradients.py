@@ -206,7 +206,7 @@ def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
     Args:
         model: Gives (examples, tokens, vocabulary) logits as ``logits``.
         batch: A mapping with ``input_ids``; with ``labels`` those tokens whose label is not -100 count, otherwise all under
-            ``attention_mask``.
+            ``attention_mask`` but the first, on whichever side texts are filled up.
 
     Returns:
         (examples,).
@@ -214,7 +214,8 @@ def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
     logits = model(**inputs_of(batch)).logits[:, :-1]
     targets = batch["labels"] if "labels" in batch else batch["input_ids"]
     if "labels" not in batch and "attention_mask" in batch:
-        targets = targets.masked_fill(batch["attention_mask"] == 0, -100)
+        padding = batch["attention_mask"] == 0
+        targets = targets.masked_fill(padding | padding.roll(1, dims=1), -100)  # nothing tells what follows padding
     likelihoods = nn.functional.cross_entropy(logits.float().mT, targets[:, 1:], ignore_index=-100, reduction="none")
     return likelihoods.sum(dim=1)
 

@@ -49,6 +49,7 @@ def meet(device: str | None) -> Meeting:
         OptionError: a device of one process alone, or more processes than GPUs.
         MergeError: the others can't be met.
     """
+    device = None if device is None else device.strip().lower()
     if device not in (None, "auto", "cpu", "cuda"):
         raise OptionError(
             f"device '{device}' is given to {launched()} processes: expected cpu, or cuda for a GPU each; leave --device out, or "

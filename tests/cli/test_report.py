@@ -164,7 +164,7 @@ def test_dora_adapters_are_read_with_their_base_model(workspace: Path) -> None:
     base.save_pretrained("base")
     paths = save_dora(workspace, bert, {"target_modules": ["query"]})
     shown("merge", *map(str, paths), "-o", "merged", "-m", "ta", "--base", "base", "--dora-rank", "16")
-    shown("report", "merged", "-o", "report.html")
+    shown("report", "merged", "-o", "report.html", "--device", "CPU")
     rows = tree("report.html").one("section", id="kept").all("table", class_="data")[0].cells()
     assert [row[0] for row in rows] == ["sentiment", "topic", "plain"] and {row[3] for row in rows} == {"100.0%"}
     merge = DCMergeAdapter(method="ta").merge(paths, base=base, dora_rank=16, progress=False)
@@ -206,6 +206,7 @@ def test_refusals(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "report", "merged", "-o", "merged/README.md", "--overwrite", words=("something else than an earlier output",)
     )
     failed("report", "merged", "-o", " ", words=("an empty name",))
+    failed("report", "merged", "-o", "r.PDF", words=("ends in .pdf", "as in r.html"))
     failed("report", "nowhere", "-o", "r.html", words=("'nowhere'", "expected an existing directory"))
     failed("report", "merged", "-o", "r.html", "--device", "moon", words=("device 'moon'",))
     Path("empty.yaml").write_text("method: dc\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -181,6 +182,42 @@ def test_causal_language_model() -> None:
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labelled = statistics.fisher(model, [{**batch, "labels": labels}], loss=statistics.next_token_loss)
     assert all(torch.allclose(labelled.tensors[path], F, rtol=1e-5) for path, F in found.tensors.items())
+
+
+class Bigrams(nn.Module):
+    """A language model that looks at one token, wherever it stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 40)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+def test_a_text_filled_up_on_either_side() -> None:
+    """As the text by itself: what padding says of the first token counts for nothing."""
+    torch.manual_seed(0)
+    model, text = Bigrams(), [4, 9, 7]
+    (alone,) = statistics.next_token_loss(model, {"input_ids": torch.tensor([text])})
+    for ids in ([0, 0, *text], [*text, 0, 0], [0, *text, 0]):
+        batch = torch.tensor([ids])
+        (found,) = statistics.next_token_loss(model, {"input_ids": batch, "attention_mask": (batch != 0).long()})
+        assert torch.allclose(found, alone)
+
+
+def test_batches_with_names() -> None:
+    """A dataset of named tuples gives batches of these."""
+
+    class Pair(NamedTuple):
+        inputs: Tensor
+        labels: Tensor
+
+    torch.manual_seed(0)
+    model, pair = nn.Sequential(nn.Linear(3, 2)), Pair(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    for collect in (statistics.input_grams, statistics.fisher):
+        found, expected = (collect(model, [batch], modules=["0"]).tensors["0"] for batch in (pair, tuple(pair)))
+        assert torch.equal(found, expected)
 
 
 class Shapes(nn.Module):

@@ -167,6 +167,15 @@ def test_arguments(tmp_path: Path, options: dict[str, Any], words: tuple[str, ..
     merge_refused(tmp_path, folders, OptionError, *words, **options)
 
 
+def test_names_in_capitals(tmp_path: Path) -> None:
+    """Types and devices are known in either case, as papers and other tools write them."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    expected = DCMergeAdapter().merge(folders, dtype="bfloat16", device="cpu")
+    found = DCMergeAdapter().merge(folders, dtype=" BFloat16", device="CPU ")
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found.delta("enc.q"), expected.delta("enc.q"))
+
+
 def test_weights_may_be_arrays(tmp_path: Path) -> None:
     """Numbers that are no Python numbers but behave as such, from a sweep."""
     numpy = pytest.importorskip("numpy")

@@ -21,7 +21,7 @@ from tests.support.program import run
 from tests.support.refused import listing
 
 Deltas = dict[str, dict[str, Tensor]]
-OPTIONS = ("-m", "ta", "--alphas", "0.3,0.7,1.1", "--try", "svd_rank=4,none")
+OPTIONS = ("-m", "ta", "--alphas", "0.3, 0.7,1.1", "--try", "svd_rank=4,none")
 OUT = ("-o", "tuned.yaml")
 
 
