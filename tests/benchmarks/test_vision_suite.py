@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accuracy.carrier import Carrier
 from accuracy.making import make_adapters
 from accuracy.merging import by_method
+from accuracy.suite import Informed
 from accuracy.training import Training
 from peft import PeftModel
 from PIL import Image
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from vision import backbone, data, heads
 from vision.pictures import SIDE, ImageTask, Picture, normalised
 from vision.suite import VisionSuite
+
+from dc_merge_peft import statistics
 
 CONFIG = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 112, "patch_size": 14,
@@ -200,6 +204,29 @@ def test_hits_are_nearest_vectors(suite: VisionSuite) -> None:
     assert torch.equal(found, expected) and len(found) == 9
     rounded = Carrier(suite.model(), "bfloat16")
     assert len(suite.hits(rounded.carry(merge.deltas, 1.0), "colours", "test", 9)) == 9
+
+
+def test_training_pictures_for_statistics(suite: VisionSuite) -> None:
+    """The first training pictures, each once with its own label, and logits whose largest is the hit that is measured."""
+    assert isinstance(suite, Informed)
+    model, hits, labels = suite.model(), [], []
+    for batch in suite.batches("colours", 70):
+        logits = suite.logits(model, "colours", batch)
+        assert logits.requires_grad and logits.shape == (len(batch[1]), 3) and len(logits) <= 50
+        hits += (logits.argmax(dim=1) == batch[1]).tolist()
+        labels += batch[1].tolist()
+    part = data.load(suite.cache, "colours").parts["train"].first(70)
+    assert labels == part.labels.tolist() and len(labels) == 70
+    assert sum(hits) == int(suite.hits(model, "colours", "train", 70).sum())
+    grams = statistics.input_grams(
+        model, suite.batches("colours", 70), modules=list(suite.targets), forward=partial(logits_of, suite)
+    )
+    assert grams.examples == 70 and len(grams.tensors) == 8
+
+
+def logits_of(suite: VisionSuite, model: nn.Module, batch: Any) -> Tensor:
+    """Of the one task."""
+    return suite.logits(model, "colours", batch)
 
 
 def test_training_learns(suite: VisionSuite) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from vision import backbone, data, heads
 from vision.data import Part
 from vision.heads import Head
 
-LOGIT_SCALE = 100.0  # of the cosines, in training: CLIP's
+LOGIT_SCALE = 100.0  # of the cosines, in training and for Fisher information: CLIP's
 # A step takes five times as long as one of the text benchmark, and half as many tell enough. The rate is the paper's own.
 TRAINING = Training(steps=100, warmup=10, rate=3e-4)
 
@@ -45,6 +45,14 @@ class VisionSuite:
     def hits(self, model: nn.Module, task: str, part: str, count: int) -> Tensor:
         wanted = self._loaded(task).parts[part].first(count)
         return self.head(task).cosines(heads.embed_all(model, wanted.images)).argmax(dim=1) == wanted.labels
+
+    def batches(self, task: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pictures and their labels."""
+        train = self._loaded(task).parts["train"].first(count)
+        yield from zip(train.images.split(heads.BATCH), train.labels.split(heads.BATCH), strict=True)
+
+    def logits(self, model: nn.Module, task: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return LOGIT_SCALE * self.head(task).cosines(heads.embed(model, batch[0]))
 
     def content(self, task: str, part: str, count: int) -> str:
         return content_key([self._head_key(task), self._loaded(task).parts[part].first(count).key])
