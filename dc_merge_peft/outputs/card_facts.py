@@ -42,7 +42,16 @@ def metadata(result: MergeResult, base: CardFacts, *, library: str, relation: st
         header |= {"base_model": base_model, "base_model_relation": relation}
     if (pipeline := pipeline_tag(result)) is not None:
         header["pipeline_tag"] = pipeline
-    return header | licence(result, base)
+    return header | stated(result) | licence(result, base)
+
+
+def stated(result: MergeResult) -> dict[str, list[str]]:
+    """Languages and datasets that any of the adapters' cards names: the merged one was made from all of them."""
+    named = {
+        "language": (name for info in result.adapters for name in info.card.language),
+        "datasets": (name for info in result.adapters for name in info.card.datasets),
+    }
+    return {field: found for field, names in named.items() if (found := sorted(set(names)))}
 
 
 def base_model_id(result: MergeResult) -> str | None:

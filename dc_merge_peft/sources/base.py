@@ -61,6 +61,8 @@ class CardFacts:
     license_name: str | None = None  # of a license "other"
     license_link: str | None = None
     pipeline_tag: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,24 @@ _FORMS = {
     "license_link": re.compile(r"https://[\w./%~+-]{1,300}"),
     "pipeline_tag": re.compile(r"[a-z0-9][a-z0-9-]{0,63}"),
 }
+_LISTS = {
+    "language": re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,2}|multilingual|code"),
+    "datasets": re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?"),
+}
+_MOST = 100  # of a list
+# What trainers write as a dataset that was read from files or made in memory.
+_BUILDERS = (
+    "generator",
+    "json",
+    "csv",
+    "text",
+    "parquet",
+    "arrow",
+    "pandas",
+    "imagefolder",
+    "audiofolder",
+    "webdataset",
+)
 _NO_ANSWER = ("null", "none", "unknown", "na")
 
 
@@ -37,9 +55,10 @@ def read_card(folder: Path) -> CardFacts:
         return CardFacts()
     if not isinstance(values, Mapping):
         return CardFacts()
-    facts = {name: _fact(values.get(name), form) for name, form in _FORMS.items()}
+    facts: dict[str, Any] = {name: _fact(values.get(name), form) for name, form in _FORMS.items()}
     if facts["license"] != "other":
         facts |= {"license_name": None, "license_link": None}
+    facts |= {name: _facts(values.get(name), form) for name, form in _LISTS.items()}
     return CardFacts(**facts)
 
 
@@ -68,6 +87,13 @@ def base_card(base: str | None, revision: str | None, *, token: str | bool | Non
     except Exception:  # no card, no access or no Hub: nothing is claimed, and nothing fails for that
         return CardFacts()
     return read_card(Path(found).parent) if isinstance(found, str) else CardFacts()
+
+
+def _facts(value: object, form: re.Pattern[str]) -> tuple[str, ...]:
+    """The values of a list, or the one value, that are of a form; each once."""
+    values = value if isinstance(value, list) else [value]
+    found = (each for each in values[:_MOST] if isinstance(each, str) and form.fullmatch(each))
+    return tuple(dict.fromkeys(each for each in found if each.lower() not in (*_NO_ANSWER, *_BUILDERS)))
 
 
 def _fact(value: object, form: re.Pattern[str]) -> str | None:

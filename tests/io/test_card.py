@@ -110,6 +110,19 @@ def test_pipeline_tag(
     assert saved_card(tmp_path, *folders).data.to_dict().get("pipeline_tag") == expected
 
 
+def test_languages_and_datasets(tmp_path: Path) -> None:
+    """All that the adapters' cards name, each once; of what trainers make up, and of what is no name, nothing."""
+    one = with_card(tmp_path / "one", "language: no\ndatasets:\n- org/reviews\n- generator\n- '<b>'\n- squad")
+    two = with_card(tmp_path / "two", "language:\n- en\n- no\n- Klingon\ndatasets: org/reviews")
+    three = with_card(tmp_path / "three", "language: {en: 1}\ndatasets: unknown")
+    data = saved_card(tmp_path, one, two, three).data.to_dict()
+    assert data["language"] == ["en", "no"] and data["datasets"] == ["org/reviews", "squad"]
+    header = (tmp_path / "out" / "README.md").read_text()
+    assert "- 'no'" in header  # no is false to many readers of YAML
+    plain = saved_card(tmp_path / "plain", three, with_card(tmp_path / "four")).data.to_dict()
+    assert not {"language", "datasets"} & plain.keys()
+
+
 def mapping(name: str, library: str = "transformers.models.bert.modeling_bert") -> dict[str, Any]:
     """What PEFT notes of a base model without a task type."""
     return {"auto_mapping": {"base_model_class": name, "parent_library": library}}
