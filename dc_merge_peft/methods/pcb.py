@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import row_blocks
-from dc_merge_peft.methods.elementwise import total
+from dc_merge_peft.methods.elementwise import SAME, masked, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.selection import order_statistics
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
@@ -35,6 +35,10 @@ class Range(NamedTuple):
     def share(self, X: Tensor) -> Tensor:
         """Where the entries of X, clamped, lie between low (0) and high (1)."""
         return X.clamp(self.low, self.high).sub_(self.low).div_((self.high - self.low) or 1.0)
+
+    def share_above(self, X: Tensor) -> Tensor:
+        """The same, exactly 0 of what rounding alone tells from low: low is a float32, which the entries it stands for may not be."""
+        return masked(self.share(X), self.low + SAME * abs(self.low) < X)
 
 
 class PCBMerging(SwitchedMethod):
@@ -83,7 +87,7 @@ class PCBMerging(SwitchedMethod):
         def aggregate(view: View) -> Tensor:
             merged, weight = torch.zeros(()), torch.zeros(())
             for adapter, X, product in zip(view.module.adapters, view.matrices(), balanced(view, limits), strict=True):
-                scale = tops[adapter].share(product)
+                scale = tops[adapter].share_above(product)
                 weight = weight.to(X) + scale
                 merged = merged.to(X) + scale.mul_(X.sign()).mul_(X.abs().clamp_(*limits[adapter]))
             return merged / weight.clamp(min=1e-12)
@@ -92,7 +96,7 @@ class PCBMerging(SwitchedMethod):
 
 
 def balanced(view: View, limits: dict[int, Range]) -> Iterator[Tensor]:
-    """Each task's intra-balancing times its inter-balancing, entry by entry, in float32.
+    """Each task's intra-balancing times its inter-balancing, entry by entry, in the type of the entries.
 
     exp and tanh are computed in float64, some rows at a time: their last bit depends on where a vector register begins.
     """

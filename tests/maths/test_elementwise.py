@@ -91,6 +91,13 @@ def test_with_the_papers_switches(key: str, smoothing: str) -> None:
     check(merge(name, modules, **options, smoothing=smoothing), expected)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_entry_at_the_threshold_of_pcb(seed: int) -> None:
+    """Its weight is 0, in cover space too, whose float64 products the float32 threshold rounds: where it is alone, a whole direction."""
+    modules = model(seed, tasks=1)
+    check(merge("pcb", modules, cover=True), oracle.on_cover(oracle.pcb, weighted(modules), "none"))
+
+
 @pytest.mark.parametrize("smoothing", ["none", "average"])
 def test_sums_with_the_switches(smoothing: str) -> None:
     """Task arithmetic and averaging have them too; in cover space the sum is DC-Merge's plain aggregation."""
