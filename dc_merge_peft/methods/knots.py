@@ -47,7 +47,7 @@ class KnotsMethod(ElementwiseMethod):
             own = U.mT @ task.W.to(U.dtype) if isinstance(task, Dense) else (U.mT @ task.B) @ task.A
             return own.to(torch.float32)
 
-        return View(module, matrix, lambda merged: LowRank(U, merged.to(U.dtype)))
+        return View(module, matrix, lambda merged: LowRank(U, merged.to(U.dtype)), turned=True)
 
 
 def common_basis(

@@ -98,6 +98,7 @@ class View:
     matrix: Callable[[int], Tensor]  # of task i
     back: Callable[[Tensor], Delta]
     ranks: Sequence[int] = ()  # in cover space, each task's directions: their sum is k
+    turned: bool = False  # the entries are those of another basis than dW's own: what is 0 there is rounding noise
 
     def matrices(self) -> Iterator[Tensor]:
         """One after the other: in parameter space each is m x n, and two at a time are enough."""
@@ -209,4 +210,4 @@ def cover_view(module: ModuleTasks, config: CoverConfig) -> View:
     def back(merged: Tensor) -> LowRank:
         return from_cover(U_cover, V_cover, merged, ranks, mask=config.mask, mask_size=config.mask_size)
 
-    return View(module, M, back, ranks)
+    return View(module, M, back, ranks, turned=True)

@@ -11,7 +11,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from dc_merge_peft.methods.elementwise import Matrices, Reduce, disjoint_merge, elected_signs, keep_from, keep_largest
+from dc_merge_peft.methods.elementwise import (
+    Matrices,
+    Reduce,
+    disjoint_merge,
+    elected_signs,
+    keep_from,
+    keep_largest,
+    without_noise,
+)
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.selection import order_statistics
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
@@ -91,7 +99,8 @@ def sign_consensus(views: Views, trim: Trim, reduce: Reduce, scope: Scope = "glo
         return elected_signs(trimmed(view))
 
     def trimmed(view: View) -> Matrices:
-        return lambda: (trim(view, task) for task in range(len(view.module.tasks)))
+        tasks = range(len(view.module.tasks))
+        return lambda: (without_noise(trim(view, task)) if view.turned else trim(view, task) for task in tasks)
 
     counting = threading.Lock()  # modules are merged side by side, and one count is enough for all
 
