@@ -27,7 +27,7 @@ REFERENCE = (
     "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025"
 )
 LINK = "https://arxiv.org/abs/2502.04959"
-RANK_HELP = "directions in all are this times the number of tasks, and never more than there are; none: the sum of the tasks' ranks"
+RANK_HELP = "directions in all are this many of each task, all of a task that has fewer, and never more than there are; none: the sum of the tasks' ranks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
