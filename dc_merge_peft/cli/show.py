@@ -32,7 +32,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     plain = escape(printable(title))
     made = Table(title=plain, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", header_style="dim")
+        justify = "right" if column in right else "left"
+        made.add_column(escape(printable(column)), justify=justify, header_style="dim")
     for row in rows:
         made.add_row(*(escape(printable(cell)) for cell in row))
     return made

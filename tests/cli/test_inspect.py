@@ -80,6 +80,18 @@ def test_tables_after_merging(workspace: Path) -> None:
     assert "By kind" in output and "query" in output and "By layer" in output
 
 
+def test_names_in_heads_are_no_markup(workspace: Path) -> None:
+    """Adapters name columns of tables: brackets stay, also those that would end what nothing has begun, and nothing moves the cursor."""
+    names = ["[bold]one", "x[/b]", "y[/b]", "\x1b[31mred"]
+    for name in names:
+        A, B = models.factors(6, 5, 2, seed=len(name))
+        keys = [f"base_model.model.enc.{kind}.lora_{factor}.weight" for kind in "qv" for factor in "AB"]
+        write_checkpoint(workspace / name, dict(zip(keys, (A, B, B.mT, A.mT), strict=True)))
+    output = shown("inspect", *names, "-m", "ta")
+    head = next(line for line in output.splitlines() if line.startswith("kind"))
+    assert all(name in head for name in names[:3]) and "\x1b" not in output
+
+
 def test_figures(workspace: Path) -> None:
     """Each figure in each format, named in the output; the DirSim of layers where there is a merge."""
     output = shown("inspect", "math-lora", "code-lora", "-m", "dc", "--plot", "figures")
