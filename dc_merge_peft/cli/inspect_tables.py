@@ -17,6 +17,8 @@ from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
 PAIRS_SHOWN = 15
 # Cells with two numbers need some 10 characters an adapter.
 TWO_NUMBERS = 8
+# Those with one need this many, the space between columns included, and what names the rows at most so many.
+_CELL, _LABEL = 7, 24
 
 _COLOURS = {"refused": "red", "warning": "yellow", "note": "dim"}
 
@@ -73,9 +75,14 @@ def print_merge(out: Console, merge: MergeInspection) -> None:
     cells = "projected DirSim and retained energy" if both else "projected DirSim"
     for word, grouped in (("kind", by_kind(merge)), ("layer", by_layer(merge))):
         if len(set(grouped.values())) > 1:
-            columns = (word, *merge.adapters)
-            out.print()
-            out.print(table(f"By {word}: {cells}", columns, _grouped(merge, grouped, both), right=columns[1:]))
+            # A table wider than the screen would show numbers without their digits.
+            label = min(max(map(len, (word, *grouped.values()))), _LABEL)
+            room = len(merge.adapters) if both else max((out.width - label) // _CELL, 1)
+            for start in range(0, len(merge.adapters), room):
+                columns = (word, *merge.adapters[start : start + room])
+                rows = _grouped(merge, grouped, columns[1:], both)
+                out.print()
+                out.print(table(f"By {word}: {cells}", columns, rows, right=columns[1:]))
 
 
 def print_findings(out: Console, findings: Sequence[Finding]) -> None:
@@ -116,11 +123,13 @@ def _range(values: Sequence[Any]) -> str:
     return "-".join(dict.fromkeys((str(values[0]), str(values[-1])))) if values else "?"
 
 
-def _grouped(merge: MergeInspection, groups: Mapping[str, str], both: bool) -> Iterator[tuple[str, ...]]:
-    """One row a group, means over its modules."""
+def _grouped(
+    merge: MergeInspection, groups: Mapping[str, str], names: Sequence[str], both: bool
+) -> Iterator[tuple[str, ...]]:
+    """One row a group, means over its modules, with the cells of these adapters."""
     energies = group_means(merge, groups, "retained_energy") if both else {}
     for group, similarities in group_means(merge, groups).items():
         cells = {name: fixed(value, 2) for name, value in similarities.items()}
         for name, energy in energies.get(group, {}).items():
             cells[name] += f" {energy:4.0%}"
-        yield group, *(cells.get(name, "") for name in merge.adapters)
+        yield group, *(cells.get(name, "") for name in names)

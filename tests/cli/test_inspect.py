@@ -12,6 +12,7 @@ from typer.testing import Result
 
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge
 from dc_merge_peft.demo.tasks import assets
+from dc_merge_peft.inspection.data import fixed
 from tests.support import models
 from tests.support.extras import QUERY, save_extras
 from tests.support.models import write_checkpoint
@@ -90,6 +91,19 @@ def test_names_in_heads_are_no_markup(workspace: Path) -> None:
     output = shown("inspect", *names, "-m", "ta")
     head = next(line for line in output.splitlines() if line.startswith("kind"))
     assert all(name in head for name in names[:3]) and "\x1b" not in output
+
+
+def test_numbers_of_many_adapters_are_whole(workspace: Path) -> None:
+    """Columns that don't fit beside each other are in tables below each other: a narrow one shows no digits."""
+    names = [f"adapter-{number}" for number in range(20)]
+    for number, name in enumerate(names):
+        A, B = models.factors(24, 24, 2, seed=number)
+        keys = [f"base_model.model.enc.{kind}.lora_{factor}.weight" for kind in "qv" for factor in "AB"]
+        write_checkpoint(workspace / name, dict(zip(keys, (A, B, A, B), strict=True)))
+    output = shown("inspect", *names, "-m", "ta")
+    kept = json.loads(shown("inspect", *names, "-m", "ta", "--json"))["merge"]["modules"]["enc.q"]
+    rows = [line.split()[1:] for line in output.splitlines() if line.startswith("q ")]
+    assert [cell for row in rows for cell in row] == [fixed(kept[name]["projected_dir_sim"], 2) for name in names]
 
 
 def test_figures(workspace: Path) -> None:
