@@ -174,6 +174,15 @@ def test_predicted_trouble(tasks: Sequence[LowRank], level: str, words: str) -> 
     assert inspected(*random_tasks(2, (24, 20), (4, 4), overlap=0.0)).findings == ()
 
 
+def test_every_module_below_its_rank_is_counted() -> None:
+    """Also those of a single direction, in which there is nothing to be flat or peaked."""
+    one, three = (LowRank(TASK.B * torch.tensor([1.0] * r + [0.0] * (4 - r)), TASK.A) for r in (1, 3))
+    modules = {"layers.0.q": [one, OTHER], "layers.1.q": [three, OTHER], "layers.2.q": [TASK, OTHER]}
+    for parts, words in ((modules, "in 2 of 3 modules"), ({"layers.0.q": [one, OTHER]}, "in 1 of 1 modules")):
+        found = inspect_adapters(memory_sources(parts), progress=False)
+        assert [words in text for text in texts(found, "note") if "fewer directions than its rank" in text] == [True]
+
+
 def test_sign_conflict_is_a_warning() -> None:
     """Two tasks on the same directions, half of them reversed."""
     flipped = LowRank(TASK.svd.U * TASK.svd.S * torch.tensor([-1.0, 1.0, -1.0, 1.0]), TASK.svd.Vh)

@@ -187,25 +187,24 @@ def _rooms(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
 
 def _spectra(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
     for adapter in adapters:
-        measured = [module for module in adapter.measured if len(module.S) > 1]
-        if not measured:
-            continue
-        share = statistics.median(module.effective_rank / len(module.S) for module in measured)
-        if share >= FLAT:
+        # Of one direction alone there is no shape.
+        shares = [module.effective_rank / len(module.S) for module in adapter.measured if len(module.S) > 1]
+        share = statistics.median(shares) if shares else None
+        if share is not None and share >= FLAT:
             yield Finding(
                 "note",
                 (adapter.name,),
                 f"'{adapter.name}' has a flat spectrum (effective rank {share:.0%} of the rank): all its directions are about "
                 "equally strong, as in hardly trained or already smoothed adapters; energy smoothing changes little",
             )
-        elif share <= PEAKED:
+        elif share is not None and share <= PEAKED:
             yield Finding(
                 "note",
                 (adapter.name,),
                 f"'{adapter.name}' has a peaked spectrum (effective rank {share:.0%} of the rank): a few directions carry the "
                 "task. Energy smoothing changes much here and may lift noise: try smoothing 'none' beside 'linear'",
             )
-        deficient = [module for module in measured if len(module.S) < module.rank]
+        deficient = [module for module in adapter.measured if len(module.S) < module.rank]
         if deficient:
             yield Finding(
                 "note",
