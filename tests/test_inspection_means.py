@@ -39,6 +39,17 @@ def test_untouched_modules_are_in_no_mean() -> None:
     assert [finding.adapters for finding in other.findings if "has nothing for" in finding.text] == [("task0",)]
 
 
+def test_nothing_is_lost_of_nothing() -> None:
+    """No warning on an adapter that is all zero, and none on another by comparison with it."""
+    first, second = random_tasks(3, (24, 20), (2, 2), overlap=0.0)
+    sources = memory_sources({"layers.0.q": [first, zero_task((24, 20)), second]})
+    found = inspect_merge(DCMergeAdapter(method="ta").merge(sources, allow_zero=True, progress=False), sources)
+    assert found.overall["task1"].retained_energy == 0.0 and found.findings == ()
+    (rest,) = memory_sources({"layers.0.q": [second]})
+    other = inspect_merge(DCMergeAdapter(method="ta").merge([rest], progress=False), sources, progress=False)
+    assert {name for finding in other.findings for name in finding.adapters} == {"task0"}
+
+
 def test_nothing_is_minus_nothing() -> None:
     """A number that rounds to zero has no sign, in tables, on pages and in words."""
     assert [fixed(value, 2) for value in (-0.004, -0.0, 0.004, -0.006, 1.0)] == [

@@ -151,6 +151,8 @@ def _inspect(
             for name in changed:
                 missing[name].append(module)
     overall = {name: _overall(name, norms[name], modules) for name in names}
+    # Of an adapter that is all zero nothing can be lost, and it is not one of the others.
+    trained = {name: kept for name, kept in overall.items() if any(norms[name].values())}
     remarks = (
         [Finding("note", tuple(names), text) for text in merged.remarks] if isinstance(merged, MergeResult) else []
     )
@@ -159,7 +161,7 @@ def _inspect(
         adapters=tuple(names),
         overall=overall,
         modules=modules,
-        findings=(*findings_after(overall, missing), *remarks),
+        findings=(*findings_after(trained, missing), *remarks),
         spectra=spectra,
     )
 
