@@ -95,6 +95,20 @@ def test_program(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gone.exit_code != 0 and "gone" in gone.stderr and "Traceback" not in gone.stderr
 
 
+def test_program_reads_adapters_as_the_record_says(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside ``--merged`` the base model and the rank are those of the merge, whether its adapters are named or not."""
+    monkeypatch.chdir(made)
+    names = ["sentiment", "topic"]
+    done = run("merge", *names, "--base", "base", "--dora-rank", "3", "-o", "of-rank-3")
+    assert done.exit_code == 0, done.output
+    shown = [
+        json.loads(run("inspect", *arguments, "--merged", "of-rank-3", "--json").stdout)
+        for arguments in ([], names, [*names, "--base", "base"])
+    ]
+    assert shown[0] == shown[1] == shown[2]
+    assert {len(module["S"]) for module in shown[0]["adapters"][0]["modules"].values()} == {3}
+
+
 def test_refusals(made: Path) -> None:
     """A base model that can't be loaded is one error and no trouble of each module; a rank is a number."""
     with refused(SourceError, "nowhere"):

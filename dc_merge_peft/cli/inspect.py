@@ -26,7 +26,7 @@ from dc_merge_peft.plots import (
     require_matplotlib,
     save_figures,
 )
-from dc_merge_peft.runconfig import FILE_NAME
+from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources.base_model import BaseModel
 
 _MERGE, _OUT = "What a merge keeps", "Output"
@@ -132,18 +132,21 @@ def inspect(
     if not run.adapters:
         raise OptionError("found no adapters to inspect: expected directories or Hub ids; see dc-merge inspect --help")
     target: str | MergedAdapter | None = merged
-    model = BaseModel.of(run.base, None)  # loaded once, where an adapter is DoRA
-    dora: dict[str, Any] = {"base": model, "dora_rank": run.dora_rank}
+    recorded = RunConfig() if merged is None else settings_of(merged)
+    model = BaseModel.of(run.base or recorded.base, None)  # loaded once, where an adapter is DoRA
+    dora: dict[str, Any] = {
+        "base": model,
+        "dora_rank": recorded.dora_rank if run.dora_rank is None else run.dora_rank,
+    }
     if merged is None and (on_the_fly or config is not None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)  # the findings say it
             target = merged_in_memory(run, base=model)
-    made_by = run if merged is None else settings_of(merged)
     before = inspect_adapters(
-        run.adapters, **dora, device=run.device, rename=run.rename or made_by.rename,
-        extras=run.extras or made_by.extras,
-        allow_different_bases=run.allow_different_bases or made_by.allow_different_bases,
-        allow_zero=run.allow_zero or made_by.allow_zero,
+        run.adapters, **dora, device=run.device, rename=run.rename or recorded.rename,
+        extras=run.extras or recorded.extras,
+        allow_different_bases=run.allow_different_bases or recorded.allow_different_bases,
+        allow_zero=run.allow_zero or recorded.allow_zero,
     )  # fmt: skip
     after = (
         None if target is None else inspect_merge(target, run.adapters, **dora, device=run.device, rename=run.rename)
