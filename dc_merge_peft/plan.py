@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -11,9 +12,10 @@ import torch
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, UnsupportedAdapterError, preview
 from dc_merge_peft.extras import ExtrasPlan, plan_extras
-from dc_merge_peft.layout import Layout
+from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import plain, without_effect
+from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
@@ -67,14 +69,30 @@ class MergePlan:
     def summary(self) -> dict[str, Any]:
         """Plain figures for a dry run: modules, ranks, and bytes of the merged adapter at most."""
         ranks = [module.largest_rank(self.svd_rank) for module in self.modules]
-        entries = sum(rank * sum(module.shape) for rank, module in zip(ranks, self.modules, strict=True))
         return {
             "modules": len(self.modules),
             "shared_by_all": sum(len(module.tasks) == len(self.adapters) for module in self.modules),
             "largest_rank": max(ranks),
-            "largest_bytes": entries * self.dtype.itemsize,
+            "largest_bytes": self._largest_bytes(ranks),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+    def _largest_bytes(self, ranks: Sequence[int]) -> int:
+        """Of all tensors: factors with the zeros that they may be stored with, and what is kept outside them."""
+        stored: dict[str, int] = {}  # rank by the path of PEFT's pattern; that of all experts is one
+        sizes: dict[str, int] = {}
+        for module, rank in zip(self.modules, ranks, strict=True):
+            layer = module.layout.layer(module.name).removesuffix(STORED_OUT_PROJ)
+            path = "" if module.layout.kind == "expert" else layer
+            stored[path] = max(rank, stored.get(path, 1))
+            sizes[path] = sizes.get(path, 0) + sum(module.shape)
+        entries = max(stored.values()) * sum(sizes.values())
+        if not beyond_patterns(stored):
+            entries = min(entries, int(LARGEST_PADDING * sum(rank * sizes[path] for path, rank in stored.items())))
+        if any(extra.spec.kind == "lora_bias" for extra in self.extras.kept):
+            entries += sum(module.shape[0] for module in self.modules)
+        specs = [extra.spec for extra in self.extras.kept if extra.spec.kind != "lora_bias"]
+        return entries * self.dtype.itemsize + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
 
 
 def plan_merge(

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "extras",
         "extra_values",
+        "padding",
         "plan",
         "together",
         "full_plan",

@@ -16,14 +16,11 @@ from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank, is_ordinary
 from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
+from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
 from dc_merge_peft.sources.targeting import Targets
-
-# Padding all modules with zeros to one rank is the simplest adapter there is; beyond this growth a rank_pattern is
-# worth its complication.
-LARGEST_PADDING = 1.25
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,7 @@ def stored_ranks(result: MergeResult) -> Ranks:
     pattern = {path: rank for path, rank in ranks.items() if path not in stacks and rank != r}
     padded = result.max_rank * sum(sizes.values())
     exact = sum((r if path in stacks else ranks[path]) * sizes[path] for path in ranks)
-    ambiguous = any(other.endswith("." + name) for name in ranks for other in ranks)
-    ambiguous = ambiguous or any(map(SEPARATE_EXPERT.search, ranks))  # PEFT renames these on loading, but no patterns
-    if padded <= LARGEST_PADDING * exact or ambiguous:
+    if padded <= LARGEST_PADDING * exact or beyond_patterns(ranks):
         return Ranks(result.max_rank, {})
     return Ranks(r, {re.escape(path): rank for path, rank in pattern.items()})
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dc_merge_peft import DCMergeAdapter, MergeError, OutputError, SourceError
 from dc_merge_peft.adapter import DCMergeAdapter as Merger
 from dc_merge_peft.outputs import room
-from tests.support.models import write_checkpoint
+from tests.support.models import factors, write_checkpoint
 from tests.support.program import run
 from tests.support.refused import listing, refused
 from tests.support.versions import needs_v5
@@ -104,6 +105,28 @@ def test_refused_before_any_work(workspace: Path, monkeypatch: pytest.MonkeyPatc
     assert done.exit_code == 2, done.output
     assert "error: the output 'new' needs 1.0 MB, and its disk has 1.0 MB left: nothing was written" in done.stderr
     assert listing(workspace) == before
+
+
+@pytest.mark.filterwarnings("ignore::dc_merge_peft.errors.MergeWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [(4, 4), (5, 4), (8, 7), (20, 3)])
+def test_no_adapter_is_larger_than_said(tmp_path: Path, ranks: tuple[int, int], dtype: str) -> None:
+    """The zeros that make ranks equal are counted, and what is kept outside B and A in the type that it has there."""
+    keys = [f"base_model.model.{module}.lora_{factor}.weight" for module in ("enc.q", "dec.v") for factor in "AB"]
+    pairs = [factors(24, 30, rank, seed=rank) for rank in ranks]
+    tensors = dict(zip(keys, (tensor for pair in pairs for tensor in pair), strict=True))
+    head = {"base_model.model.head.weight": torch.randn(50, 30)}
+    saved = write_checkpoint(
+        tmp_path / "one", tensors | head, modules_to_save=["head"], rank_pattern={"v": ranks[1]}, r=ranks[0]
+    )
+    for extras in ("average", "drop"):
+        options = {"dtype": dtype, "extras": extras}
+        said = DCMergeAdapter(method="ta").plan([saved], **options).summary()["largest_bytes"]
+        merged = DCMergeAdapter(method="ta").merge([saved], **options, progress=False)
+        file = merged.save_pretrained(tmp_path / extras) / "adapter_model.safetensors"
+        written = sum(tensor.nbytes for tensor in load_file(file).values())
+        assert written <= said <= 1.25 * written
+        assert said == written or ranks[0] != ranks[1]
 
 
 def test_enough_room(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
