@@ -14,6 +14,7 @@ from dc_merge_peft.outputs.card_facts import (
     base_model_id,
     base_revision,
     hub_page,
+    label_count,
     metadata,
     model_class,
     versions,
@@ -30,7 +31,7 @@ MOST_ROWS = 60
 _USE_ADAPTER = """from peft import PeftModel
 from transformers import {model_class}
 
-model = {model_class}.from_pretrained("{base}"{revision})
+model = {model_class}.from_pretrained("{base}"{revision}{labels})
 model = PeftModel.from_pretrained(model, "{place}")"""
 
 _USE_MODEL = """from transformers import {model_class}
@@ -89,6 +90,7 @@ def adapter_card(
         model_class=model_class(result) or "AutoModel",
         base=code(base_model_id(result) or "the base model"),
         revision=f', revision="{code(revision)}"' if (revision := base_revision(result)) else "",
+        labels="" if (labels := label_count(result)) is None else f", num_labels={labels}",
         place=code(place or "path/or/id/of/this/adapter"),
     )
     header = metadata(result, base or CardFacts(), library="peft", relation="adapter")

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import torch
 
 from dc_merge_peft._version import __version__
+from dc_merge_peft.outputs.extras import HEADS
 from dc_merge_peft.outputs.public import is_hub_id
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo, CardFacts
@@ -102,6 +103,18 @@ def model_class(result: MergeResult) -> str | None:
     named = {str(key): str(value) for key, value in mapping or ()}
     name, library = named.get("base_model_class", ""), named.get("parent_library", "")
     return name if library.split(".")[0] == "transformers" and re.fullmatch(r"[A-Za-z]\w{0,99}", name) else None
+
+
+def label_count(result: MergeResult) -> int | None:
+    """How many labels the classifier in the result has, where it holds one: the base model's config knows nothing of it."""
+    heads = HEADS.get(_the_one(info.task_type for info in result.adapters) or "", ())
+    counts = {
+        extra.spec.shape[0]
+        for name, extra in result.extras.of_kind("module").items()
+        if extra.spec.module.rpartition(".")[2] in heads
+        and name.removeprefix(f"{extra.spec.module}.") in ("weight", "out_proj.weight")
+    }
+    return counts.pop() if len(counts) == 1 else None
 
 
 def hub_page(info: AdapterInfo) -> str | None:

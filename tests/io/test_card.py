@@ -184,6 +184,19 @@ def test_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(models.difference(loaded[name], merged.delta(name)) < 1e-6 for name in merged.modules)
 
 
+@pytest.mark.filterwarnings("ignore:kept outside B and A")
+def test_snippet_knows_the_labels(tmp_path: Path) -> None:
+    """A classifier of three labels does not fit into the head of two that transformers gives a base model without one."""
+    pair = dict(zip((f"base_model.model.q.lora_{x}.weight" for x in "AB"), factors(16, 16, 2), strict=True))
+    fields = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "target_modules": ["q"]}
+    for head, expected in (("classifier", True), ("classifier.out_proj", True), ("classifier.dense", False)):
+        saved = write_checkpoint(
+            tmp_path / head, {**pair, f"base_model.model.{head}.weight": torch.ones(3, 16)}, **fields
+        )
+        out = DCMergeAdapter().merge([saved], extras="first", progress=False).save_pretrained(tmp_path / head / "out")
+        assert ('("the base model", num_labels=3)\n' in (out / "README.md").read_text()) is expected
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_metadata_and_body(tmp_path: Path, method: str) -> None:
     """For every method: what the Hub shows and finds it by, the paper, weights, settings, ranks, errors and versions."""
