@@ -28,7 +28,7 @@ def print_plan(plan: MergePlan, run: RunConfig, *, as_json: bool) -> None:
     out = console()
     _print_adapters(out, plan)
     out.print(
-        f"\n{summary['modules']} modules, {summary['shared_by_all']} of them in every adapter; merged rank at most "
+        f"\n{_modules(summary['modules'])}, {summary['shared_by_all']} of them in every adapter; merged rank at most "
         f"{summary['largest_rank']}, at most {bytes_in_words(summary['largest_bytes'])} in {summary['dtype']}"
     )
     print_remarks(out, plan.remarks)
@@ -48,7 +48,7 @@ def print_fuse_plan(plan: FusePlan, run: RunConfig, *, as_json: bool) -> None:
         out.print()
         say(
             out,
-            f"{summary['modules']} modules; {plan.changed} of {plan.tensors} tensors of {plan.base} would change "
+            f"{_modules(summary['modules'])}; {plan.changed} of {plan.tensors} tensors of {plan.base} would change "
             f"({bytes_in_words(plan.changed_bytes)} of {bytes_in_words(plan.total_bytes)}), written to {files}",
         )
     print_remarks(out, plan.remarks)
@@ -81,6 +81,10 @@ def print_fused(fused: FusedModel, output: str | None, seconds: float, *, as_jso
         say(out, f"written to {output} ({size_of(output)}): a full model, which transformers loads by its path")
     if fused.url is not None:
         say(out, f"uploaded: {fused.url}")
+
+
+def _modules(count: int) -> str:
+    return f"{count} module{'s' * (count != 1)}"
 
 
 def _planned(plan: MergePlan, run: RunConfig) -> dict[str, Any]:
@@ -125,9 +129,10 @@ def _print_adapters(out: Console, plan: MergePlan) -> None:
 def print_merged(out: Console, merged: MergeResult, seconds: float, *, things: str = "adapters") -> None:
     """The table of modules, and the merge in a line; ``things`` is what was merged."""
     columns = [things if column == "adapters" else column for column in GROUP_COLUMNS]
+    merged_things = things.removesuffix("s") if len(merged.adapters) == 1 else things
     out.print(table("Merged modules", columns, grouped_modules(merged), right=columns[1:]))
     out.print(
-        f"\n{len(merged.adapters)} {things}, method {merged.method}, alpha {merged.alpha:.4g}"
+        f"\n{len(merged.adapters)} {merged_things}, method {merged.method}, alpha {merged.alpha:.4g}"
         f"{' (auto)' if merged.options.get('alpha') == 'auto' else ''}, "
         f"truncation error {merged.truncation_error:.2%}, {merged.seconds:.2f} s to read and merge, {seconds:.2f} s in all",
         markup=False,

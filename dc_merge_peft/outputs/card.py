@@ -138,7 +138,7 @@ def _card(
     return _CARD.format(
         header=yaml.safe_dump(dict(header), sort_keys=True).strip(),
         count=len(result.adapters),
-        things="fine-tuned models" if result.full else "LoRA adapters",
+        things=f"{'fine-tuned model' if result.full else 'LoRA adapter'}{'s' * (len(result.adapters) != 1)}",
         thing="model" if result.full else "adapter",
         what=what,
         command=again[0],

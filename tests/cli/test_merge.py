@@ -16,6 +16,7 @@ from typer.testing import Result
 from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.methods import EVERY_METHOD
 from tests.support.golden import golden_cases, golden_file, write_golden_adapters
+from tests.support.models import write_checkpoint
 from tests.support.program import run
 
 
@@ -127,6 +128,14 @@ def test_dry_run_as_json(workspace: Path) -> None:
     """The plan as one JSON object."""
     plan = json.loads(run("merge", "math-lora", "code-lora", "--dry-run", "--json").stdout)
     assert plan["dry_run"] is True and plan["modules"] == 4 and plan["largest_rank"] == 10
+
+
+def test_one_is_singular(workspace: Path) -> None:
+    """A single adapter of a single module, on the terminal and on the card."""
+    write_checkpoint(workspace / "one")
+    assert "\n1 module, 1 of them" in run("merge", "one", "--dry-run").stdout
+    assert "\n1 adapter, method dc" in run("merge", "one", "-o", "out").stdout
+    assert "\n# Merge of 1 LoRA adapter\n" in Path("out/README.md").read_text()
 
 
 def test_json_holds_every_module(workspace: Path) -> None:
