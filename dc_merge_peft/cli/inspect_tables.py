@@ -113,7 +113,8 @@ def _adapter_row(adapter: AdapterReport) -> tuple[Any, ...]:
 def _made_for(adapter: AdapterReport) -> str:
     """What the config says that adapters of one training setup share."""
     targets = adapter.target_modules
-    where = targets if isinstance(targets, str) else ", ".join(targets or ("unknown modules",))
+    named = (targets,) if isinstance(targets, str) else targets or ()
+    where = ", ".join((*named, *sorted(adapter.info.target_parameters))) or "unknown modules"
     kind = adapter.peft_type or "no peft_type"
     return f"{kind} on {where} of {adapter.info.base_model or 'an unnamed base model'}"
 

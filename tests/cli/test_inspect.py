@@ -48,6 +48,14 @@ def test_tables_before_merging(workspace: Path) -> None:
     assert sorted(workspace.rglob("*")) == before
 
 
+def test_parameters_are_named(workspace: Path) -> None:
+    """What LoRA is on, experts among it, which are no modules."""
+    A, B = models.factors(5, 6, 6)
+    tensors = {"base_model.model.moe.lora_A.weight": A, "base_model.model.moe.lora_B.weight": B}
+    write_checkpoint(workspace / "experts", tensors, target_modules=[], target_parameters=["moe.up"])
+    assert "LORA on moe.up of an unnamed base model: experts" in shown("inspect", "experts")
+
+
 def test_json_before_merging_is_pythons(workspace: Path) -> None:
     """The same numbers as in Python, whole, and no merge."""
     plain = json.loads(shown("inspect", "math-lora", "code-lora", "--json"))
