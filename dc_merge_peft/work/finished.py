@@ -6,6 +6,7 @@ one that was cut off or damaged is as good as none, and its module is merged aga
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from dc_merge_peft.work.whole import write_whole
 Finished: TypeAlias = tuple[Delta, "Tensor | None", AlphaFit]
 
 _FILE = re.compile(r"(?P<index>\d{6})\.(?P<checksum>[0-9a-f]{8})\.(?P<kind>module|numbers)")
+_NAME = "module"  # the entry of a file's header that says of which module it is
 _CHUNK = 1 << 22  # bytes of a file that are checked at a time
 
 
@@ -62,7 +64,9 @@ class WorkFolder:
         if S is not None:
             tensors["S"] = S
         if isinstance(delta, FiledDense):
-            delta = delta.moved(self._name(index, "numbers", _checksum_of(delta.file)))
+            checksum = _checksum_of(delta.file)
+            tensors["numbers"] = torch.tensor(checksum)
+            delta = delta.moved(self._name(index, "numbers", checksum))
         elif isinstance(delta, Dense):
             tensors["W"] = delta.W
         elif isinstance(delta, Spanned):
@@ -70,7 +74,7 @@ class WorkFolder:
             tensors["scale"] = torch.tensor([delta.scale], dtype=torch.float64)
         else:
             tensors |= {"B": delta.B, "A": delta.A}
-        content = save(dict(map(_stored, tensors.items())), {"module": module.name})
+        content = save(dict(map(_stored, tensors.items())), {_NAME: module.name})
         write_whole(self._name(index, "module", zlib.crc32(content)), content)
         return delta, S, fit
 
@@ -92,19 +96,17 @@ class WorkFolder:
             if not _names(file, zlib.crc32(content)):
                 return None
             tensors = dict(map(_restored, load(content).items()))
+            if _name_in(content) != module.name:  # that of another module under this one's name
+                return None
             S, (asked, found, asked_fourth, found_fourth, rule) = tensors.get("S"), tensors["sizes"].tolist()
+            fit = AlphaFit(asked, found, asked_fourth, found_fourth, Rule(int(rule)))
             delta = self._delta(module, tensors, numbers)
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):  # not one that this version has written
-            return None
-        if delta is None:
-            return None
-        self._recall(module, tensors["losses"])
-        where = delta.device
-        return (
-            delta,
-            None if S is None else S.to(where),
-            AlphaFit(asked, found, asked_fourth, found_fourth, Rule(int(rule))),
-        )
+            if delta is None or delta.shape != module.shape:
+                return None
+            self._recall(module, tensors["losses"])
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, ArithmeticError, RuntimeError):
+            return None  # not one that this version has written
+        return delta, None if S is None else S.to(delta.device), fit
 
     def _delta(self, module: PlannedModule, tensors: Mapping[str, Tensor], numbers: Sequence[Path]) -> Delta | None:
         where = self.reader.device_of(module)
@@ -118,7 +120,8 @@ class WorkFolder:
         if "W" in tensors:
             return Dense(tensors["W"].to(where))
         for file in numbers:
-            if _names(file, _checksum_of(file)):
+            checksum = _checksum_of(file)
+            if checksum == int(tensors["numbers"]) and _names(file, checksum):
                 filed = FiledDense.at(file, module.shape)
                 return filed if self.filed else Dense(filed.W.clone().to(where))
         return None
@@ -160,6 +163,11 @@ def _stored(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 def _restored(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
     name, tensor = item
     return (name.removesuffix(_TURNED), tensor.mT) if name.endswith(_TURNED) else (name, tensor)
+
+
+def _name_in(content: bytes) -> object:
+    """The name of the module, from a whole file."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"][_NAME]
 
 
 def _checksum_of(file: Path) -> int:

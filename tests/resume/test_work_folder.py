@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter, MergeError, OutputError
 from dc_merge_peft.work import place, team
@@ -60,6 +65,56 @@ def test_no_room_to_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     main.leave()
     with refused(MergeError, f"can't write to '{tmp_path / 'nowhere'}'"):
         Team(0, 2, "cpu", "0" * 16).enter(tmp_path / "nowhere")
+
+
+def interrupted(folder: Path, work: Path, method: str, **options: Any) -> tuple[list[Path], DCMergeAdapter]:
+    """Adapters, and what has merged all of them into a work folder without writing the result."""
+    sources, merger = many_modules(folder, 3), DCMergeAdapter(method=method)
+    with pytest.raises(KeyboardInterrupt), merger.merging(sources, resume=work, **options):
+        raise KeyboardInterrupt
+    return sources, merger
+
+
+@pytest.mark.filterwarnings("ignore:method 'ties' works on the entries")
+@pytest.mark.parametrize(("method", "kind"), [("dc", "module"), ("ties", "module"), ("ties", "numbers")])
+def test_files_under_each_other_s_names(tmp_path: Path, method: str, kind: str) -> None:
+    """A finished module that was renamed to another one's is none of it: both are merged again."""
+    work, shelf = tmp_path / "work", tmp_path / "shelf"
+    shelf.mkdir()
+    options: dict[str, Any] = {"keep_dense": shelf} if kind == "numbers" else {}
+    sources, merger = interrupted(tmp_path, work, method, **options)
+    one, other = sorted(work.glob(f"*.{kind}"))[:2]
+    one.rename(work / "kept")
+    other.rename(work / (one.name[:6] + other.name[6:]))
+    (work / "kept").rename(work / (other.name[:6] + one.name[6:]))
+    expected = merger.merge(sources, **({"keep_dense": True} if options else {}))
+    with merger.merging(sources, resume=work, **options) as merged:
+        assert all(torch.equal(merged.delta(name), expected.delta(name)) for name in merged.modules)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sizes": torch.tensor([1.0, 1, 1, 1, 99])},
+        {"sizes": torch.tensor([1.0, 1, 1, 1, math.inf])},
+        {"sizes": torch.tensor(1.0)},
+        {"losses": torch.zeros(5, 2)},
+        {"losses": torch.zeros(2)},
+        {"W": torch.zeros(12, 12)},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:method 'ties' works on the entries")
+def test_files_of_another_form(tmp_path: Path, change: dict[str, Tensor]) -> None:
+    """As another program may have written, with a checksum that is right: merged again."""
+    work = tmp_path / "work"
+    sources, merger = interrupted(tmp_path, work, "ties" if "W" in change else "dc")
+    file = sorted(work.glob("*.module"))[1]
+    content = save({**load(file.read_bytes()), **change}, {"module": "enc.1.q"})
+    file.unlink()
+    (work / f"000001.{zlib.crc32(content):08x}.module").write_bytes(content)
+    expected = merger.merge(sources)
+    with merger.merging(sources, resume=work) as merged:
+        assert all(torch.equal(merged.delta(name), expected.delta(name)) for name in merged.modules)
 
 
 @pytest.mark.parametrize(
