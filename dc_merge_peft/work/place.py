@@ -201,7 +201,8 @@ def work_place(
 
 def _delete(folder: Path) -> None:
     """Delete a folder, into which other processes that have not yet seen the end may write meanwhile. The manifest goes after all
-    else: a run that is killed here leaves a folder that is still known."""
+    else: a run that is killed here leaves a folder that is still known. A link, as to a larger disk, stays with the empty folder
+    that it leads to."""
     for _ in range(20):
         with suppress(OSError):
             for child in folder.iterdir():
@@ -209,8 +210,12 @@ def _delete(folder: Path) -> None:
                     shutil.rmtree(child, ignore_errors=True)
                 elif child.name not in (_MANIFEST, _LOCK):
                     child.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        if folder.is_symlink():
+            with suppress(OSError):
+                for name in (_MANIFEST, _LOCK):
+                    (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # not through a link
+        if not folder.exists() or (folder.is_symlink() and not any(folder.iterdir())):
             return
         time.sleep(0.05)
 

@@ -117,6 +117,17 @@ def test_files_of_another_form(tmp_path: Path, change: dict[str, Tensor]) -> Non
         assert all(torch.equal(merged.delta(name), expected.delta(name)) for name in merged.modules)
 
 
+def test_a_link_to_a_folder(tmp_path: Path) -> None:
+    """On a larger disk: nothing stays in it, where a manifest stayed and stood in the way of the next merge. The link stays."""
+    work, behind = tmp_path / "work", tmp_path / "behind"
+    behind.mkdir()
+    work.symlink_to(behind)
+    sources = many_modules(tmp_path, 2)
+    for method in ("dc", "ta"):
+        DCMergeAdapter(method=method).merge(sources, resume=work)
+        assert not list(behind.iterdir()) and work.is_symlink()
+
+
 @pytest.mark.parametrize(
     "found",
     [
