@@ -153,21 +153,20 @@ class WorkPlace:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            found = None
-        except (OSError, ValueError) as error:
+            write_whole(file, json.dumps(manifest, indent=1).encode())
+            return
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(
                 f"'{file}' can't be read ({first_line(error)}): expected what an interrupted merge had written; delete '{self.folder}' "
                 "to start anew"
             ) from error
-        if found is not None and found != manifest:
+        if found != manifest:
             differing = list(differences(found, manifest)) if isinstance(found, dict) else ["its format"]
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise OutputError(
                 f"'{self.folder}' holds an unfinished merge of other inputs or settings ({'; '.join(differing[:3])}{more}): expected "
                 "the same merge to resume; delete that folder to start anew, or leave out --resume (resume=False)"
             )
-        if found is None:
-            write_whole(file, json.dumps(manifest, indent=1).encode())
 
 
 def _same_disk(folder: Path, out: Path) -> bool:

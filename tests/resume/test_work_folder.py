@@ -128,6 +128,16 @@ def test_a_link_to_a_folder(tmp_path: Path) -> None:
         assert not list(behind.iterdir()) and work.is_symlink()
 
 
+@pytest.mark.parametrize(("text", "words"), [("null", "its format"), ("[" * 200_000, "can't be read")])
+def test_manifests_that_are_none(tmp_path: Path, text: str, words: str) -> None:
+    """Modules of who knows what, which were taken for this merge's own."""
+    work = tmp_path / "work"
+    sources, _ = interrupted(tmp_path, work, "dc")
+    (work / "dc-merge-manifest.json").write_text(text)
+    with refused(OutputError, words, "to start anew"):
+        DCMergeAdapter(method="ta").merge(sources, resume=work)
+
+
 @pytest.mark.parametrize(
     "found",
     [
