@@ -111,7 +111,7 @@ def _lines(file: int, target: Path) -> list[dict[str, Any]]:
     lines: list[Any] = []
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = [None]
     strange = any(not isinstance(line, dict) for line in lines) or (lines and lines[0].get("journal") != _KIND)
     # The first line itself may have been cut off, but then nothing else stands there.

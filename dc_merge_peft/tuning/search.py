@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,12 +206,18 @@ def _recorded(line: Mapping[str, Any] | None, number: int, settings: Settings, j
     """The trial as a journal has it."""
     if line is None or journal is None:
         return None
-    trial = Trial(number, settings, line.get("alpha", 0.0), line.get("score", 0.0), line.get("seconds", 0.0))
-    if not isinstance(trial.score, float) or {**trial.to_dict(), "seconds": line.get("seconds")} != line:
+    alpha, score, seconds = values = [line.get(name) for name in ("alpha", "score", "seconds")]
+    finite = all(isinstance(value, float) and math.isfinite(value) for value in values)
+    trial = Trial(number, settings, alpha, score, seconds) if finite else Trial(number, settings, 0.0, 0.0, 0.0)
+    again = "expected the journal as dc-merge tune has left it; start anew, with another output or --overwrite"
+    if line.get("settings") != (expected := trial.to_dict()["settings"]):
         raise OutputError(
-            f"trial {number} in the journal '{journal.path}' has the settings {line.get('settings')}, in this search "
-            f"{trial.to_dict()['settings']}: expected the journal as dc-merge tune has left it; start anew, with another output or "
-            "--overwrite"
+            f"trial {number} in the journal '{journal.path}' has the settings {line.get('settings')}, in this search {expected}: {again}"
+        )
+    if {**trial.to_dict(), "seconds": seconds} != line or settings["alpha"] not in ("auto", alpha):
+        raise OutputError(
+            f"trial {number} in the journal '{journal.path}' has alpha {alpha!r}, score {score!r} and seconds {seconds!r}, or more than "
+            f"those: {again}"
         )
     return trial
 

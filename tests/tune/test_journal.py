@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,9 @@ def test_another_order_and_changed_inputs(workspace: Path) -> None:
         search(resume=True)
 
 
-@pytest.mark.parametrize("content", ["a diary\n", "{}\n", '{"journal": "another"}\n', "[1]\n", "no line", '{"a": 1'])
+@pytest.mark.parametrize(
+    "content", ["a diary\n", "{}\n", '{"journal": "another"}\n', "[1]\n", "[" * 200_000 + "\n", "no line", '{"a": 1']
+)
 @pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}, {}])
 def test_no_journal(workspace: Path, content: str, how: dict[str, bool]) -> None:
     """A file of somebody's own is never changed, nor deleted."""
@@ -158,15 +161,22 @@ def test_no_journal(workspace: Path, content: str, how: dict[str, bool]) -> None
     assert FILE.read_text() == content
 
 
+EDITED: list[dict[str, Any]] = [
+    {"score": "x"}, {"score": math.nan}, {"score": math.inf}, {"score": 1}, {"alpha": 0.7}, {"alpha": "x"}, {"alpha": None},
+    {"alpha": math.nan}, {"seconds": "x"}, {"seconds": 10**400}, {"was": 1},
+]  # fmt: skip
+
+
 def test_edited_trials(workspace: Path) -> None:
-    """A trial that is not the one of this search is refused."""
+    """A trial that is not the one of this search is refused, as is one of numbers that no trial has."""
     search()
     lines = FILE.read_text().splitlines(keepends=True)
-    for broken in (lines[2], lines[1].replace('"score": ', '"score": "x", "was": ')):
-        FILE.write_text("".join([lines[0], broken, *lines[2:]]))
-        with refused(
-            OutputError, "trial 1 in the journal 'trials.jsonl' has the settings", "in this search", "start anew"
-        ):
+    FILE.write_text("".join([lines[0], lines[2], *lines[2:]]))
+    with refused(OutputError, "trial 1 in the journal 'trials.jsonl' has the settings", "in this search", "start anew"):
+        search(resume=True)
+    for change in EDITED:
+        FILE.write_text("".join([lines[0], json.dumps({**json.loads(lines[1]), **change}) + "\n", *lines[2:]]))
+        with refused(OutputError, "trial 1 in the journal 'trials.jsonl' has alpha", "score", "seconds", "start anew"):
             search(resume=True)
 
 
