@@ -22,6 +22,10 @@ from dc_merge_peft.together import base_place
 
 FILE_NAME = RECORD_FILE
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
+_OF_TAGS = (
+    LookupError,
+    AttributeError,
+)  # PyYAML's at values that are not what their tag says, as !!int '' or !!timestamp x
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
 
 
@@ -172,7 +176,7 @@ def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:
     """
     try:
         values = _loaded(Path(path).expanduser())
-    except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError, *_OF_TAGS) as error:
         reason = str(error).replace("\n", " ")
         raise SourceError(f"the {what} '{path}' can't be read ({reason}): expected a YAML file") from error
     if not isinstance(values, dict):

@@ -53,6 +53,22 @@ def test_exponents(workspace: Path) -> None:
     made("tune", "math-lora", "code-lora", "--space", "space.yaml", "--dry-run")
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("rho: !!int ''", "can't be read (string index out of range): expected a YAML file"),
+        ("mask: !!bool maybe", "can't be read ('maybe')"),
+        ("rho: !!timestamp x", "can't be read"),
+        (f"weights: [1{'0' * 400}, 1]", "the weight of adapter 'math-lora' is 1000"),
+    ],
+)
+def test_values_that_are_none(workspace: Path, line: str, words: str) -> None:
+    """Values that are not what their tag says, and a number beyond all floats: refused in words."""
+    Path("run.yaml").write_text(f"adapters: [math-lora, code-lora]\n{line}\n")
+    result = run("merge", "--config", "run.yaml", "-o", "out")
+    assert result.exit_code == 2 and words in result.stderr
+
+
 def test_no_rank(workspace: Path) -> None:
     """``none`` is what errors advise where all of a rank is to be kept; YAML itself says ``null``."""
     for number, word in enumerate(("none", "None", "null")):
