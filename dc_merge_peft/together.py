@@ -48,14 +48,14 @@ def check_weights(
         raise OptionError(f"found {len(weights)} weights for {len(infos)} {what}s: expected one weight for each {what}")
     weights = [plain(weight) for weight in weights]
     for info, weight in zip(infos, weights, strict=True):
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not _is_finite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not is_finite(weight):
             raise OptionError(f"the weight of {what} '{info.name}' is {weight!r}: expected a finite number")
     if not any(weights):
         raise OptionError("all weights are 0, so that nothing would be merged: expected at least one that is not")
     return tuple(float(weight) for weight in weights)
 
 
-def _is_finite(number: numbers.Real) -> bool:
+def is_finite(number: numbers.Real) -> bool:
     """Whether it is, as a float too, which large whole numbers are not."""
     try:
         return math.isfinite(number)

@@ -36,6 +36,7 @@ def never(merged: Any) -> float:
         ({"svd_rank": ["many"]}, ["option 'svd_rank' is 'many': expected a whole number or none"]),
         ({"density": {"min": 0.1}}, ["'density' in the search space is {'min': 0.1}: expected numbers for min and max"]),
         ({"density": {"min": 0.1, "max": "1"}}, ["expected numbers for min and max"]),
+        ({"svd_rank": {"min": 1, "max": 10**400}}, ["expected numbers for min and max"]),
         ({"density": {"min": 0.1, "max": 1, "steps": 2}}, ["expected numbers for min and max, and perhaps step"]),
         ({"density": {"min": 0.5, "max": 0.5}}, ["expected min below max"]),
         ({"density": {"min": 0, "max": 0.5, "log": True}}, ["with log: true, min above 0"]),
