@@ -99,7 +99,7 @@ def load(path: str | Path) -> Statistics:
         kind, examples, rule = about["kind"], int(about["examples"]), str(about["rule"])
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise SourceError(
             f"the header of '{path}' is damaged ({first_line(error)}): expected what dc_merge_peft.statistics.save wrote"
         ) from error

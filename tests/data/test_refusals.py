@@ -103,8 +103,11 @@ def test_files_that_are_none(prepared: Prepared, tmp_path: Path) -> None:
     )
     header = '{"kind": "gram", "examples": 2, "rule": ""}'
     save_file({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "int8", {"dc_merge_peft.statistics": header})
+    endless = '{"kind": "gram", "examples": Infinity, "rule": ""}'
+    for name, header in (("endless", endless), ("deep", "[" * 100_000)):
+        save_file({"w": torch.ones(2)}, tmp_path / name, {"dc_merge_peft.statistics": header})
     for name, expected in {
-        "none": "can't be read", "cut": "can't be read", "else": "holds no statistics", "header": "header of .* is damaged",
+        "endless": "header of .* is damaged", "deep": "header of .* is damaged", "none": "can't be read", "cut": "can't be read", "else": "holds no statistics", "header": "header of .* is damaged",
         "int8": "stores 'w' as I8",
     }.items():  # fmt: skip
         with pytest.raises(SourceError, match=expected):
