@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta
-from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.methods.base import Method, MethodConfig, ModuleMerge, ModuleTasks, Sweep
 from dc_merge_peft.methods.options import option
 
@@ -128,7 +128,14 @@ class DataMethod(Method):
             raise missing(self)
 
         def merge(module: ModuleTasks) -> Delta:
-            return self.merge_with(module.tasks, module.weights, self.of(module))
+            statistics = self.of(module)
+            try:
+                return self.merge_with(module.tasks, module.weights, statistics)
+            except torch.linalg.LinAlgError as error:
+                raise SourceError(
+                    f"the statistics of '{module.name}' have directions of negative energy ({first_line(error)}): expected Gram matrices "
+                    "X^T X of each adapter's own inputs; collect them again"
+                ) from error
 
         return merge
 
@@ -149,6 +156,8 @@ class DataMethod(Method):
                 raise spoilt(given, module.name, "negative squares", "sums of squares")
             if self.kind == "gram" and not torch.allclose(values, values.mT, rtol=1e-4, atol=1e-6 * float(low.amax())):
                 raise spoilt(given, module.name, "a matrix that is not symmetric", "X^T X")
+            if self.kind == "gram" and bool((values.abs() > _largest(low)).any()):
+                raise spoilt(given, module.name, "products larger than the squares of their inputs allow", "X^T X")
             found.append(values)
         return found
 
@@ -161,6 +170,12 @@ class DataMethod(Method):
             weights: One factor a task.
             statistics: One tensor a task, of :meth:`shape_of`, float32 or wider.
         """
+
+
+def _largest(squares: Tensor) -> Tensor:
+    """(n, n): what no product of two inputs whose squares have these sums (n,) can exceed, but for rounding."""
+    root = squares.to(torch.float64).sqrt()
+    return root[:, None] * root * (1 + max(1e-3, 4 * torch.finfo(squares.dtype).eps)) + 1e-6 * float(squares.amax())
 
 
 def missing(method: DataMethod) -> OptionError:

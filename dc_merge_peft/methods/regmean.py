@@ -18,6 +18,9 @@ from dc_merge_peft.methods.options import option
 # share, is far enough from 0 for Cholesky.
 SAFE_SHARE = 0.999
 
+# Share of the largest eigenvalue below which rounding takes none of a Gram matrix, which has none below 0.
+NEGATIVE = 1e-3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegMeanConfig(DataMethodConfig):
@@ -89,6 +92,9 @@ def division_by(
 
     Rows and columns are scaled to a unit diagonal first, for inputs differ in size by orders of magnitude. A zero on the diagonal
     is an input that is always 0: its row and column are 0.
+
+    Raises:
+        LinAlgError: G has directions of negative energy.
     """
     diagonal = G.diagonal()
     alive = diagonal > 0
@@ -99,6 +105,8 @@ def division_by(
         L = torch.linalg.cholesky(unit)
         return lambda C: torch.cholesky_solve((C * (scale * alive)).mT, L).mT * (scale * alive)
     values, Q = torch.linalg.eigh(unit)
+    if bool(values[0] < -NEGATIVE * values[-1]):
+        raise torch.linalg.LinAlgError(f"down to {float(values[0] / values[-1]):.3g} of the largest")
     kept = values > len(values) * FLOAT32_EPS * values[-1].clamp_min(0)
     Q, values = Q[:, kept], values[kept]
     return lambda C: ((C * scale) @ Q / values) @ Q.mT * scale

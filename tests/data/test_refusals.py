@@ -77,6 +77,40 @@ def test_no_gram_matrix(prepared: Prepared) -> None:
         DCMergeAdapter(method="regmean", statistics=[odd, second]).merge(prepared.adapters)
 
 
+def beyond_squares(values: torch.Tensor) -> torch.Tensor:
+    """One product of inputs that is larger than both squares."""
+    values[0, 1] = values[1, 0] = 2 * values.diagonal().max()
+    return values
+
+
+def without_square(values: torch.Tensor) -> torch.Tensor:
+    """An input that is always 0, and goes along with others nevertheless."""
+    values[0, 0] = 0
+    return values
+
+
+def opposed(values: torch.Tensor) -> torch.Tensor:
+    """Every input against every other one, as more than two can't be."""
+    return torch.full_like(values, -0.9).fill_diagonal_(1.0) * 1e6
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (beyond_squares, "hold products larger than the squares of their inputs allow"),
+        (without_square, "hold products larger than the squares of their inputs allow"),
+        (opposed, "have directions of negative energy"),
+    ],
+)
+def test_symmetric_and_no_gram_matrix(change: Spoil, expected: str, share: float, prepared: Prepared) -> None:
+    """Directions of negative energy, which ended in a traceback of Cholesky's, or were left out without a word."""
+    first, second = prepared.loaded("regmean")
+    odd = changed(first, lambda t: t.update({QUERY: change(t[QUERY])}))  # type: ignore[dict-item]
+    with pytest.raises(SourceError, match=f"{expected}.*: expected .*X\\^T X.*collect them again"):
+        DCMergeAdapter(method="regmean", statistics=[odd, second], off_diagonal=share).merge(prepared.adapters)
+
+
 def test_wrong_number_and_kind(prepared: Prepared) -> None:
     """One an adapter, and what the method asks for; nothing but files and statistics."""
     with pytest.raises(OptionError, match="found 1 statistics for 2 adapters: expected one an adapter"):
