@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks, Sweep
-from dc_merge_peft.methods.data import DataMethod, DataMethodConfig
+from dc_merge_peft.methods.data import DataMethod, DataMethodConfig, Statistics, spoilt
 from dc_merge_peft.methods.options import option
 
 TINY = 1e-200  # far below any squared gradient in float32, and far above what float64 loses digits at
@@ -58,10 +58,12 @@ class FisherMerging(DataMethod):
         merge = super().prepare(sweep)
         if not self.config.normalize:
             return merge
-        norms = [norm(given.tensors.values()) for given in self.statistics]
+        norms = [norm(given) for given in self.statistics]
 
         def normalized(module: ModuleTasks) -> Delta:
-            statistics = [F / max(norms[task], TINY) for F, task in zip(self.of(module), module.adapters, strict=True)]
+            found = zip(self.of(module), module.adapters, strict=True)
+            # float32 has no numbers as small as the least norms, by which its own would be NaN.
+            statistics = [F.to(torch.float64) / max(norms[task], TINY) for F, task in found]
             return self.merge_with(module.tasks, module.weights, statistics)
 
         return normalized
@@ -78,6 +80,20 @@ class FisherMerging(DataMethod):
         return Dense(merged / total)
 
 
-def norm(tensors: Iterable[Tensor]) -> float:
-    """Frobenius norm of all of them together."""
-    return math.sqrt(sum(float(tensor.to(torch.float64).square().sum()) for tensor in tensors))
+def norm(statistics: Statistics) -> float:
+    """Frobenius norm of all tensors together, those of layers that are not merged too.
+
+    Raises:
+        SourceError: there is none.
+    """
+    total = 0.0
+    for name, tensor in statistics.tensors.items():
+        total += (square := float(tensor.to(torch.float64).square().sum()))
+        if not math.isfinite(square):
+            raise spoilt(
+                statistics,
+                name,
+                "NaN, Inf or numbers beyond all bounds",
+                "finite numbers, as normalize asks of all layers",
+            )
+    return math.sqrt(total)

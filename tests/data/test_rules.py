@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import run_merge
-from dc_merge_peft.errors import OptionError
+from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.methods.fisher import FisherConfig, FisherMerging
@@ -193,6 +195,28 @@ def test_normalised_fisher_knows_no_scale() -> None:
         F[i] * WEIGHTS[i] * task.to(torch.float64).dense() for i, task in zip((0, 2), tasks, strict=True)
     ) / (F[0] + F[2])
     assert relative(plain[0]["v"], expected) < 1e-5
+
+
+def test_normalised_fisher_of_nothing() -> None:
+    """Information that is all 0, or as small as float32 has it, has a norm that float32 has not: it weighs as what it is."""
+    for scale in (0.0, 1e-30):
+        given = of_two_modules()
+        given[2] = dataclasses.replace(
+            given[2], tensors={name: (scale * F).float() for name, F in given[2].tensors.items()}
+        )
+        found = merged({"statistics": given, "normalize": True, "floor": 0.0})
+        expected = merged({"statistics": of_two_modules(scale), "normalize": True, "floor": 0.0})
+        assert all(relative(found[name], expected[name]) < 1e-5 for name in "qv")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_normalised_fisher_looks_at_all_layers(value: float) -> None:
+    """One that is not merged counts in the norm: infinite there, the task weighed nothing, without a word."""
+    given = of_two_modules()
+    given[0] = dataclasses.replace(given[0], tensors={**given[0].tensors, "other": torch.full((2, 2), value)})
+    with pytest.raises(SourceError, match="hold NaN, Inf or numbers beyond all bounds at 'other': expected finite"):
+        merged({"statistics": given, "normalize": True})
+    merged({"statistics": given})
 
 
 def test_a_module_by_itself_has_no_statistics() -> None:
