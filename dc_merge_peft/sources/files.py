@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import weakref
 import zipfile
 from collections.abc import Mapping
@@ -47,6 +48,9 @@ def open_weights(directory: Path, name: str) -> Tensors:
 # Before this version a pickle could run code in spite of ``weights_only=True`` (CVE-2025-32434, CVE-2026-24747).
 SAFE_PICKLES = "2.10"
 
+_FILLING = re.compile(rb"bytearray\n|_rebuild_device_tensor_from_")  # names that stand in a pickle as they are
+_LONGEST_NAME, _CHUNK = 64, 1 << 22
+
 
 class SafetensorsFile:
     """A safetensors file, open for as long as it is read, so that a new file in its place changes nothing."""
@@ -88,6 +92,7 @@ class PickleFile:
             if is_pointer(path):
                 raise Unreadable(POINTER)
             _refuse_packed(path)
+            _refuse_filling(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise SourceError(
@@ -152,6 +157,20 @@ def _refuse_packed(path: Path) -> None:
         sum(entry.file_size for entry in entries) > path.stat().st_size
     ):
         raise ValueError("it is compressed")
+
+
+def _refuse_filling(path: Path) -> None:
+    """A pickle may name what torch makes any amount of memory by, without content. Tensors of a CPU or a GPU need neither.
+
+    Raises:
+        ValueError: it does.
+    """
+    kept = b""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            if _FILLING.search(kept + chunk):
+                raise ValueError("it asks for memory without content")
+            kept = chunk[-_LONGEST_NAME:]
 
 
 def _unreadable(path: Path, adapter: str, error: Exception) -> SourceError:

@@ -197,6 +197,28 @@ def test_tensors_are_what_they_hold(tmp_path: Path, name: str) -> None:
     merge_refused(tmp_path, [folder], SourceError, "'task'", "expected")
 
 
+FILLING = {
+    "bytearray": Call(bytearray, 1 << 34),
+    "a tensor moved": Call(
+        torch._utils._rebuild_device_tensor_from_cpu_tensor, Call(torch.FloatTensor, 4, 1 << 30), torch.float64, "cpu", False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [as_zip, as_legacy], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("name", FILLING)
+def test_memory_without_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, write: Callable[[Path, Any], None]
+) -> None:
+    """Functions that torch allows and that fill as much memory as a file of a kilobyte asks for: not even loaded."""
+    folder = write_checkpoint(tmp_path / "task")
+    (folder / "adapter_model.safetensors").unlink()
+    write(folder / "adapter_model.bin", FILLING[name])
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with refused(SourceError, "'task'", "unreadable adapter_model.bin (it asks for memory without content): expected"):
+        CheckpointSource(folder)
+
+
 def test_lists_of_lists_of_lists(tmp_path: Path) -> None:
     """A small pickle that stands for a billion entries."""
     folder = write_checkpoint(tmp_path / "task")
