@@ -24,6 +24,7 @@ from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.dora import DoraSource
 from dc_merge_peft.sources.finetuned import FullModelSource
+from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.sources.hub import CARD_FILE, CONFIG_FILE, TRAINABLES_FILE, WEIGHT_FILES
 from dc_merge_peft.statistics.opening import statistics_files
 
@@ -149,7 +150,14 @@ def _files(source: Source) -> dict[str, Any]:
     files = [source.directory / name for name in _ADAPTER_FILES]
     files = [file for file in files if file.is_file()]
     with ThreadPoolExecutor() as pool:
-        return {file.name: content for file, content in zip(files, pool.map(_whole, files), strict=True)}
+        found = {file.name: content for file, content in zip(files, pool.map(_whole, files), strict=True)}
+    # An adapter that is open is read to its end, whatever stands in its place now.
+    if fingerprint(source.directory) != source.info.fingerprint:
+        raise SourceError(
+            f"adapter '{source.info.name}' was changed after it had been opened: expected the same weights until finished modules "
+            "are noted as theirs; merge again"
+        )
+    return found
 
 
 def _model_files(model: BaseFiles) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dc_merge_peft import DCMergeAdapter, MergeError, SourceError
+from dc_merge_peft import DCMergeAdapter, MergeError, SourceError, merging
 from dc_merge_peft.outputs import adapter as writer
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import CheckpointSource, stored
@@ -104,6 +105,24 @@ def test_while_the_result_is_written(
     assert found == (set() if change in IN_PLACE else {"out"})
     if found:
         assert listing(tmp_path / "out") == listing(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("change", [*IN_PLACE, *BESIDE])
+def test_while_it_is_noted_what_finished_modules_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    """Modules of the adapter that was opened are never those of another one for the next run: nothing is merged then."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+    original = merging.manifest
+
+    def manifest(*arguments: Any, **options: Any) -> dict[str, Any]:
+        change(folders[1] / WEIGHTS)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(merging, "manifest", manifest)
+    with refused(SourceError, "adapter 'two' was changed after it had been opened", "merge again"):
+        DCMergeAdapter().merge(folders, resume=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 @needs_safe_pickles
