@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from dc_merge_peft.adapter import DCMergeAdapter
-from dc_merge_peft.errors import MergeWarning
+from dc_merge_peft.errors import MergeWarning, SourceError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, method_named
 from dc_merge_peft.methods.options import without_effect
@@ -90,7 +90,7 @@ class Merges:
         merger = DCMergeAdapter(method_named(recipe.method.name, recipe.options(settings)).config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)  # remarks are gathered
-            return stack.enter_context(
+            merged = stack.enter_context(
                 merger.merging(
                     recipe.sources,
                     recipe.weights_of(settings),
@@ -100,6 +100,13 @@ class Merges:
                     **recipe.merge_options,
                 )
             )
+        for before, now in zip(recipe.adapters, merged.adapters, strict=True):
+            if before.fingerprint != now.fingerprint:
+                raise SourceError(
+                    f"the weights of adapter '{before.name}' have changed since the search began: expected the same for all trials; search "
+                    "anew"
+                )
+        return merged
 
     def __enter__(self) -> Merges:
         return self

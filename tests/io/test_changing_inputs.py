@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dc_merge_peft import DCMergeAdapter, MergeError, SourceError, merging
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, MergeError, SourceError, merging, tune
 from dc_merge_peft.outputs import adapter as writer
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import CheckpointSource, stored
@@ -123,6 +123,20 @@ def test_while_it_is_noted_what_finished_modules_are_of(
     with refused(SourceError, "adapter 'two' was changed after it had been opened", "merge again"):
         DCMergeAdapter().merge(folders, resume=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_during_a_search(tmp_path: Path) -> None:
+    """All trials are of the same adapters: another one under the same name ends the search, which would compare the two."""
+    folders = [write_checkpoint(tmp_path / name) for name in ("one", "two")]
+
+    def evaluate(merged: MergedAdapter) -> float:
+        first = merged.options["smoothing"] == "none"
+        if first:
+            replace(folders[1] / WEIGHTS)
+        return float(first)
+
+    with refused(SourceError, "trial 2", "the weights of adapter 'two' have changed since the search began", "anew"):
+        tune(folders, evaluate, {"smoothing": ["none", "linear"]}, alphas=[1.0])
 
 
 @needs_safe_pickles
