@@ -55,7 +55,7 @@ def check_weights(
     return tuple(float(weight) for weight in weights)
 
 
-def is_finite(number: numbers.Real) -> bool:
+def is_finite(number: numbers.Real | float) -> bool:
     """Whether it is, as a float too, which large whole numbers are not."""
     try:
         return math.isfinite(number)

@@ -206,7 +206,8 @@ def _recorded(line: Mapping[str, Any] | None, number: int, settings: Settings, j
     """The trial as a journal has it."""
     if line is None or journal is None:
         return None
-    alpha, score, seconds = values = [line.get(name) for name in ("alpha", "score", "seconds")]
+    values: list[Any] = [line.get(name) for name in ("alpha", "score", "seconds")]
+    alpha, score, seconds = values
     finite = all(isinstance(value, float) and math.isfinite(value) for value in values)
     trial = Trial(number, settings, alpha, score, seconds) if finite else Trial(number, settings, 0.0, 0.0, 0.0)
     again = "expected the journal as dc-merge tune has left it; start anew, with another output or --overwrite"
