@@ -40,12 +40,14 @@ class Written:
         """Note that a file is complete, once it is on the disk."""
         with (self.building / shard.name).open("rb+") as file:
             os.fsync(file.fileno())
-        (self._marks / shard.name).write_text(_mark(shard), encoding="ascii")
+        (self._marks / shard.name).write_text(self._mark(shard), encoding="ascii")
 
     def _is_ready(self, shard: Shard) -> bool:
         try:
             size = (self.building / shard.name).stat().st_size
-            return size == shard.layout.size and (self._marks / shard.name).read_text(encoding="ascii") == _mark(shard)
+            return size == shard.layout.size and (self._marks / shard.name).read_text(encoding="ascii") == self._mark(
+                shard
+            )
         except (OSError, UnicodeError):
             return False
 
@@ -53,7 +55,7 @@ class Written:
     def _marks(self) -> Path:
         return self.work / "written"
 
-
-def _mark(shard: Shard) -> str:
-    """Which tensors are where; what they hold follows from the merge."""
-    return hashlib.sha256(shard.layout.header).hexdigest()
+    def _mark(self, shard: Shard) -> str:
+        """Which tensors are where, and when the file was last written to; what it holds follows from the merge."""
+        header = hashlib.sha256(shard.layout.header).hexdigest()
+        return f"{header} {(self.building / shard.name).stat().st_mtime_ns}"
