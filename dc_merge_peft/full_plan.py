@@ -19,8 +19,7 @@ from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.finetuned import BaseReader, FullModel, FullModelSource
 from dc_merge_peft.sources.full_doubts import odd_models
 from dc_merge_peft.sources.full_kinds import Kinds, StoredMatrix, tensors_of
-from dc_merge_peft.sources.full_match import same
-from dc_merge_peft.sources.stored import FLOATS, StoredTensor
+from dc_merge_peft.sources.stored import FLOATS, StoredTensor, same
 from dc_merge_peft.statistics.opening import with_statistics
 
 # Of batch norm with its usual momentum nothing depends on this count, and models trained for different times differ in it.

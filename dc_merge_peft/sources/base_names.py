@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import SourceError, preview
 from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable
 from dc_merge_peft.sources.base_model import BaseModel, cannot_load, model_class
-from dc_merge_peft.sources.stored import StoredTensor
+from dc_merge_peft.sources.stored import StoredTensor, same
+from dc_merge_peft.sources.ties import untie
 
 # Conversions that only move numbers, so that what they do to W + dW is what they do to W, plus what they do to dW.
 _MOVES = {
@@ -48,6 +49,7 @@ class FiledModel(BaseModel):
         self.files = files
         self.skeleton: Any = _skeleton(files, trust_remote_code)
         self._stored = _stored(self.skeleton, files.tensors)
+        untie(self.skeleton, self._differ)
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -80,6 +82,14 @@ class FiledModel(BaseModel):
         if found.converted or tensor.shape != self.shape(name):
             raise NotStreamable(f"'{name}' is made of other tensors on loading")
         return tensor
+
+    def _differ(self, *names: str) -> bool:
+        """Whether the files hold two parameters as they are, and other numbers for each."""
+        found = [self._stored[name] for name in names if name in self._stored]
+        if len(found) < 2 or any(one.converted for one in found):
+            return False
+        first, second = (self.files.tensors[one.keys[0]] for one in found)
+        return first.shape != second.shape or not same(first, second)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter or buffer."""

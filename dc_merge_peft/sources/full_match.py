@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from dc_merge_peft.errors import IncompatibleAdaptersError, UnsupportedAdapterError, preview
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.full_kinds import tensors_of
 from dc_merge_peft.sources.stored import FLOATS, StoredTensor
 from dc_merge_peft.sources.ties import sharing_parameters
-
-# Bytes that are compared at a time.
-_PIECE = 1 << 22
 
 
 def matched_tensors(name: str, model: FiledModel, base: FiledModel) -> Mapping[str, StoredTensor]:
@@ -110,28 +105,3 @@ def _refuse_quantised(model: str, name: str, found: StoredTensor, base: StoredTe
             f"'{name}' of model '{model}' is quantised ({found.dtype}): expected floating-point weights; give the model as it "
             "was before"
         )
-
-
-def same(base: StoredTensor, model: StoredTensor) -> bool:
-    """Whether a model has the base model's numbers in a tensor, rounded to its own type where that is another one; read piece by
-    piece, and no further than the first difference."""
-    width = _PIECE // max(base.itemsize, model.itemsize)
-    count = max(base.size // base.itemsize, model.size // model.itemsize)
-    if base.dtype != model.dtype and (base.torch_dtype is None or model.torch_dtype is None):
-        return False
-    for first in range(0, count, width):
-        pieces = []
-        for tensor in (base, model):
-            size = tensor.size // max(count, 1)
-            content = bytearray(min(width, count - first) * size)
-            tensor.read_into(memoryview(content), first * size)
-            pieces.append((content, tensor.torch_dtype))
-        (left, kind), (right, other_kind) = pieces
-        if kind == other_kind:
-            if left != right:
-                return False
-        elif not torch.equal(
-            torch.frombuffer(left, dtype=kind).to(other_kind), torch.frombuffer(right, dtype=other_kind)
-        ):
-            return False
-    return True

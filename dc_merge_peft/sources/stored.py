@@ -27,6 +27,9 @@ from dc_merge_peft.memory import is_want_of_memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KNOWN = {**FLOATS, "I64": torch.int64}  # the count of a batch norm's batches
 
+# Bytes that are compared at a time.
+_PIECE = 1 << 22
+
 # Whether threads that share an open file can each read at a place of their own.
 _APART = hasattr(os, "preadv")
 CHANGED = "it was changed after it had been opened"
@@ -149,6 +152,31 @@ def read_header(file: Path, opened: int) -> dict[str, StoredTensor]:
         )
         for name, entry in entries
     }  # fmt: skip
+
+
+def same(base: StoredTensor, model: StoredTensor) -> bool:
+    """Whether a model has the base model's numbers in a tensor, rounded to its own type where that is another one; read piece by
+    piece, and no further than the first difference."""
+    width = _PIECE // max(base.itemsize, model.itemsize)
+    count = max(base.size // base.itemsize, model.size // model.itemsize)
+    if base.dtype != model.dtype and (base.torch_dtype is None or model.torch_dtype is None):
+        return False
+    for first in range(0, count, width):
+        pieces = []
+        for tensor in (base, model):
+            size = tensor.size // max(count, 1)
+            content = bytearray(min(width, count - first) * size)
+            tensor.read_into(memoryview(content), first * size)
+            pieces.append((content, tensor.torch_dtype))
+        (left, kind), (right, other_kind) = pieces
+        if kind == other_kind:
+            if left != right:
+                return False
+        elif not torch.equal(
+            torch.frombuffer(left, dtype=kind).to(other_kind), torch.frombuffer(right, dtype=other_kind)
+        ):
+            return False
+    return True
 
 
 def is_pointer(file: Path) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 
@@ -32,6 +33,22 @@ def sharing_parameters(model: nn.Module) -> list[list[str]]:
         if all(model.get_parameter(name).is_meta for name in group):
             holders[group] = list(group)
     return [names for names in holders.values() if len(names) > 1]
+
+
+def untie(model: nn.Module, differ: Callable[[str, str], bool]) -> None:
+    """As transformers 5 does on loading: what is declared to be one, but stored twice with different numbers, is two.
+
+    Args:
+        model: Of transformers, without numbers.
+        differ: Whether two parameters are both stored, and not the same.
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for target, source in list(ties.items()):
+        if differ(target, source):
+            ties.pop(target)
+            path, _, leaf = target.rpartition(".")
+            owner, kept = model.get_submodule(path), model.get_parameter(target)
+            setattr(owner, leaf, nn.Parameter(torch.empty_like(kept), requires_grad=kept.requires_grad))
 
 
 def _declared_ties(model: nn.Module) -> Iterator[tuple[str, ...]]:

@@ -17,7 +17,7 @@ from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import MergeWarning
 from dc_merge_peft.outputs import fused_stream
-from dc_merge_peft.sources import full_match
+from dc_merge_peft.sources import stored
 from dc_merge_peft.sources.stored import StoredTensor
 from tests.support import models
 from tests.support.families import FAMILIES, answer
@@ -151,7 +151,7 @@ def test_no_more_than_one_tensor_of_every_model(tmp_path: Path, monkeypatch: pyt
     """What is read lives no longer than its tensor is worked on, and averaged tensors are read in pieces."""
     monkeypatch.setattr(fused_stream, "PIECE", 100)
     monkeypatch.setattr(fused_stream, "COPY", 300)
-    monkeypatch.setattr(full_match, "_PIECE", 400)
+    monkeypatch.setattr(stored, "_PIECE", 400)
     count, dense = 4, Dense.__init__
     base, places = write_models(tmp_path, models.llama(), count)
     largest = 24 * 16 * 4

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dc_merge_peft import DCMergeAdapter, IncompatibleAdaptersError, SourceError
-from dc_merge_peft.sources import full_match
+from dc_merge_peft.sources import stored
 from dc_merge_peft.sources.stored import StoredTensor
 from tests.full.test_files import batch_norms
 from tests.full.test_numbers import tied_llama
@@ -38,7 +38,7 @@ def test_one_number_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, dtype: torch.dtype
 ) -> None:
     """Wherever it is in a tensor that is compared piece by piece, and in another type than the base model's, too."""
-    monkeypatch.setattr(full_match, "_PIECE", 100)
+    monkeypatch.setattr(stored, "_PIECE", 100)
     base, places = write_models(tmp_path, models.llama(), 2)
     numbers = tensors(base)[Q].to(dtype)
     edit(places[0], **{Q: numbers})
@@ -91,6 +91,25 @@ def test_other_names_of_tied_tensors(tmp_path: Path) -> None:
         assert found.keys() == tensors(base).keys() and len(stored) == 1 + (name == "both")
         assert all(torch.allclose(found[key], mean, atol=1e-6) for key in stored)
         edit(base, **{HEAD: embeddings[0].clone()})
+
+
+def test_tied_tensors_that_differ(tmp_path: Path) -> None:
+    """Stored twice with other numbers they are two, whatever the config says, as for transformers: a head that was trained in a
+    tied model is not lost, and a base model's not replaced by its embedding."""
+    base, places = write_models(tmp_path, tied_llama(), 2)
+    heads = [tensors(folder)[EMBEDDING] + number + 1 for number, folder in enumerate((base, *places))]
+    edit(places[0], **{HEAD: heads[1]})
+    with refused(IncompatibleAdaptersError, f"model 'tuned-0' has '{HEAD}', '{EMBEDDING}' not tied", "has them tied"):
+        TA.plan_full(base, places)
+    edit(base, **{HEAD: heads[0]})
+    with refused(IncompatibleAdaptersError, f"model 'tuned-1' has '{HEAD}', '{EMBEDDING}' tied", "has them not tied"):
+        TA.plan_full(base, places)
+    edit(places[1], **{HEAD: heads[2]})
+    TA.merge_full(base, places, tmp_path / "out")
+    loaded: Any = type(tied_llama()).from_pretrained(tmp_path / "out")
+    assert torch.allclose(loaded.lm_head.weight, (heads[1] + heads[2]) / 2, atol=1e-6)
+    embeddings = [tensors(folder)[EMBEDDING] for folder in places]
+    assert torch.allclose(loaded.model.embed_tokens.weight, sum(embeddings) / 2, atol=1e-6)
 
 
 def test_a_tensor_under_two_names(tmp_path: Path) -> None:

@@ -269,3 +269,14 @@ def test_bases_that_are_none(tmp_path: Path) -> None:
             TA.fuse_to_disk(base, [folder], tmp_path / "out")
     shutil.rmtree(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tie_that_the_files_undo(tmp_path: Path) -> None:
+    """Stored twice with other numbers the weights are two, as for transformers, and a change of one is written into that one."""
+    models.gpt2(tied=False).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    fields = {"r": 2, "target_modules": ["lm_head"], "fan_in_fan_out": False}
+    folders = models.save_adapters(models.with_lora(models.gpt2(tied=False), {"sentiment": fields}), tmp_path / "in")
+    TA.fuse_to_disk(tmp_path / "base", folders, tmp_path / "out")
+    assert changed(tmp_path / "base", tmp_path / "out") == {"lm_head.weight"}
