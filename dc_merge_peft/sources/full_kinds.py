@@ -25,6 +25,8 @@ from dc_merge_peft.sources.targeting import ends_in
 from dc_merge_peft.sources.ties import sharing_parameters
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# PEFT refuses LoRA on layers of these names in models of these types.
+_MAMBA, _MAMBA_REFUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}, {"conv1d", "out_proj"}
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,12 @@ class Kinds:
             raise UnsupportedAdapterError(
                 f"{own_pass(path, layer)}: expected a layer as torch's; leave it out by average (--average), or write the full model "
                 "(without lora_rank)"
+            )
+        kind = getattr(getattr(self._skeleton, "config", None), "model_type", None)
+        if kind in _MAMBA and path.rpartition(".")[2] in _MAMBA_REFUSED:
+            raise UnsupportedAdapterError(
+                f"'{name}' is a layer on which PEFT refuses LoRA in models of type '{kind}', whose fused kernels go past the adapter, so that "
+                "it would not load: expected other layers; leave it out by average (--average), or write the full model (without lora_rank)"
             )
         fits = made[0].module == path and layer_layout(path, layer).kind in ("linear", "conv")
         if not fits:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 
 from dc_merge_peft import DCMergeAdapter, OptionError, UnsupportedAdapterError
 from dc_merge_peft.budget import working_bytes
@@ -150,6 +151,22 @@ def test_standardised_convolutions_as_an_adapter(tmp_path: Path) -> None:
         "without lora_rank",
     ):
         TA.plan_full(base, places, lora_rank=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*averaged tensors can't be in:dc_merge_peft.errors.MergeWarning")
+def test_mamba_as_an_adapter(tmp_path: Path) -> None:
+    """PEFT refuses LoRA on its output projection: an adapter with one would not load."""
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = seeded(lambda: transformers.MambaForCausalLM(config), 0)
+    base, places = write_models(tmp_path, model, 2)
+    with refused(
+        UnsupportedAdapterError,
+        "mixer.out_proj.weight' is a layer on which PEFT refuses LoRA in models of type 'mamba'",
+        "leave it out by average (--average)",
+    ):
+        TA.plan_full(base, places, lora_rank=2)
+    TA.merge_full(base, places, tmp_path / "out", lora_rank=2, average=["out_proj"])
+    PeftModel.from_pretrained(model, tmp_path / "out")
 
 
 def test_directions_of_a_full_model(tmp_path: Path) -> None:
