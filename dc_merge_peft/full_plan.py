@@ -105,6 +105,8 @@ def plan_full(
         raise OptionError(
             f"lora_rank is {lora_rank!r}: expected a whole number of at least 1, or none for a full model"
         )
+    if isinstance(average, str):
+        raise OptionError(f"average is the single {average!r}: expected a list, as in [{average!r}]")
     named = uniquely_named([model.info for model in models])
     checked = check_weights(weights, named, what="model")
     kinds = Kinds(base, average, tasks=len(models), lora=lora_rank is not None)

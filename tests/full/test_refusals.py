@@ -249,6 +249,7 @@ def test_options(llamas: tuple[Path, list[Path]]) -> None:
     )
     merge_refused(llamas, OptionError, "average is '(': ".rstrip(": "), "no regular expression", average=["("])
     merge_refused(llamas, OptionError, "average is empty", average=[" "])
+    merge_refused(llamas, OptionError, "average is the single 'q_proj'", "as in ['q_proj']", average="q_proj")
     merge_refused(llamas, OptionError, "max_shard_size is 'big'", max_shard_size="big")
     merge_refused(llamas, OptionError, "device 'warp'", device="warp")
     with refused(OutputError, "found no output"):
