@@ -28,7 +28,7 @@ from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import open_trainables
 from dc_merge_peft.sources.patterns import check_pattern
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
-from dc_merge_peft.sources.scaling import expected_rank, lora_scaling
+from dc_merge_peft.sources.scaling import Patterns, expected_rank, lora_scaling
 from dc_merge_peft.sources.targeting import Targets
 
 LARGEST_CONFIG = 10_000_000  # bytes; one with a pattern for each of a thousand modules has some 100 kB
@@ -203,7 +203,7 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
     config = {"r": 8, "lora_alpha": 8, **config}  # PEFT's defaults
     _check_numbers(config, name)
     _check_targets(config, name)
-    return config
+    return config | {field: Patterns(config[field]) for field in ("rank_pattern", "alpha_pattern") if config.get(field)}
 
 
 def _is_file(path: Path, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,13 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer, which it writes
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
     if isinstance(names, str):
         return fits(names, module)
-    return any(ends_in(module, name) for name in names or ())
+    return names is not None and any(end in names for end in _ends(module))
+
+
+def _ends(module: str) -> Iterator[str]:
+    """The whole path and its trailing parts."""
+    yield module
+    yield from (module[dot + 1 :] for dot, letter in enumerate(module) if letter == ".")
 
 
 def ends_in(module: str, name: str) -> bool:
@@ -67,11 +73,11 @@ class Targets:
         if isinstance(self.exclude_modules, str):
             return []
         excluded = self.exclude_modules or ()
+        found = {end for module in modules for end in _ends(module)} if names else set()
         return sorted(
             name
             for name in names
-            if not any(ends_in(module, name) for module in modules)
-            and not any(ends_in(name, other) or ends_in(other, name) for other in excluded)
+            if name not in found and not any(ends_in(name, other) or ends_in(other, name) for other in excluded)
         )
 
     def untargeted(self, modules: Collection[str]) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from dc_merge_peft import DCMergeAdapter, SourceError
-from dc_merge_peft.sources import patterns
+from dc_merge_peft.sources import patterns, scaling, targeting
+from dc_merge_peft.sources.scaling import Patterns
 from dc_merge_peft.sources.targeting import Targets
 from tests.support.models import factors, write_checkpoint
 from tests.support.refused import refused
@@ -168,3 +169,30 @@ def test_groups_in_a_layers_pattern(tmp_path: Path) -> None:
     targets = Targets(frozenset({"q_proj"}), layers_to_transform=(3,), layers_pattern=("(layers)",))
     with refused(SourceError, "'(layers)'", "has groups"):
         targets.matches("model.layers.3.q_proj")
+
+
+def test_the_first_of_many_patterns() -> None:
+    """Of names, escaped or with dots that stand for any letter, beside other patterns: the one that trying all finds first."""
+    chance = random.Random(0)
+    for _ in range(3000):
+        name = "".join(chance.choice("ab.1_-") for _ in range(7)) + chance.choice(["", "", "", "\n"])
+        ends = [name[chance.randrange(len(name)) :] for _ in range(3)]
+        loose = [re.sub("[b1]", ".", end) for end in ends]
+        given = [*ends, *map(re.escape, ends), *loose, "^a", "b$", r"[ab]+", "a|b", ""]
+        tried = dict.fromkeys(chance.sample([each for each in given if "--" not in each and "\n" not in each], 4))
+        expected = next((each for each in tried if re.match(rf"(.*\.)?({each})$", name)), None)
+        assert Patterns(tried).matching(name) == expected, (name, tried)
+
+
+def test_names_are_not_tried_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank, an alpha and a target for each of many modules: what grew with the square of their number."""
+    for place, rule in ((scaling, "fits_ending"), (targeting, "ends_in")):
+        monkeypatch.setattr(place, rule, lambda *_: pytest.fail("a name was tried"))
+    names = [f"layers.{number}.q-proj" for number in range(40)]
+    pairs = {name: factors(4, 3, 1 + number % 2) for number, name in enumerate(names)}
+    made = {
+        f"base_model.model.{name}.lora_{side}.weight": pairs[name]["AB".index(side)] for name in names for side in "AB"
+    }
+    ranks = {re.escape(name): len(A) for name, (A, _) in pairs.items()}
+    write_checkpoint(tmp_path / "a", made, r=7, rank_pattern=ranks, alpha_pattern=ranks, target_modules=names)
+    DCMergeAdapter(method="ta").merge([tmp_path / "a"])
