@@ -25,7 +25,9 @@ _ROUNDING = 500_000
 BATCH_ROOM, MOST_IN_A_BATCH = 2 << 30, 256
 
 
-def workers(method: Method, plan: MergePlan, threads: int, max_memory: int | None = None, kept: int = 0) -> int:
+def workers(
+    method: Method, plan: MergePlan, threads: int, max_memory: int | None = None, kept: int = 0, *, lazily: bool = False
+) -> int:
     """How many modules are merged at a time: one a thread, and no more than there is room for.
 
     Args:
@@ -34,6 +36,7 @@ def workers(method: Method, plan: MergePlan, threads: int, max_memory: int | Non
         threads: At most so many.
         max_memory: Bytes that this process may have in the end; by default only the m x n matrices of methods on entries count.
         kept: Bytes that finished modules take.
+        lazily: They are put off already, which takes the least.
 
     Raises:
         OptionError: not even the largest module has room.
@@ -48,7 +51,7 @@ def workers(method: Method, plan: MergePlan, threads: int, max_memory: int | Non
         raise OptionError(
             f"max_memory is {_in_words(max_memory)}: expected at least {_in_words(there + kept + needed + _ROUNDING)}, of which the program has "
             f"{_in_words(there)}, the result takes {_in_words(kept)}, and module '{largest.name}' {_in_words(needed)} while it is merged; "
-            f"give more{', or write the result instead of keeping it (merging, dc-merge merge)' if kept else ''}"
+            f"give more{', or write the result instead of keeping it (merging, dc-merge merge)' if kept and not lazily else ''}"
             f"{'' if method.equivariant else ', or take a method in factor space, such as dc'}"
         )
     return max(min(most, (max_memory - there - kept) // needed), 1)
@@ -77,16 +80,22 @@ def kept_bytes(plan: MergePlan, *, lazily: bool, dense: bool) -> int:
 
     Args:
         plan: What is merged.
-        lazily: Their factors are put off.
-        dense: They are kept as m x n matrices.
+        lazily: Their factors are put off: k x r numbers a side stay, where no basis of the factors is larger than the space.
+        dense: They are kept as m x n matrices, in files where put off.
     """
     if lazily:
-        return 0
+        return 0 if dense else sum(4 * module.largest_rank(plan.svd_rank) * _side(module) for module in plan.modules)
     ranks = [plan.svd_rank or sum(module.ranks) for module in plan.modules]
     return sum(
         4 * (math.prod(module.shape) if dense else min(rank, *module.shape) * sum(module.shape))
         for module, rank in zip(plan.modules, ranks, strict=True)
     )
+
+
+def _side(module: PlannedModule) -> int:
+    """How many numbers both sides of a finished module have for each of its directions, where its factors are put off."""
+    k = sum(module.ranks)
+    return 2 * k if k <= min(module.shape) else sum(module.shape)
 
 
 def resident_bytes() -> int:

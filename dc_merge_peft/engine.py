@@ -90,7 +90,7 @@ def run_merge(
         put_away = isinstance(keep_dense, Path) or (lazily and all(source.cheap for source in sources))
         kept = kept_bytes(plan, lazily=put_away, dense=bool(keep_dense) and not method.equivariant)
         on_cpu = all(device.type == "cpu" for device in devices)
-        side_by_side = workers(method, plan, threads, memory if on_cpu else None, kept)
+        side_by_side = workers(method, plan, threads, memory if on_cpu else None, kept, lazily=put_away)
         stacking = (False if work else None) if _stacking is None else _stacking
         run = _Run(reader, method, keep_dense, lazily, lanes, side_by_side, progress, stacking)
         merged, fit = _gathered(plan, _all_modules(run, work))

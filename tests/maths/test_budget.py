@@ -41,13 +41,20 @@ def test_as_many_as_there_is_room_for(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_is_kept() -> None:
-    """Factors of the rank in the end, dense matrices, or next to nothing."""
+    """Factors of the rank in the end, dense matrices, or what is put off."""
     sources = memory_sources({"q": random_tasks(0, (64, 32), (2, 2)), "v": random_tasks(1, (8, 6), (4, 3))})
     plan, short = (plan_merge(sources, method_named("ta"), svd_rank=rank) for rank in (None, 3))
     assert kept_bytes(plan, lazily=False, dense=False) == 4 * (4 * 96 + 6 * 14)
     assert kept_bytes(short, lazily=False, dense=False) == 4 * 3 * (96 + 14)
     assert kept_bytes(plan, lazily=False, dense=True) == 4 * (64 * 32 + 48)
-    assert kept_bytes(plan, lazily=True, dense=False) == 0
+    assert kept_bytes(plan, lazily=True, dense=True) == 0
+    assert kept_bytes(plan, lazily=True, dense=False) == 4 * (4 * 2 * 4 + 6 * 14)  # k is beyond min(m, n) in the second
+    assert kept_bytes(short, lazily=True, dense=False) == 4 * 3 * (2 * 4 + 14)
+    method = method_named("ta")
+    for lazily in (False, True):  # where they are put off there is nothing better to do
+        with refused(OptionError, "max_memory is", "give more") as refusal:
+            workers(method, plan, 1, 8, 100, lazily=lazily)
+        assert ("write the result" in refusal.text) is not lazily
 
 
 # Merges with so much memory beyond what the process has before, and prints how far it grows: its libraries differ in size.
