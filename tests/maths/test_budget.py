@@ -48,8 +48,8 @@ def test_what_is_kept() -> None:
     assert kept_bytes(short, lazily=False, dense=False) == 4 * 3 * (96 + 14)
     assert kept_bytes(plan, lazily=False, dense=True) == 4 * (64 * 32 + 48)
     assert kept_bytes(plan, lazily=True, dense=True) == 0
-    assert kept_bytes(plan, lazily=True, dense=False) == 4 * (4 * 2 * 4 + 6 * 14)  # k is beyond min(m, n) in the second
-    assert kept_bytes(short, lazily=True, dense=False) == 4 * 3 * (2 * 4 + 14)
+    assert kept_bytes(plan, lazily=True, dense=False) == 9 * (4 * 2 * 4 + 6 * 14)  # k is beyond min(m, n) in the second
+    assert kept_bytes(short, lazily=True, dense=False) == 9 * 3 * (2 * 4 + 14)
     method = method_named("ta")
     for lazily in (False, True):  # where they are put off there is nothing better to do
         with refused(OptionError, "max_memory is", "give more") as refusal:
