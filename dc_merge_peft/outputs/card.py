@@ -183,11 +183,11 @@ def _source(info: AdapterInfo) -> str:
 
 def _modules(result: MergeResult) -> str:
     """A table with a row a module, or a row for all modules of one name and shape where they are many."""
-    by_layer = rows_by_layer(result)
+    by_layer, things = rows_by_layer(result), "models" if result.full else "adapters"
     if len(by_layer) <= MOST_ROWS:
-        return _table(("module", "shape", "adapters", "rank", "truncation error"), map(_row, by_layer))
+        return _table(("module", "shape", things, "rank", "truncation error"), map(_row, by_layer))
     rows = ([f"`{code(name)}`", *cells] for name, *cells in grouped_modules(result))
-    table = _table(GROUP_COLUMNS, rows)
+    table = _table([things if column == "adapters" else column for column in GROUP_COLUMNS], rows)
     return f"{len(result.modules)} modules; a row is all of one name and shape, with the largest truncation error.\n\n{table}"
 
 

@@ -18,6 +18,7 @@ from dc_merge_peft.sources.stored import StoredTensor, Unreadable, read_header
 
 # The entry of the header that says what the tensors are.
 HEADER = "dc_merge_peft.statistics"
+WIDE = ("F32", "F64")  # the types of numbers in them, as safetensors calls them
 
 
 class FiledTensors(Mapping[str, Tensor]):
@@ -103,12 +104,11 @@ def load(path: str | Path) -> Statistics:
         raise SourceError(
             f"the header of '{path}' is damaged ({first_line(error)}): expected what dc_merge_peft.statistics.save wrote"
         ) from error
-    if odd := [
-        name
-        for name, tensor in stored.items()
-        if tensor.torch_dtype is None or not tensor.torch_dtype.is_floating_point
-    ]:
-        raise SourceError(f"'{path}' stores '{odd[0]}' as {stored[odd[0]].dtype}: expected floating-point numbers")
+    if odd := [name for name, tensor in stored.items() if tensor.dtype not in WIDE]:
+        raise SourceError(
+            f"'{path}' stores '{odd[0]}' as {stored[odd[0]].dtype}: expected float32 or float64, as statistics are collected; with fewer "
+            "digits small squares vanish, and rounding decides what inputs have in common"
+        )
     return Statistics(kind, FiledTensors(stored), examples, rule, str(path))
 
 

@@ -126,7 +126,7 @@ def test_wrong_number_and_kind(prepared: Prepared) -> None:
 
 
 def test_files_that_are_none(prepared: Prepared, tmp_path: Path) -> None:
-    """Missing, cut, of something else, with a damaged header, and quantised."""
+    """Missing, cut, of something else, with a damaged header, quantised, and with few digits."""
     whole = Path(prepared.files["fisher"][0]).read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-10])
     save_file({"w": torch.ones(2)}, tmp_path / "else")
@@ -136,13 +136,14 @@ def test_files_that_are_none(prepared: Prepared, tmp_path: Path) -> None:
         {"dc_merge_peft.statistics": '{"kind": "hessian", "examples": 2, "rule": ""}'},
     )
     header = '{"kind": "gram", "examples": 2, "rule": ""}'
-    save_file({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "int8", {"dc_merge_peft.statistics": header})
+    for name, dtype in (("int8", torch.int8), ("half", torch.float16), ("bfloat", torch.bfloat16)):
+        save_file({"w": torch.ones(2, dtype=dtype)}, tmp_path / name, {"dc_merge_peft.statistics": header})
     endless = '{"kind": "gram", "examples": Infinity, "rule": ""}'
     for name, header in (("endless", endless), ("deep", "[" * 100_000)):
         save_file({"w": torch.ones(2)}, tmp_path / name, {"dc_merge_peft.statistics": header})
     for name, expected in {
         "endless": "header of .* is damaged", "deep": "header of .* is damaged", "none": "can't be read", "cut": "can't be read", "else": "holds no statistics", "header": "header of .* is damaged",
-        "int8": "stores 'w' as I8",
+        "int8": "stores 'w' as I8", "half": "'w' as F16: expected float32 or float64", "bfloat": "'w' as BF16: expected float32",
     }.items():  # fmt: skip
         with pytest.raises(SourceError, match=expected):
             statistics.load(tmp_path / name)

@@ -55,6 +55,7 @@ def test_from_the_hub_to_the_hub(server: HubServer, tmp_path: Path, lora_rank: i
     assert (
         "base_model: org/base" in card
         and "license: mit\npipeline_tag: text-generation\n" in card
+        and "shape | models | rank |" in card
         and f"[org/tuned-0](https://huggingface.co/org/tuned-0) at `{commits[0][:8]}`" in card
     )
     if lora_rank is None:
