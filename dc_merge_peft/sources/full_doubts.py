@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from dc_merge_peft.errors import preview
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.finetuned import FullModel
 from dc_merge_peft.sources.full_kinds import StoredMatrix
 from dc_merge_peft.sources.stored import FLOATS, StoredTensor
+from dc_merge_peft.sources.ties import sharing_parameters
 
 # Of so many matrices, spread over the model, so many numbers are looked at.
 MATRICES, NUMBERS = 16, 1 << 14
 # The cosine of the weights of two models that know nothing of each other is about 0, of one fine-tuned from the other nearly 1.
 STRANGERS = 0.1
+# Where a class of transformers names the parameters that need not be in files.
+_MADE = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save")
 
 
 def odd_models(
     base: FiledModel, models: Sequence[FullModel], infos: Sequence[AdapterInfo], matrices: Sequence[StoredMatrix]
 ) -> Iterator[str]:
-    """A remark on every model whose weights are as far from the base model's as a stranger's, or that is stored in a coarser type.
+    """A remark on weights that no file has, and on every model whose weights are as far from the base model's as a stranger's, or that is
+    stored in a coarser type.
 
     Args:
         base: The base model.
@@ -29,6 +35,11 @@ def odd_models(
         infos: How they are called in this merge.
         matrices: What is merged.
     """
+    if missing := _missing(base):
+        yield (
+            f"neither the base model's files nor any model's have {preview(missing)}, which a {type(base.skeleton).__name__} has: transformers "
+            "fills what is missing at random when it loads the result, as it does in these models; give whole checkpoints if it is of use"
+        )
     looked_at = matrices[:: max(len(matrices) // MATRICES, 1)][:MATRICES]
     for model, info in zip(models, infos, strict=True):
         pairs = [
@@ -45,6 +56,15 @@ def odd_models(
                 "rounding are lost, and what is the base model's number, rounded, counts as unchanged; give the model as it was trained "
                 "where there is one"
             )
+
+
+def _missing(base: FiledModel) -> list[str]:
+    """Parameters that the files don't have, under their own name or a tied one; but for those that transformers makes by rule."""
+    skeleton = base.skeleton
+    tied = {name for group in sharing_parameters(skeleton) if any(map(base.has, group)) for name in group}
+    made = [pattern for field in _MADE for pattern in getattr(skeleton, field, None) or ()]
+    names = (name for name, _ in skeleton.named_parameters() if not base.has(name) and name not in tied)
+    return [name for name in names if not any(re.search(pattern, name) for pattern in made)]
 
 
 def _cosine(pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dc_merge_peft import DCMergeAdapter
 from dc_merge_peft.errors import IncompatibleAdaptersError, MergeWarning
@@ -115,3 +116,19 @@ def test_a_stranger_is_said(tmp_path: Path) -> None:
     assert re.search(r"the weights of model 'mlp' have a cosine of -?0\.0\d with the base model's: expected", remark)
     with pytest.warns(MergeWarning, match="have a cosine"):
         DCMergeAdapter(method="ta").merge_full(base, places, tmp_path / "out")
+
+
+def test_what_no_file_has_is_said(tmp_path: Path) -> None:
+    """A layer's weight that the base model and all others lack, which transformers fills at random; tied weights are one."""
+    base, places = write(tmp_path, torch.float32)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for place in (base, *places):
+        found = tensors(place)
+        del found[name]
+        save_file(found, place / "model.safetensors", {"format": "pt"})
+    (remark,) = DCMergeAdapter(method="ta").plan_full(base, places).remarks
+    assert f"neither the base model's files nor any model's have '{name}', which a LlamaForCausalLM has" in remark
+    tied = models.gpt2()
+    tied.save_pretrained(tmp_path / "tied")
+    tune(tied, 1).save_pretrained(tmp_path / "tuned")
+    assert not DCMergeAdapter(method="ta").plan_full(tmp_path / "tied", [tmp_path / "tuned"]).remarks
