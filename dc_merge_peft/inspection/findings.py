@@ -172,7 +172,7 @@ def _rooms(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
             "warning",
             tuple(adapter.name for adapter in adapters),
             f"in {len(crowded)} of {len(modules)} modules ({preview(crowded)}) the directions of all adapters together are "
-            "more than min(m, n): no orthonormal cover basis holds them, so that dc drops every adapter's weakest ones there. "
+            "more than min(m, n): no orthonormal cover basis holds them, so that methods with one, such as dc, drop every adapter's weakest ones there. "
             "Merge fewer adapters at once, or expect to lose detail",
         )
     partial = [name for name, holders in modules.items() if len(holders) < sum(bool(a.modules) for a in adapters)]

@@ -58,8 +58,8 @@ def crowding(shape: tuple[int, int], ranks: Sequence[int], rank: int | None) -> 
     used = [min(own, rank or own, *shape) for own in ranks]
     if sum(used) > min(shape):
         yield (
-            "the ranks of the adapters add up to more than min(m, n), so that no orthonormal cover basis holds them "
-            "all: every adapter's rank is shrunk in proportion, its weakest directions first"
+            "the ranks of the adapters add up to more than min(m, n), the number of directions that can be told apart: every adapter's rank "
+            "is shrunk in proportion, its weakest directions first"
         )
 
 
