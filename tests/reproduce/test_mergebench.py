@@ -204,6 +204,10 @@ def test_from_questions_to_the_report(
         llava, "answered", lambda model, p, q, i, b: asked.append(q.task.name) or real(model, p, q, i, b)
     )
     assert command.main(arguments) == 0 and not asked
+    before = file.read_bytes()
+    assert command.main([*arguments, "--examples", "1"]) == 0 and file.read_bytes() == before  # a try stands beside it
+    asked.clear()
+    assert command.main(arguments) == 0 and not asked
     listed = tmp_path / "names.txt"
     listed.write_text("Cat, Dog")
     assert command.main([*arguments, "--imagenet-choices", str(listed)]) == 0 and set(asked) == {"ImageNet"}

@@ -25,30 +25,10 @@ from reproduce.vision.suite import ClipSuite, Given
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from dc_merge_peft import DCMergeAdapter
-from tests.support.clip import SIDE, stored_encoder, tiny_clip, write_adapter, write_images
+from tests.support.clip import SIDE, stored_encoder, tiny_clip
 from tests.support.versions import needs_v5
 
 TASKS = ("RenderedSST2", "EuroSAT", "FER2013")
-CLASSES = {"RenderedSST2": 2, "EuroSAT": 10, "FER2013": 7}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of images of three tasks."""
-    folder = tmp_path_factory.mktemp("data")
-    for seed, (task, count) in enumerate(CLASSES.items()):
-        write_images(folder / task, {"train": 10, "test": 5}, [str(n) for n in range(count)], seed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of each of them, in three layouts."""
-    folder = tmp_path_factory.mktemp("adapters")
-    write_adapter(folder / "sst2", 1)
-    write_adapter(folder / "eurosat", 2, prefix="vision_model.")
-    write_adapter(folder / "fer2013", 3, pickle=True)
-    return folder
 
 
 def given(clip: Path, data: Path, adapters: Path, cache: Path) -> Given:

@@ -110,7 +110,9 @@ class MergeBench:
     def measure(self, out: Path | None) -> Path:
         """Generate what is not there, and write the report."""
         self.plan().check()
-        rows = Rows(self.cache / "results" / f"answers-{self.dtype}.jsonl")
+        # What a try keeps must not replace what a whole run has kept.
+        kept = self.cache / ("results" if self.most is None else f"results-first-{self.most}")
+        rows = Rows(kept / f"answers-{self.dtype}.jsonl")
         questions = self.questions
         for variant in self.variants():
             self._ask(variant, rows)
@@ -119,7 +121,7 @@ class MergeBench:
             for variant in self.variants()
             for task in variant.asked
         }
-        folder = out or self.cache / "results"
+        folder = out or kept
         folder.mkdir(parents=True, exist_ok=True)
         text = page(
             TITLE, scores, [c.label for c in self.contenders], self.tasks, self._notes(), complete=self.most is None

@@ -97,11 +97,12 @@ class Run:
         settings = PaperSettings(
             self.counts, self.precision, ALL, ALL, fewer=(), one_seed=(), unseen=others, rows=self.contenders
         )
-        rows = Rows(self.given.cache / "results" / f"rows-{self.precision}-{self.search}.jsonl")
+        kept = self.given.cache / f"results{self.given.ending}"
+        rows = Rows(kept / f"rows-{self.precision}-{self.search}.jsonl")
         new = evaluate(suite, settings, rows, 1, self.bench())
         say(f"{new} rows measured")
         results = results_of(suite, settings, rows.found, DRAWS)
-        folder = out or self.given.cache / "results"
+        folder = out or kept
         write(results, folder)
         (folder / "report.md").write_text(self._page(suite, results), encoding="utf-8")
         return folder / "report.md"

@@ -38,6 +38,11 @@ class Given:
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names for the prompts, by task
     largest: int | None = None  # examples of a part at most, for a try
 
+    @property
+    def ending(self) -> str:
+        """Of names in the cache: what a try keeps must not replace what a whole run has kept."""
+        return "" if self.largest is None else f"-first-{self.largest}"
+
 
 @dataclass
 class ClipSuite:
@@ -105,7 +110,7 @@ class ClipSuite:
     def pixels(self, task: str, part: str) -> Pixels:
         """A part's images, resized."""
         if (task, part) not in self._pixels:
-            file = self.given.cache / "pixels" / f"{task}-{self.setting}-{part}-{self.size}"
+            file = self.given.cache / "pixels" / f"{task}-{self.setting}-{part}-{self.size}{self.given.ending}"
             self._pixels[task, part] = pixels(self.parts(task)[part], self.size, file, self.given.threads)
         return self._pixels[task, part]
 
