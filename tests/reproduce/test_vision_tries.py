@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from accuracy.evaluate import Rows
 from reproduce import command
 from reproduce.vision import run
+from reproduce.vision.suite import ClipSuite
 
 from tests.reproduce.test_vision_table import TASKS, few_entries, options
 
@@ -32,3 +34,24 @@ def test_a_try_keeps_what_a_whole_run_has_measured(
     assert "nothing here can be compared" in report.read_text(encoding="utf-8")
     assert report.parent == cache / "results-first-30"
     assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_checkpoint_that_is_never_right(
+    part: str, clip_folder: Path, data: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be divided by its accuracy: its task is named, before the merges are measured where validation shows it."""
+    few_entries(monkeypatch, "table1")
+    monkeypatch.setattr(run, "ORDERS", {"lora": TASKS})
+    real = ClipSuite.hits
+    monkeypatch.setattr(
+        ClipSuite,
+        "hits",
+        lambda suite, model, task, p, count: real(suite, model, task, p, count) & ((task, p) != ("EuroSAT", part)),
+    )
+    line = options("table1", clip_folder, data, adapters, tmp_path, "--tasks", "2", "--methods", "dc")
+    with pytest.raises(
+        SystemExit, match=f"^EuroSAT: found no right answer of its own checkpoint on the {part} examples: expected"
+    ):
+        command.main(line)
+    assert len(Rows(tmp_path / "table1/ViT-B-32/results/rows-float32-grid.jsonl").found) == (5 if part == "test" else 4)

@@ -24,12 +24,31 @@ def grid_of(label: str, kind: str) -> Sequence[float]:
     return FULL_GRIDS.get(label, PAPER_GRID) if kind == "model" else PAPER_GRID
 
 
+def refuse_none_right(own: Mapping[str, float], part: str) -> None:
+    """Accuracies are divided by those of the tasks' own checkpoints.
+
+    Args:
+        own: Their accuracy by task.
+        part: On which examples, in a word.
+
+    Raises:
+        SystemExit: one of them has no right answer.
+    """
+    if none := [task for task, accuracy in own.items() if not accuracy]:
+        raise SystemExit(
+            f"{', '.join(none)}: found no right answer of its own checkpoint on the {part} examples: expected some, since accuracies are "
+            "divided by how many these are; see whether checkpoint, head and labels are of one task and in one order, or give more "
+            "--examples"
+        )
+
+
 class GridBench(Bench):
     """Looks at every alpha of a row's grid, where the other benchmarks climb a ladder."""
 
     grid = PAPER_GRID
 
     def merged(self, job: Job) -> Row:
+        refuse_none_right(job.own, "validation")
         self.grid = tuple(grid_of(job.contender.label, self.suite.kind.name))
         return super().merged(job)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from accuracy.bench import Bench
 from accuracy.contenders import Contender
-from accuracy.evaluate import Rows, evaluate
+from accuracy.evaluate import Rows, alone_name, evaluate
+from accuracy.plan import share
 from accuracy.results import results_of, write
 from accuracy.workers import say
 
@@ -19,7 +20,7 @@ from reproduce import expected
 from reproduce.contenders import FFT, LORA, PaperSettings, chosen
 from reproduce.needs import Plan, device_named
 from reproduce.vision.backbones import BACKBONES, FUSION_BENCH_CLASSES, Backbone, fusion_bench_id, knots_id
-from reproduce.vision.benches import GridBench, LadderBench
+from reproduce.vision.benches import GridBench, LadderBench, refuse_none_right
 from reproduce.vision.checkpoints import checkpoint_of
 from reproduce.vision.images import Place, place_of
 from reproduce.vision.needs import DRAWS, plan
@@ -101,6 +102,7 @@ class Run:
         rows = Rows(kept / f"rows-{self.precision}-{self.search}.jsonl")
         new = evaluate(suite, settings, rows, 1, self.bench())
         say(f"{new} rows measured")
+        refuse_none_right({task: share(rows.found[alone_name(task, 0)]["test"]) for task in self.tasks}, "test")
         results = results_of(suite, settings, rows.found, DRAWS)
         folder = out or kept
         write(results, folder)
