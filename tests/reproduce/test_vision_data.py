@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -153,6 +154,38 @@ def test_own_validation_part(tmp_path: Path) -> None:
     assert note == "a fifth of the test part, since the data have no validation part"
     with pytest.raises(SystemExit, match="MNIST: found no part 'train' in"):
         parts_of(TASKS["MNIST"], one, "fft")
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "part", "classes", "message"),
+    [
+        (
+            "EuroSAT",
+            "lora",
+            "val",
+            ["0", "2"],
+            "found the class '2' as number 1 in one part of .* where the test part has '1'",
+        ),
+        (
+            "MNIST",
+            "fft",
+            "train",
+            ["0", "1", "2", "3"],
+            "found the class '3' as number 3 in one part of .* has no class",
+        ),
+    ],
+)
+def test_parts_of_other_classes(
+    task: str, setting: str, part: str, classes: list[str], message: str, tmp_path: Path
+) -> None:
+    """Labels of a part that lacks a class would stand for the classes after it: alpha would be chosen by wrong answers."""
+    write_images(tmp_path, {"test": 5}, ["0", "1", "2"], 0)
+    write_images(tmp_path, {part: 5}, classes, 0)
+    with pytest.raises(SystemExit, match=f"^{task}: {message}: expected the same classes in all parts"):
+        parts_of(TASKS[task], Place(tmp_path), setting)
+    shutil.rmtree(tmp_path / part)
+    write_images(tmp_path, {part: 5}, ["0", "1"], 0)  # the last one has no examples: the others' numbers are right
+    assert parts_of(TASKS[task], Place(tmp_path), setting)["validation"].images.names == ["0", "1"]
 
 
 @pytest.mark.parametrize("sides", [(20, 16), (16, 31), (16, 16), (9, 40)])

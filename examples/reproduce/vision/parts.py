@@ -43,6 +43,7 @@ def parts_of(task: VisionTask, place: Place, setting: str) -> dict[str, Part]:
     test = _needed(task, place, "test")
     own = place.part("validation") if setting in task.own_validation else None
     if own is not None:
+        _refuse_other_classes(task, own, test, place)
         return {"validation": Part(own, shuffled(len(own.labels)), "its own part"), "test": _whole(test)}
     missing = ", since the data have no validation part" if setting in task.own_validation else ""
     if setting == "lora":
@@ -53,6 +54,7 @@ def parts_of(task: VisionTask, place: Place, setting: str) -> dict[str, Part]:
             "test": Part(test, order[count:], "the rest of the test part"),
         }
     train = _needed(task, place, "train")
+    _refuse_other_classes(task, train, test, place)
     order = shuffled(len(train.labels))
     count = _some(task, min(int(len(order) * SHARE["fft"]), LARGEST), place)
     return {"validation": Part(train, order[:count], f"training examples{missing}"), "test": _whole(test)}
@@ -65,6 +67,18 @@ def shuffled(count: int) -> list[int]:
 
 def _whole(images: Images) -> Part:
     return Part(images, shuffled(len(images.labels)), "the whole test part")
+
+
+def _refuse_other_classes(task: VisionTask, images: Images, test: Images, place: Place) -> None:
+    """Prompts are in the order of the test part's labels. Numbers may end earlier, where a part lacks the last classes."""
+    names, known = list(images.names), list(test.names)
+    if names != known[: len(names)]:
+        other = next((n for n, (name, its) in enumerate(zip(names, known, strict=False)) if name != its), len(known))
+        its = repr(known[other]) if other < len(known) else "no class"
+        raise SystemExit(
+            f"{task.name}: found the class {names[other]!r} as number {other} in one part of {place}, where the test part has {its}: "
+            "expected the same classes in all parts"
+        )
 
 
 def _some(task: VisionTask, count: int, place: Place) -> int:
