@@ -119,6 +119,9 @@ def test_images_of_the_hub() -> None:
     assert HubImages.of(Rows({"image": [picture] * 2, "label": [1, 0]}, None), "data").names == ["0", "1"]
     with pytest.raises(SystemExit, match="org/data, test: found the columns pixels: expected 'image' and 'label'"):
         HubImages.of(Rows({"pixels": []}, None), "org/data, test")
+    for label in ("cat", None, -1):
+        with pytest.raises(SystemExit, match=f"org/data, test: found the label {label!r}: expected numbers from 0"):
+            HubImages.of(Rows({"image": [picture] * 2, "label": [0, label]}, None), "org/data, test")
 
 
 def test_where_images_come_from(tmp_path: Path) -> None:

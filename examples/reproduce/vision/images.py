@@ -94,7 +94,7 @@ class HubImages:
         if image is None or label is None:
             raise SystemExit(f"{what}: found the columns {', '.join(data.column_names)}: expected 'image' and 'label'")
         data = data.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-        labels = [int(value) for value in data["label"]]
+        labels = [_number(value, what) for value in data["label"]]
         names = getattr(data.features["label"], "names", None) or [str(n) for n in range(max(labels, default=-1) + 1)]
         return cls(data, list(names), labels)
 
@@ -103,6 +103,19 @@ class HubImages:
 
     def key(self) -> Any:
         return self.data._fingerprint
+
+
+def _number(label: Any, what: str) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0:
+        raise SystemExit(
+            f"{what}: found the label {label!r}: expected numbers from 0, by class; give another id with --dataset TASK=ID, or folders "
+            "of images with --data"
+        )
+    return number
 
 
 @dataclass(frozen=True)
