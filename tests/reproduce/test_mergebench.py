@@ -188,9 +188,12 @@ def test_from_questions_to_the_report(
     ]
     monkeypatch.setattr(run, "MERGEBENCH", few)
     monkeypatch.setattr(run, "TASKS", SHORT)
+    monkeypatch.setattr(run, "SAID_EVERY", 1)
     arguments = line(base, adapters, bench, tmp_path)
     assert command.main(arguments) == 0
-    text = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    shown = capsys.readouterr()
+    assert "base model, VQAv2: 1 of 2 answers" in shown.err
+    text = Path(shown.out.strip()).read_text(encoding="utf-8")
     file = tmp_path / "mergebench/results/answers-float32.jsonl"
     rows = Rows(file).found
     # The base model and one merge on twelve tasks, eight adapters on their own.
@@ -208,6 +211,15 @@ def test_from_questions_to_the_report(
     assert command.main([*arguments, "--examples", "1"]) == 0 and file.read_bytes() == before  # a try stands beside it
     asked.clear()
     assert command.main(arguments) == 0 and not asked
+    # Another library whose merges are the same asks nothing either; one with other merges asks them again.
+    monkeypatch.setattr(run, "code_key", lambda: "another")
+    assert command.main(arguments) == 0 and not asked
+    assert {row["code"] for row in Rows(file).found.values()} == {"", "another"}
+    merge = llava.with_adapters
+    monkeypatch.setattr(run, "code_key", lambda: "a third")
+    monkeypatch.setattr(llava, "with_adapters", lambda model, places, *more: merge(model, places[:7], *more))
+    assert command.main(arguments) == 0 and len(asked) == 12
+    asked.clear()
     listed = tmp_path / "names.txt"
     listed.write_text("Cat, Dog")
     assert command.main([*arguments, "--imagenet-choices", str(listed)]) == 0 and set(asked) == {"ImageNet"}

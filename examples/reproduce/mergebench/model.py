@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accuracy.keys import content_key
 from PIL import Image
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning
@@ -75,6 +76,16 @@ def with_adapters(
         for name, extra in merged.extras.values.items():
             model.get_parameter(name).copy_(extra.value)
         return float(merged.alpha)
+
+
+@torch.no_grad()
+def weights_key(model: Any) -> str:
+    """Of a model's numbers: their sums and the sums of their squares, which are quick on a GPU."""
+    sums = {}
+    for name, parameter in sorted(model.named_parameters()):
+        value = parameter.double()
+        sums[name] = [value.sum().item(), value.square().sum().item()]
+    return content_key(sums)
 
 
 @torch.inference_mode()

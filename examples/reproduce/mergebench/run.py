@@ -14,6 +14,7 @@ import torch
 from accuracy.contenders import Contender
 from accuracy.evaluate import Rows
 from accuracy.keys import content_key
+from accuracy.plan import code_key
 from accuracy.workers import say
 
 from dc_merge_peft.methods import METHODS
@@ -27,6 +28,7 @@ from reproduce.needs import Need, Plan, device_named
 
 BASE = "llava-hf/llava-1.5-7b-hf"
 TITLE = "Tables 3 and 13: MM-MergeBench, LLaVA-1.5-7B"
+SAID_EVERY = 500  # answers
 SECONDS_PER_ANSWER = 0.15  # of a large GPU in batches, a guess for estimates
 
 
@@ -130,22 +132,39 @@ class MergeBench:
         return folder / "report.md"
 
     def _ask(self, variant: Variant, rows: Rows) -> None:
-        keys = {task: self._key(variant, task) for task in variant.asked}
-        left = [task for task, key in keys.items() if rows.found.get(_name(variant, task), {}).get("key") != key]
+        code = code_key() if variant.merged else ""
+        known = {task: rows.found.get(_name(variant, task), {}) for task in variant.asked}
+        same = {task: row for task, row in known.items() if row.get("key") == self._key(variant, task)}
+        left = [task for task in variant.asked if same.get(task, {}).get("code") != code]
         if not left:
             return
         model, processor = llava.load(self.base, self.dtype, self.device)
+        weights = ""
         if variant.merged:
             places = [self.adapters[task] for task in variant.merged]
             llava.with_adapters(model, places, variant.method, dict(variant.options), variant.alpha, self.cache)
+            weights = llava.weights_key(model)
         for task in left:
-            answers = list(llava.answered(model, processor, self.questions[task], self.images, self.batch))
-            rows.add({"name": _name(variant, task), "key": keys[task], "answers": answers})
+            # Where the library's code has changed and the weights have not, an earlier run's answers hold.
+            if same.get(task, {}).get("weights") == weights:
+                rows.add({**same[task], "code": code})
+                continue
+            answers = self._answers(variant, task, model, processor)
+            row = {"name": _name(variant, task), "key": self._key(variant, task), "code": code, "weights": weights}
+            rows.add({**row, "answers": answers})
             say(f"{variant.label}, {task}: {score(self.questions[task], answers).value:.2f}")
         del model
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+    def _answers(self, variant: Variant, task: str, model: Any, processor: Any) -> list[str]:
+        found: list[str] = []
+        for answer in llava.answered(model, processor, self.questions[task], self.images, self.batch):
+            found.append(answer)
+            if len(found) % SAID_EVERY == 0:
+                say(f"{variant.label}, {task}: {len(found)} of {len(self.questions[task].rows)} answers")
+        return found
 
     def _key(self, variant: Variant, task: str) -> str:
         adapters = [_place_key(self.adapters[name]) for name in variant.merged]
