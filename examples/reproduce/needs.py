@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.tables import markdown
+from huggingface_hub.constants import HF_HOME
 
 HUB = "from the Hub or its cache"
 
@@ -51,12 +52,14 @@ class Plan:
         parts = [
             f"# {self.title}", markdown(["needed", "where", "size, estimated", "state"], rows),
             "Estimates, not measurements:",
-            f"- fetched, unless it is in the cache: {fetched:.0f} GB\n- written to {self.cache}: {self.disk:.0f} GB, of "
+            f"- fetched into {HF_HOME}, unless it is there: {fetched:.0f} GB, of {_free(Path(HF_HOME)):.0f} GB that are free there\n- written to {self.cache}: {self.disk:.0f} GB, of "
             f"{_free(self.cache):.0f} GB that are free there\n- main memory: {self.memory:.0f} GB\n- GPU memory: {self.gpu:.0f} GB\n"
             f"- time on one GPU: {self.hours:.1f} hours",
         ]  # fmt: skip
         if self.disk > _free(self.cache):
             parts.append("**There may be too little room in the cache's place: give another with --cache.**")
+        if fetched > _free(Path(HF_HOME)):
+            parts.append("**There may be too little room for what is fetched: give another place with HF_HOME.**")
         missing = self.missing()
         verdict = (
             f"{len(missing)} of {len(self.needs)} things are missing." if missing else "Nothing is known to be missing."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reproduce import command, expected
+from reproduce import command, expected, needs
 from reproduce.contenders import FFT, LORA, chosen
 from reproduce.vision import run
 from reproduce.vision.report import page
@@ -34,6 +34,23 @@ def test_dry_run(clip_folder: Path, adapters: Path, tmp_path: Path, capsys: pyte
         SystemExit, match="things missing: expected them before the start\n- LoRA adapter of Cars: give --checkpoints"
     ):
         command.main(line)
+
+
+def test_room_for_what_is_fetched(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub's cache is another place than the run's own, and has room of its own."""
+    shared = tmp_path / "hub"
+    monkeypatch.setattr(needs, "HF_HOME", str(shared))
+    monkeypatch.setattr(needs, "_free", lambda place: 20.0 if place == shared else 1000.0)
+    line = ["table9", "--base", str(clip_folder), "--cache", str(tmp_path / "cache"), "--device", "cpu", "--dry-run"]
+    command.main(line)
+    shown = capsys.readouterr().out
+    # The photographs of SUN397 alone are 14 GB, and as many again as tables.
+    assert "| images of SUN397 | tanganke/sun397 on the Hub | 28.0 GB |" in shown
+    assert f"fetched into {shared}, unless it is there: 4" in shown and "of 20 GB that are free there" in shown
+    assert "There may be too little room for what is fetched: give another place with HF_HOME." in shown
+    assert "too little room in the cache's place" not in shown
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from reproduce.vision.tasks import TASKS
 DRAWS = 500
 SIDE = 224
 SECONDS_PER_SVD = 0.5  # a guess for estimates
+# GB of the original images for training and test, where they are large; of others some 20 kB an image.
+LARGE = {"Cars": 2, "DTD": 0.6, "SUN397": 14, "OxfordIIITPet": 0.8, "PCAM": 8, "Food101": 5}
 
 
 def plan(
@@ -65,7 +67,9 @@ def plan(
 
 def _images(task: str, place: Place | None) -> Need:
     missing = f"no id of the Hub is known; give --data DIR with a folder {task}, or --dataset {task}=ID"
-    size = TASKS[task].test_size * 4 * 20e3 / 1e9  # some 20 kB an image, and the training data come along
+    size = LARGE.get(task, TASKS[task].test_size * 4 * 20e3 / 1e9)  # the training data come along
+    if place is not None and place.hub is not None:
+        size *= 2  # the package datasets keeps the files that it fetches, and tables that it makes of them
     return Need(f"images of {task}", str(place) if place else "nowhere", size, "" if place else missing)
 
 
