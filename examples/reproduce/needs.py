@@ -11,6 +11,7 @@ from common.tables import markdown
 from huggingface_hub.constants import HF_HOME
 
 HUB = "from the Hub or its cache"
+ON_HUB = " on the Hub"  # ends the places of data sets
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,15 @@ class Need:
     missing: str = ""  # what to do, where it is not there
 
     @property
+    def lack(self) -> str:
+        """What to do, where it is not there; a path that leads nowhere is no id of the Hub."""
+        path = self.where.startswith(("/", ".", "~")) and not self.where.endswith(ON_HUB)
+        return self.missing or ("there is no such file or folder" if path and not Path(self.where).exists() else "")
+
+    @property
     def state(self) -> str:
         """In a word or a sentence."""
-        return f"MISSING: {self.missing}" if self.missing else "there" if Path(self.where).exists() else HUB
+        return f"MISSING: {self.lack}" if self.lack else "there" if Path(self.where).exists() else HUB
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Plan:
 
     def missing(self) -> list[Need]:
         """What is not there."""
-        return [need for need in self.needs if need.missing]
+        return [need for need in self.needs if need.lack]
 
     def text(self) -> str:
         """For people."""
@@ -73,7 +80,9 @@ class Plan:
             SystemExit: with the list.
         """
         if missing := self.missing():
-            lines = "\n".join(f"- {need.what}: {need.missing}" for need in missing)
+            lines = "\n".join(
+                f"- {need.what}: {need.lack}" + ("" if need.missing else f": {need.where}") for need in missing
+            )
             raise SystemExit(
                 f"found {len(missing)} things missing: expected them before the start\n{lines}\nsee --dry-run"
             )

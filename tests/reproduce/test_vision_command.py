@@ -36,6 +36,27 @@ def test_dry_run(clip_folder: Path, adapters: Path, tmp_path: Path, capsys: pyte
         command.main(line)
 
 
+def test_paths_that_lead_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no ids of the Hub: nothing is fetched before they are found missing."""
+    line = [
+        "table9",
+        "--cache",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--base",
+        "./no-clip",
+        "--checkpoint",
+        f"Cars={tmp_path}/no",
+    ]
+    assert command.main([*line, "--dataset", f"Cars={tmp_path}", "--dry-run"]) == 1
+    assert (
+        capsys.readouterr().out.count("MISSING: there is no such file or folder") == 2
+    )  # a data set's folder is there
+    with pytest.raises(SystemExit, match=r"LoRA adapter of Cars: there is no such file or folder: .*/no\n"):
+        command.main(line)
+
+
 def test_room_for_what_is_fetched(
     clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from reproduce.needs import ON_HUB
 from reproduce.vision.tasks import HubData, VisionTask
 
 FILES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp", ".tif", ".tiff"}
@@ -161,7 +162,7 @@ class Place:
         return HubImages.of(data, f"{hub.id}, {split}")
 
     def __str__(self) -> str:
-        return str(self.folder) if self.folder else f"{self.hub.id} on the Hub" if self.hub else "nowhere"
+        return str(self.folder) if self.folder else f"{self.hub.id}{ON_HUB}" if self.hub else "nowhere"
 
 
 def place_of(task: VisionTask, data: Path | None, ids: Mapping[str, HubData]) -> Place | None:
