@@ -60,6 +60,10 @@ class TunerState:
     def remove(self, adapter_name: str) -> None:
         """Take the new adapter, which may be missing, out again, with every layer that PEFT has put around a module for it."""
         if adapter_name in self._tuner.peft_config:
+            # PEFT raises where several adapters stay active around a module that is trained in full.
+            for module in self._tuner.modules():
+                if isinstance(module, _HOLDERS):
+                    module._active_adapter = []  # type: ignore[assignment]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT warns that it picks another active adapter
                 self._tuner.delete_adapter(adapter_name)

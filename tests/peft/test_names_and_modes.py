@@ -108,6 +108,31 @@ def test_failure_leaves_no_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(models.deltas(model, "merged")) == 4
 
 
+@pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")  # of the head
+def test_failure_beside_two_active_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT deletes no adapter while two are active, where one of them trains a module in full; here both stay as they were."""
+    model = models.with_lora(
+        models.bert_classifier(),
+        {
+            "sentiment": {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]},
+            "topic": {"r": 2, "target_modules": ["query"]},
+        },
+    )
+    model.base_model.set_adapter(NAMES)
+    before, output = list(model.state_dict()), models.output(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "write_extras", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.add_weighted_adapter(NAMES, [1.0, 1.0], "both", combination_type="ta", extras="first")
+    assert list(model.state_dict()) == before and model.active_adapters == NAMES
+    assert torch.equal(models.output(model), output)
+    model.add_weighted_adapter(NAMES, [1.0, 1.0], "both", combination_type="ta", extras="first")
+
+
 def test_compiled_layers(tmp_path: Path) -> None:
     """Adapters saved from layers that were compiled one by one, or in blocks, are those of the model as it is otherwise."""
     model = two()
