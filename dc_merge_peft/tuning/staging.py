@@ -29,7 +29,7 @@ def staged(evaluate: Evaluate, model: nn.Module | None) -> Iterator[Evaluate]:
         model: A ``PeftModel``, or a base model, which is wrapped in one for as long as the block lasts.
 
     Raises:
-        OptionError: what is no model, or holds an adapter of the candidate's name.
+        OptionError: what is no model, holds an adapter of the candidate's name, or has its adapters disabled.
         OutputError: the candidate does not fit into the model.
     """
     if model is None:
@@ -40,6 +40,7 @@ def staged(evaluate: Evaluate, model: nn.Module | None) -> Iterator[Evaluate]:
 
     tuner: Any = tuner_of(model)
     check_name(NAME, tuner.peft_config if tuner is not None else ())
+    _refuse_disabled(model)
     before = PlainState(model) if tuner is None else TunerState(tuner)
     attentions = AttentionWeights(model)
     there: MergedAdapter | None = None
@@ -74,6 +75,24 @@ def staged(evaluate: Evaluate, model: nn.Module | None) -> Iterator[Evaluate]:
         if tuner is not None:
             with suppress(AttributeError):  # a mixed model asks its tuner
                 model.active_adapter = active
+
+
+def _refuse_disabled(model: nn.Module) -> None:
+    """Where adapters are disabled, every candidate would be, and have the base model's score."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        # Before version 0.18 of PEFT the layers around tokens are disabled where they are not active.
+        if (
+            isinstance(module, BaseTunerLayer)
+            and module.disable_adapters
+            and not isinstance(module, TrainableTokensLayer)
+        ):
+            raise OptionError(
+                f"the adapters of the model are disabled, as in '{name}', so that no candidate would act: expected enabled ones; "
+                "call tune outside of disable_adapter(), or model.base_model.enable_adapter_layers() first"
+            )
 
 
 def tuner_of(model: nn.Module) -> nn.Module | None:

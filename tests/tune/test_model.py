@@ -170,6 +170,23 @@ def test_refused(workspace: Path) -> None:
     assert os.path.isdir("math-lora")
 
 
+def test_disabled_adapters(elsewhere: Path) -> None:
+    """Every candidate would be disabled, too, and have the base model's score."""
+    model = with_adapters()
+    with (
+        model.disable_adapter(),
+        refused(
+            OptionError,
+            "the adapters of the model are disabled, as in",
+            "expected enabled ones",
+            "enable_adapter_layers()",
+        ),
+    ):
+        tune(NAMES, lambda found: 0.0, merger=SUM, alphas=[1.0], model=model)
+    assert list(model.peft_config) == list(NAMES)
+    assert len(tune(NAMES, lambda found: 0.0, merger=SUM, alphas=[1.0], model=model).trials) == 1
+
+
 @pytest.mark.filterwarnings("ignore:kept outside B and A")
 @pytest.mark.parametrize("own", [False, True])
 def test_trained_modules(workspace: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
