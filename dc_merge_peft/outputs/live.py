@@ -51,7 +51,7 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
         check_extras(result, model, shared=False)
         config = _config_for(result, seen)
         with own_layers_on_failure(model):
-            with _readable_refusals(config), _without_numbers(not result.extras.values):
+            with _readable_refusals(config), _without_numbers(not result.extras.values), _trainable_later(model):
                 wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
             write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
             write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def install_in_tuner(
         tuner.peft_config[adapter_name] = config
         # What stands outside the factors is copied.
         empty = not result.extras.values and not (_FILLED and isinstance(tuner, MixedModel))
-        with _readable_refusals(config), _without_numbers(empty):
+        with _readable_refusals(config), _without_numbers(empty), _trainable_later(tuner):
             tuner.inject_adapter(tuner.model, adapter_name)
         write_factors(result, tuner.model, adapter_name)
         write_extras(result, tuner.model, adapter_name)
@@ -106,6 +106,12 @@ def _without_numbers(empty: bool) -> AbstractContextManager[object]:
     """New factors on the meta device: random numbers, which are replaced at once, take as long as the merge. PEFT's own
     ``low_cpu_mem_usage`` patches ``nn.Module`` for all threads of the process; this is for the calling one."""
     return torch.device("meta") if empty else nullcontext()
+
+
+def _trainable_later(model: nn.Module) -> AbstractContextManager[object]:
+    """What PEFT makes outlives the caller's inference mode; a model that was made in one can't be changed outside of it."""
+    inside = torch.is_inference_mode_enabled() and any(parameter.is_inference() for parameter in model.parameters())
+    return torch.inference_mode(inside)
 
 
 def check_name(adapter_name: str, taken: Any, seen: LiveModel | None = None) -> None:

@@ -75,6 +75,33 @@ def test_inference_mode(tmp_path: Path, way: str) -> None:
     assert all(difference(delta, merged.delta(name)) < 1e-5 for name, delta in models.deltas(model, "merged").items())
 
 
+@pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")  # of what lies outside B and A
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["pooler"]}, {"trainable_token_indices": [1, 5]}], ids=str)
+def test_inference_mode_with_trained_modules(fields: dict[str, Any]) -> None:
+    """The same for modules and tokens that are trained in full."""
+    model = two(**fields)
+    with torch.inference_mode():
+        model.add_weighted_adapter(NAMES, [1.0, 1.0], "merged", combination_type="ta", extras="average")
+    model.set_adapter("merged")
+    model(models.IDS).pooler_output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["pooler"]}], ids=["factors", "module"])
+def test_model_of_inference_mode(fields: dict[str, Any]) -> None:
+    """A model that was made in inference mode is merged there."""
+    with torch.inference_mode():
+        model = two(**fields)
+        model.add_weighted_adapter(NAMES, [1.0, 1.0], "merged", combination_type="ta", extras="average")
+        model.set_adapter("merged")
+        found = models.output(model)
+    model = two(**fields)
+    model.add_weighted_adapter(NAMES, [1.0, 1.0], "merged", combination_type="ta", extras="average")
+    model.set_adapter("merged")
+    assert torch.equal(models.output(model), found)
+
+
 @pytest.mark.parametrize("activate", [False, True])
 def test_disabled_adapters(tmp_path: Path, activate: bool) -> None:
     """Where all adapters are disabled the new one is, in the layers that are new with it as in the others."""
