@@ -51,6 +51,7 @@ class RunConfig:
     models: tuple[str, ...] = ()  # full models, in the place of adapters
     average: tuple[str, ...] = ()
     lora_rank: int | None = None
+    allow_identical: bool = False
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
@@ -99,14 +100,14 @@ class RunConfig:
         for name in ("output", "method", "rename", "dtype", "device", "base", "extras", "max_memory"):
             if values.get(name) is not None:
                 values[name] = str(values[name])
-        for name in ("allow_different_bases", "allow_zero"):
+        for name in ("allow_different_bases", "allow_zero", "allow_identical"):
             if values.get(name) is not None and not isinstance(values[name], bool):
                 raise OptionError(f"the configuration '{path}' has {name}: {values[name]!r}: expected true or false")
         return cls(**{name: value for name, value in values.items() if value is not None}, options={**options, **loose})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of what is set."""
-        flags = ("models", "average", "allow_different_bases", "allow_zero")
+        flags = ("models", "average", "allow_different_bases", "allow_zero", "allow_identical")
         unused = {name for name in flags if not getattr(self, name)} | ({"adapters"} if self.models else set())
         values = {name: value for name, value in vars(self).items() if value is not None and name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -256,7 +257,8 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         dora_rank=result.dora.rank if result.dora else None,
         extras=_policy(result),
         allow_different_bases=len({base_place(info) for info in result.adapters if info.base_model}) > 1,
-        allow_zero=result.allow_zero,
+        allow_zero=result.allow_zero and not full,
+        allow_identical=result.allow_zero and bool(full),
     )
     record: dict[str, Any] = {
         "dc_merge_peft": __version__,

@@ -86,6 +86,7 @@ def merge_full(
         options=dict(assignments(option or [], shortcuts)),
         average=tuple(average) if average else None,
         lora_rank=lora_rank,
+        allow_identical=allow_identical,
         device=device,
         max_memory=max_memory,
     )
@@ -104,7 +105,7 @@ def merge_full(
     settings: dict[str, Any] = {
         "average": run.average,
         "lora_rank": run.lora_rank,
-        "allow_identical": allow_identical,
+        "allow_identical": run.allow_identical,
         "max_shard_size": max_shard_size,
         "trust_remote_code": trust_remote_code,
     }

@@ -20,7 +20,7 @@ from dc_merge_peft.sources.base_model import BaseModel
 
 # Settings of one kind of input alone.
 FOR_ADAPTERS = ("adapters", "rename", "svd_rank", "dtype", "dora_rank", "extras", "allow_different_bases", "allow_zero")
-FOR_MODELS = ("models", "average", "lora_rank")
+FOR_MODELS = ("models", "average", "lora_rank", "allow_identical")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+),?")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_json_and_overwrite(workspace: Path) -> None:
     assert outcome["record"]["tensors"] == {"merged": 14, "averaged": 7, "copied": 0} and outcome["output"] == "out"
     assert len(outcome["modules"]) == 14 and outcome["seconds"]["total"] > outcome["seconds"]["merge"] > 0
     assert yaml.safe_load(Path("out/dc_merge.yaml").read_text())["method"] == "tsvm"
+
+
+def test_what_was_allowed_is_recorded(workspace: Path) -> None:
+    """--config of a merge that was allowed a model equal to the base model makes the same bytes, without the flag."""
+    shutil.copytree("base", "untrained")
+    assert run("merge-full", *ALL, "untrained", "-o", "out", "--allow-identical").exit_code == 0
+    again = run("merge-full", "--config", "out/dc_merge.yaml", "-o", "again")
+    assert again.exit_code == 0, again.output
+    for name in ("dc_merge.yaml", "model.safetensors", "README.md"):
+        assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
+    assert yaml.safe_load(Path("out/dc_merge.yaml").read_text())["allow_identical"] is True
 
 
 def test_an_adapter(workspace: Path) -> None:
