@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from dc_merge_peft.errors import EvaluationError, OptionError, first_line, unknown_name
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.directory import hidden_beside
+from dc_merge_peft.together import is_finite
 
 PLACEHOLDER = "{adapter}"
 VARIABLE = "DC_MERGE_ADAPTER"  # in the environment of the command
@@ -166,9 +167,9 @@ def checked_score(score: Any, who: str) -> float:
             one = score.item()
     if isinstance(one, bool) or not isinstance(one, numbers.Real):
         raise EvaluationError(f"{who} {score!r:.100}: expected a number, such as an accuracy or a loss")
-    if not math.isfinite(one):
+    if not is_finite(one):
         raise EvaluationError(
-            f"{who} {float(one)}: expected a finite number; a candidate that breaks the model should score badly, not nothing"
+            f"{who} {one!r:.100}: expected a finite number; a candidate that breaks the model should score badly, not nothing"
         )
     return float(one)
 

@@ -129,6 +129,8 @@ def test_kinds_of_numbers(workspace: Path, score: Any) -> None:
             "the evaluation gave nan: expected a finite number; a candidate that breaks the model should score badly",
         ),
         (math.inf, "the evaluation gave inf: expected a finite number"),
+        (np.float64("nan"), "the evaluation gave nan: expected a finite number"),
+        (10**400, f"the evaluation gave 1{'0' * 99}: expected a finite number"),
     ],
 )
 def test_no_numbers(workspace: Path, score: Any, words: str) -> None:
