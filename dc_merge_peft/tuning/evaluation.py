@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from dc_merge_peft.together import is_finite
 PLACEHOLDER = "{adapter}"
 VARIABLE = "DC_MERGE_ADAPTER"  # in the environment of the command
 _GRACE = 5.0  # seconds that a program has to end before it is killed
+_LOOK = 0.5  # seconds between two looks whether it has ended
 # A word may hold digits (epoch3, top@5, 12.5s) and is no number for it.
 _NUMBER = re.compile(
     r"(?<![\w.@])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)(?!\.?[\w@])", re.IGNORECASE
@@ -97,7 +99,7 @@ class CommandEvaluation:
                 "own words need one, as in sh -c '...'"
             ) from error
         try:
-            stdout, stderr = process.communicate(timeout=self.timeout)
+            stdout, stderr = _communicated(process, self.timeout)
         except subprocess.TimeoutExpired as error:
             raise EvaluationError(
                 f"the command '{self.command}' was ended after {self.timeout:g} s: expected a number by then; allow more (timeout, --timeout), or "
@@ -172,6 +174,34 @@ def checked_score(score: Any, who: str) -> float:
             f"{who} {one!r:.100}: expected a finite number; a candidate that breaks the model should score badly, not nothing"
         )
     return float(one)
+
+
+def _communicated(process: subprocess.Popen[str], timeout: float | None) -> tuple[str, str]:
+    """What a program prints until it has ended. What it leaves running with its output open is ended, or left alone where it has made
+    itself a session of its own.
+
+    Raises:
+        TimeoutExpired: it has not ended by then.
+    """
+    start, over = time.monotonic(), None
+    while True:
+        try:
+            return process.communicate(timeout=_LOOK if timeout is None else min(_LOOK, timeout))
+        except subprocess.TimeoutExpired as waiting:
+            now = time.monotonic()
+            if process.poll() is None:
+                if timeout is not None and now - start > timeout:
+                    raise subprocess.TimeoutExpired(process.args, timeout) from None
+                continue
+            over = over or now
+            if now - over > 2 * _GRACE:
+                return _text(waiting.output), _text(waiting.stderr)
+            if now - over > _GRACE:
+                _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def _text(part: str | bytes | None) -> str:
+    return part.decode("utf-8", "replace") if isinstance(part, bytes) else part or ""
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from dc_merge_peft import DCMergeAdapter, EvaluationError, MergedAdapter, OptionError, OutputError, tune
+from dc_merge_peft import DCMergeAdapter, EvaluationError, MergedAdapter, OptionError, OutputError, tune, tuning
 from dc_merge_peft.tuning import CommandEvaluation
 from dc_merge_peft.tuning.evaluation import last_number
 from tests.support.evaluating import NAMES, combined, count_merges, runs, write_program
@@ -159,6 +159,19 @@ def test_time(merged: MergedAdapter) -> None:
     while left := [line for line in _commands() if "open('child'" in line]:
         assert time.monotonic() < until, left
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("own_session", [False, True])
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_what_a_program_leaves_running(
+    merged: MergedAdapter, monkeypatch: pytest.MonkeyPatch, own_session: bool, timeout: float | None
+) -> None:
+    """With its output open: the search does not wait for its end, and the score counts."""
+    monkeypatch.setattr(tuning.evaluation, "_GRACE", 0.5)
+    left = f"import subprocess, sys; subprocess.Popen(['sleep', '20'], start_new_session={own_session}); print(0.5)"
+    start = time.monotonic()
+    assert evaluation(left, timeout)(merged) == 0.5
+    assert time.monotonic() - start < 10
 
 
 def _commands() -> list[str]:
