@@ -16,6 +16,7 @@ os.environ.setdefault("COLUMNS", "120")
 import torch
 
 torch.set_num_threads(1)
-# A shell starts what it puts in the background with interrupts ignored, and programs that the tests start would be so, too.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background and nohup start programs with these signals ignored, and what the tests start would ignore them, too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
