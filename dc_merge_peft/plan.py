@@ -12,10 +12,10 @@ import torch
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, UnsupportedAdapterError, preview
 from dc_merge_peft.extras import ExtrasPlan, plan_extras
-from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
+from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import plain, without_effect
-from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns
+from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns, pattern_path
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
@@ -82,8 +82,7 @@ class MergePlan:
         stored: dict[str, int] = {}  # rank by the path of PEFT's pattern; that of all experts is one
         sizes: dict[str, int] = {}
         for module, rank in zip(self.modules, ranks, strict=True):
-            layer = module.layout.layer(module.name).removesuffix(STORED_OUT_PROJ)
-            path = "" if module.layout.kind == "expert" else layer
+            path = "" if module.layout.kind == "expert" else pattern_path(module.name, module.layout)
             stored[path] = max(rank, stored.get(path, 1))
             sizes[path] = sizes.get(path, 0) + sum(module.shape)
         entries = max(stored.values()) * sum(sizes.values())

@@ -22,10 +22,8 @@ from dc_merge_peft.together import base_place
 
 FILE_NAME = RECORD_FILE
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
-_OF_TAGS = (
-    LookupError,
-    AttributeError,
-)  # PyYAML's at values that are not what their tag says, as !!int '' or !!timestamp x
+# PyYAML's at values that are not what their tag says, as !!int '' or !!timestamp x
+_OF_TAGS = (LookupError, AttributeError)
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
 
 

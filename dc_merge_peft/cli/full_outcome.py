@@ -42,7 +42,7 @@ def print_full(done: FusedModel, output: str | None, seconds: float, *, as_json:
         return
     out, full = console(), done.merged.full
     assert full is not None
-    print_merged(out, done.merged, seconds, things="models")
+    print_merged(out, done.merged, seconds)
     others = "" if full.lora else f", {full.averaged} averaged, {full.copied} as in the base model"
     say(out, f"{full.merged} tensors merged{others}")
     print_remarks(out, done.remarks)

@@ -13,7 +13,7 @@ from rich.console import Console
 from dc_merge_peft.cli.show import bytes_in_words, console, say, table
 from dc_merge_peft.fusing import FusedModel, FusePlan
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules
+from dc_merge_peft.outputs.rows import group_columns, grouped_modules, things_of
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import RunConfig, run_record
@@ -126,9 +126,9 @@ def _print_adapters(out: Console, plan: MergePlan) -> None:
     out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))
 
 
-def print_merged(out: Console, merged: MergeResult, seconds: float, *, things: str = "adapters") -> None:
-    """The table of modules, and the merge in a line; ``things`` is what was merged."""
-    columns = [things if column == "adapters" else column for column in GROUP_COLUMNS]
+def print_merged(out: Console, merged: MergeResult, seconds: float) -> None:
+    """The table of modules, and the merge in a line."""
+    columns, things = group_columns(merged), things_of(merged)
     merged_things = things.removesuffix("s") if len(merged.adapters) == 1 else things
     out.print(table("Merged modules", columns, grouped_modules(merged), right=columns[1:]))
     out.print(

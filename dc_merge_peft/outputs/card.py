@@ -20,7 +20,7 @@ from dc_merge_peft.outputs.card_facts import (
     versions,
 )
 from dc_merge_peft.outputs.markdown import code, fenced, text
-from dc_merge_peft.outputs.rows import GROUP_COLUMNS, grouped_modules, rows_by_layer
+from dc_merge_peft.outputs.rows import group_columns, grouped_modules, rows_by_layer, things_of
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import printable_yaml
 from dc_merge_peft.sources.base import AdapterInfo, CardFacts
@@ -183,11 +183,11 @@ def _source(info: AdapterInfo) -> str:
 
 def _modules(result: MergeResult) -> str:
     """A table with a row a module, or a row for all modules of one name and shape where they are many."""
-    by_layer, things = rows_by_layer(result), "models" if result.full else "adapters"
+    by_layer = rows_by_layer(result)
     if len(by_layer) <= MOST_ROWS:
-        return _table(("module", "shape", things, "rank", "truncation error"), map(_row, by_layer))
+        return _table(("module", "shape", things_of(result), "rank", "truncation error"), map(_row, by_layer))
     rows = ([f"`{code(name)}`", *cells] for name, *cells in grouped_modules(result))
-    table = _table([things if column == "adapters" else column for column in GROUP_COLUMNS], rows)
+    table = _table(group_columns(result), rows)
     return f"{len(result.modules)} modules; a row is all of one name and shape, with the largest truncation error.\n\n{table}"
 
 

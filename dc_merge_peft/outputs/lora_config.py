@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dc_merge_peft.errors import OutputError, preview
-from dc_merge_peft.layout import STORED_OUT_PROJ, Layout
+from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank, is_ordinary
 from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
-from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns
+from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns, pattern_path
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
@@ -58,12 +58,6 @@ def stored_ranks(result: MergeResult) -> Ranks:
     if padded <= LARGEST_PADDING * exact or beyond_patterns(ranks):
         return Ranks(result.max_rank, {})
     return Ranks(r, {re.escape(path): rank for path, rank in pattern.items()})
-
-
-def pattern_path(module: str, layout: Layout) -> str:
-    """The path that PEFT matches rank patterns with: both projections of an attention share the attention's, all experts
-    of a parameter that of its stored pair, which no pattern can name."""
-    return layout.layer(module).removesuffix(STORED_OUT_PROJ) if layout.kind in ("expert", "out_proj") else module
 
 
 def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str, Any]:

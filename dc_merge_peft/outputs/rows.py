@@ -7,7 +7,15 @@ from typing import Any
 
 from dc_merge_peft.result import MergeResult, common_truncation_error
 
-GROUP_COLUMNS = ("module", "count", "shape", "adapters", "rank", "largest error")
+
+def things_of(result: MergeResult) -> str:
+    """What was merged, in a word that heads a column."""
+    return "models" if result.full else "adapters"
+
+
+def group_columns(result: MergeResult) -> tuple[str, ...]:
+    """The heads of :func:`grouped_modules`."""
+    return ("module", "count", "shape", things_of(result), "rank", "largest error")
 
 
 def grouped_modules(result: MergeResult) -> Iterator[tuple[object, ...]]:
