@@ -26,15 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the lines where they are wanted."""
     options = parse(arguments)
     from accuracy.alpha_study import APART, alpha_study, table
+    from accuracy.command import results_folder
     from accuracy.evaluate import Rows, own_hits
     from accuracy.plan import Settings
     from common.tables import markdown
 
     command = importlib.import_module(f"{options.suite}.command")
     suite = command.suite(options.cache, tuple(options.seeds))
-    usual: Settings = getattr(command, "SETTINGS", Settings())
+    usual: Settings = command.BENCHMARK.scale(options.brief)
     settings = dataclasses.replace(usual, counts=tuple(options.counts))
-    rows = Rows(options.cache / "results" / f"rows-{settings.precision}.jsonl")
+    rows = Rows(results_folder(options.cache, options.brief) / f"rows-{settings.precision}.jsonl")
     try:
         own = own_hits(suite, rows.found)
     except KeyError as error:
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--counts", type=int, nargs="+", default=[4, 8], metavar="T", help="numbers of tasks (default: 4 8)"
     )
+    parser.add_argument("--brief", action="store_true", help="beside what the benchmark measured with --brief")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of adapters (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the lines as JSON")

@@ -11,6 +11,7 @@ import pytest
 import study_alpha
 from accuracy import alpha_study
 from accuracy.alpha_study import INSIDE, LIBRARY, rules, table
+from accuracy.command import Benchmark
 from accuracy.evaluate import Rows, evaluate, own_hits
 from accuracy.merging import by_method, factors
 from accuracy.plan import Settings
@@ -96,7 +97,7 @@ def test_program(
     """The suite of a benchmark's own command, with its settings; the table printed and the lines written."""
 
     class Door:
-        SETTINGS = SETTINGS
+        BENCHMARK = Benchmark("text8", "", lambda cache: True, SmallSuite, SETTINGS.counts, settings=SETTINGS)
 
         @staticmethod
         def suite(cache: Path, seeds: tuple[int, ...]) -> SmallSuite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def test_directions_of_what_is_ahead(suite: SmallSuite, tmp_path: Path, better: 
         kept = inspect_merge(merged, folders).modules
         expected += [each.projected_dir_sim for module in kept.values() for each in module.values()]
     assert similar["small", 2, "ta"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
-    assert dir_sim(suite, "ta", 2) == pytest.approx(similar["small", 2, "ta"], abs=1e-4)
+    assert dir_sim(suite, "ta", [("a", "b"), ("c", "d")]) == pytest.approx(similar["small", 2, "ta"], abs=1e-4)
 
 
 def test_what_is_done_is_kept(suite: SmallSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +70,11 @@ def test_a_run_goes_on_where_it_was(suite: SmallSuite, tmp_path: Path, monkeypat
     """What was measured before an error is not measured again."""
     asked: list[str] = []
 
-    def failing(suite: SmallSuite, method: str, count: int) -> float:
+    def failing(suite: SmallSuite, method: str, groups: Sequence[Sequence[str]]) -> float:
         asked.append(method)
         if asked == ["dc", "ta"]:
             raise KeyboardInterrupt
-        return dir_sim(suite, method, count)
+        return dir_sim(suite, method, groups)
 
     monkeypatch.setattr(directions, "dir_sim", failing)
     with pytest.raises(KeyboardInterrupt):

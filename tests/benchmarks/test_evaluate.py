@@ -13,7 +13,7 @@ from accuracy.contenders import CONTENDERS, TABLES, WITH_DATA, Contender, groups
 from accuracy.evaluate import Rows, evaluate
 from accuracy.merging import Merge, by_method
 from accuracy.plan import Settings
-from accuracy.workers import shared_out
+from accuracy.workers import one_thread, shared_out
 from peft import PeftModel
 
 from dc_merge_peft import DCMergeAdapter
@@ -191,4 +191,7 @@ def test_threads_of_this_process_stay() -> None:
     """One worker works here, with the threads there are."""
     before = torch.get_num_threads()
     list(shared_out(pow, [1], int, "2", 1))
+    assert torch.get_num_threads() == before
+    with one_thread():
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -22,6 +22,7 @@ from accuracy.workers import ending_together, say
 
 STAGES = ("data", "train", "evaluate", "report")
 SEEDS = (0, 1, 2)
+BRIEF = "brief"  # the folder of what is measured at a smaller scale, in the one of results
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Benchmark:
     counts: tuple[int, ...] = Settings.counts
     seeds: tuple[int, ...] = SEEDS
     settings: Settings = field(default_factory=Settings)  # all else; counts and precision are of the command line
+    smaller: Settings | None = None  # those of --brief; None: settings.brief()
+
+    def scale(self, brief: bool) -> Settings:
+        """The settings, or those of the smaller scale."""
+        if not brief:
+            return dataclasses.replace(self.settings, counts=self.counts)
+        return self.smaller or dataclasses.replace(self.settings, counts=self.counts).brief()
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -44,6 +52,7 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     stages = f"of {', '.join(STAGES)}; default: all of them"
     cache = Path.home() / ".cache" / "dc-merge-peft" / benchmark.name
     counts, seeds = (" ".join(map(str, numbers)) for numbers in (benchmark.counts, benchmark.seeds))
+    smaller = " ".join(map(str, benchmark.scale(brief=True).counts))
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
     parser.add_argument(
         "--cache", type=Path, default=cache, metavar="DIR", help="packages, data, what is trained, and results"
@@ -52,17 +61,19 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
         "--out",
         type=Path,
         metavar="DIR",
-        help="of results.json, .csv and, without --page, .md (default: CACHE/results)",
+        help=f"of results.json, .csv and, without --page, .md (default: CACHE/results, with --brief CACHE/results/{BRIEF})",
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page of the docs to write the tables into")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(benchmark.seeds),
-                        help=f"of what is trained (default: {seeds})")  # fmt: skip
-    parser.add_argument("--counts", type=int, nargs="+", default=list(benchmark.counts), metavar="T",
-                        help=f"numbers of tasks to merge (default: {counts})")  # fmt: skip
+    parser.add_argument("--brief", action="store_true",
+                        help="at a smaller scale: one seed, one group of each number of tasks, few examples, rows of their own")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+",
+                        help=f"of what is trained (default: {seeds}; with --brief the first)")  # fmt: skip
+    parser.add_argument("--counts", type=int, nargs="+", metavar="T",
+                        help=f"numbers of tasks to merge (default: {counts}; with --brief {smaller})")  # fmt: skip
     parser.add_argument("--precision", choices=list(PRECISIONS), default=benchmark.settings.precision,
                         help="in which merges are measured; bfloat16, the default, is fast where the processor has it")  # fmt: skip
-    parser.add_argument("--with-data", action=argparse.BooleanOptionalAction, default=benchmark.settings.with_data,
-                        help="methods that look at training examples, too")  # fmt: skip
+    parser.add_argument("--with-data", action=argparse.BooleanOptionalAction, default=None,
+                        help="methods that look at training examples, too (default: where the settings have them)")  # fmt: skip
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
                         help=f"of methods and options, {REFERENCE!r} among them (default: all that there are)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")
@@ -72,6 +83,10 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     if options.only and REFERENCE not in options.only:
         parser.error(f"found --only without {REFERENCE!r}: expected it among them, since all are compared with it")
     options.stages = options.stages or list(STAGES)
+    options.seeds = options.seeds or list(benchmark.seeds[: 1 if options.brief else None])
+    usual = benchmark.scale(options.brief)
+    options.counts = options.counts or list(usual.counts)
+    options.with_data = usual.with_data if options.with_data is None else options.with_data
     return options
 
 
@@ -80,13 +95,13 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
     options = parse(benchmark, arguments)
     suite = benchmark.suite(options.cache, tuple(options.seeds))
     settings = dataclasses.replace(
-        benchmark.settings,
+        benchmark.scale(options.brief),
         counts=tuple(options.counts),
         precision=options.precision,
         with_data=options.with_data,
         only=tuple(options.only),
     )
-    rows = Rows(options.cache / "results" / f"rows-{options.precision}.jsonl")
+    rows = Rows(results_folder(options.cache, options.brief) / f"rows-{options.precision}.jsonl")
     with ending_together():
         for stage in STAGES:
             if stage in options.stages:
@@ -94,6 +109,11 @@ def run(benchmark: Benchmark, arguments: Sequence[str] | None) -> int:
                 done = _run_stage(stage, benchmark, suite, settings, rows, options)
                 say(f"{stage}: {done}, in {time.perf_counter() - start:.0f} s")
     return 0
+
+
+def results_folder(cache: Path, brief: bool) -> Path:
+    """Of the rows at the scale that was asked for, in a benchmark's cache."""
+    return cache / "results" / BRIEF if brief else cache / "results"
 
 
 def _run_stage(
@@ -107,7 +127,7 @@ def _run_stage(
     if stage == "evaluate":
         return f"{evaluate(suite, settings, rows, options.workers)} rows measured"
     results = results_of(suite, settings, rows.found)
-    out = options.out or options.cache / "results"
+    out = options.out or results_folder(options.cache, options.brief)
     write(results, out)
     write_cost(suite, rows.found, out)
     if options.page:

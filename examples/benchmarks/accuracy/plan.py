@@ -18,6 +18,7 @@ from accuracy.statistics import Wanted, wanted
 from accuracy.suite import Suite
 
 MEASURING = 1  # counts up with changes of how a merge is measured
+FEW, FEW_TESTED = 16, 48  # validation and test examples of a task at a smaller scale
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Settings:
     # So many tasks merged, and so many after them, where there are any, measured beside them: the paper's Table 11.
     seen: int = 8
     unseen: int = 4
+    one_group: bool = False  # of tasks stands for all of one number
     with_data: bool = True  # methods that look at training examples, where the suite has a door to them
     only: tuple[str, ...] = ()  # labels of contenders; none: all of them
 
@@ -50,6 +52,16 @@ class Settings:
         every = (*CONTENDERS, *(with_data(suite) if self.with_data else ()))
         chosen = [contender for contender in every if not self.only or contender.label in self.only]
         return [contender for contender in chosen if contender.runs_at(count, suite.kind.name)]
+
+    def brief(self) -> Settings:
+        """The same at a smaller scale: one group of each number of tasks, and few examples; the seeds are the suite's."""
+        few = (min(self.validation, FEW), min(self.test, FEW_TESTED))
+        return dataclasses.replace(self, validation=few[0], test=few[1], fewer=(), one_group=True)
+
+    def groups(self, tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
+        """Those of so many tasks that are measured."""
+        every = groups(tasks, count)
+        return every[:1] if self.one_group else every
 
     def seeds(self, seeds: Sequence[int], count: int) -> tuple[int, ...]:
         """Those whose merges of ``count`` tasks are measured."""
@@ -99,7 +111,7 @@ def jobs(suite: Suite, settings: Settings, own: Mapping[tuple[str, int], str]) -
     code, adapter, content = library_key(suite), cache(partial(adapter_key, suite)), cache(suite.content)
     for count in settings.counts:
         examples = settings.examples(count)
-        for group in groups(suite.tasks, count):
+        for group in settings.groups(suite.tasks, count):
             unseen = settings.beside(suite.tasks, count)
             texts = [content(task, part, examples[part]) for task in group for part in ("validation", "test")]
             texts += [content(task, "test", examples["test"]) for task in unseen]

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.tables import markdown as table
 
-from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES_OF, groups
+from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES_OF
 from accuracy.plan import Settings
 from accuracy.results import REFERENCE, RULES
 
@@ -87,7 +87,10 @@ def seeds_text(results: Mapping[str, Any]) -> str:
 def groups_text(results: Mapping[str, Any]) -> str:
     """Where several groups of one number of tasks are averaged."""
     tasks = [line["task"] for line in results["tasks"]]
-    sizes = {count: len(groups(tasks, count)) for count in sorted(results["settings"]["counts"])}
+    settings = settings_of(results)
+    sizes = {count: len(settings.groups(tasks, count)) for count in sorted(settings.counts)}
+    if settings.one_group:
+        return "One group of each number of tasks stands for all. "
     words = [f"{NUMBERS[number]} groups of {count}" for count, number in sizes.items() if number > 1]
     return f"{' and '.join(words).capitalize()} are averaged. " if words else ""
 

@@ -20,7 +20,6 @@ from accuracy.bootstrap import (
     mean_difference,
     mean_normalized,
 )
-from accuracy.contenders import groups
 from accuracy.evaluate import alone_name, unanswered
 from accuracy.plan import Settings, row_name, share
 from accuracy.suite import Suite
@@ -69,7 +68,7 @@ def merged_lines(
     suite: Suite, settings: Settings, rows: Mapping[str, Row], count: int, draws: int = DRAWS
 ) -> Iterator[dict[str, Any]]:
     """One line a contender and rule at one number of tasks; the pretrained model and the adapters themselves before them."""
-    together = groups(suite.tasks, count)
+    together = settings.groups(suite.tasks, count)
     tasks = [task for group in together for task in group]
     size, seeds = settings.examples(count)["test"], settings.seeds(suite.seeds, count)
     found = {label: _model(seeds, rows, label, together) for label in _labels(suite, settings, count)}

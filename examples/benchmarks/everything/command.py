@@ -2,6 +2,7 @@
 
 python -m examples.benchmarks.everything                        # all stages of all; what is done already is kept
 python -m examples.benchmarks.everything evaluate study figures report directions pages    # from cached adapters
+python -m examples.benchmarks.everything --brief    # all tables and figures at a smaller scale, into pages in the cache
 python -m examples.benchmarks.everything pages      # from what is saved in the docs
 python -m examples.benchmarks.everything check      # a part of what is published, made again and compared with it
 
@@ -9,6 +10,9 @@ data, train, evaluate, report: as each benchmark by itself has them. study: rule
 validation examples. figures: the paper's figures. directions: DirSim where the best method is another than DC-Merge. pages: docs/benchmarks.md, its first table in the README, the guide of
 docs/methods/index.md, and docs/figures. check: every method on eight tasks with the first seed, measured again, with adapters trained where there
 are none; it writes nothing but into the cache and is no part of "all stages". A run may be stopped at any time and goes on where it was.
+
+--brief: one seed of adapters, one group of each number of tasks, few examples. It has measurements of its own, shares adapters with the full
+scale, and leaves the repository's docs alone.
 """
 
 from __future__ import annotations
@@ -25,10 +29,11 @@ from typing import Any
 
 import study
 import study_alpha
-from accuracy.command import STAGES
+from accuracy.command import BRIEF, STAGES, results_folder
 from accuracy.evaluate import Rows
 from accuracy.workers import ending_together, say
 
+from everything import brief
 from everything.check import Checked, check, checked_tasks, table
 from everything.directions import saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page
@@ -67,10 +72,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--docs",
         type=Path,
-        default=ROOT / "docs",
         metavar="DIR",
-        help="pages to write into (default: those of the repository)",
+        help="pages to write into (default: those of the repository, with --brief CACHE/brief/docs)",
     )
+    parser.add_argument("--brief", action="store_true", help="everything at a smaller scale")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -84,13 +89,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     stages = (*EVERY_STAGE, CHECK)
     if unknown := sorted(set(options.stages) - set(stages)):
         parser.error(f"found the stage {unknown[0]!r}: expected some of {', '.join(stages)}")
+    if options.brief and CHECK in options.stages:
+        parser.error(f"found {CHECK} with --brief: expected one of the two; {CHECK} compares with the full scale")
     options.stages = options.stages or list(EVERY_STAGE)
+    options.docs = options.docs or (options.cache / BRIEF / "docs" if options.brief else ROOT / "docs")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for, and say how long each benchmark took."""
     options = parse(arguments)
+    if options.brief:
+        brief.make_pages(options.docs, ROOT, list(BENCHMARKS.values()))
     for name in options.only:
         if stages := [stage for stage in STAGES if stage in options.stages]:
             start = time.perf_counter()
@@ -110,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_pages(options.docs)
     if CHECK in options.stages:
         print(table({BENCHMARKS[name]: _check(name, options) for name in options.only}))
+    say("all that was asked for is done")
     return 0
 
 
@@ -184,21 +195,26 @@ def _draw(name: str, options: argparse.Namespace) -> None:
     """The figures of one benchmark."""
     from figures.command import main
 
-    cache, work = options.cache / name, options.cache / "figures" / name
+    cache, work = options.cache / name, options.cache / "figures" / (BRIEF if options.brief else "") / name
     out = options.docs / "figures" / BENCHMARKS[name]
     arguments = ["--suite", name, "--cache", str(cache), "--work", str(work), "--out", str(out)]
-    main([*arguments, "--workers", str(options.workers)])
+    main([*arguments, *(brief.FIGURES if options.brief else ()), "--workers", str(options.workers)])
 
 
 def _study(name: str, options: argparse.Namespace) -> None:
     """The default families of one benchmark, and what decides alpha; made where they have not been made."""
-    for main, file in ((study.main, STUDY), (study_alpha.main, ALPHA_STUDY)):
+    for main, file, smaller in (
+        (study.main, STUDY, brief.STUDY),
+        (study_alpha.main, ALPHA_STUDY, brief.ALPHA_STUDY),
+    ):
         out = options.docs / BENCHMARKS[name] / file
         if out.is_file():
             say(f"{name}: studied already; delete {out} to do it again")
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
-        main([name, "--cache", str(options.cache / name), "--workers", str(options.workers), "--out", str(out)])
+        scale = smaller if options.brief else ()
+        cache, workers = str(options.cache / name), str(options.workers)
+        main([name, "--cache", cache, *scale, "--workers", workers, "--out", str(out)])
 
 
 def _measure_directions(name: str, options: argparse.Namespace) -> None:
@@ -206,7 +222,7 @@ def _measure_directions(name: str, options: argparse.Namespace) -> None:
     (found,) = saved(options.docs, [BENCHMARKS[name]])
     cache = options.cache / name
     suite = importlib.import_module(f"{name}.command").suite(cache, tuple(found.data["seeds"]))
-    rows = Rows(cache / "results" / DIRECTIONS)
+    rows = Rows(results_folder(cache, options.brief) / DIRECTIONS)
     with ending_together():
         write_dir_sims(suite, found, options.docs / found.name, rows, options.workers)
 
@@ -228,7 +244,7 @@ def _run(name: str, stages: Sequence[str], options: argparse.Namespace) -> None:
     """One benchmark, by its own command."""
     docs = options.docs / BENCHMARKS[name]
     arguments = [*stages, "--cache", str(options.cache / name), "--workers", str(options.workers)]
-    arguments += ["--page", f"{docs}.md", "--out", str(docs)]
+    arguments += ["--page", f"{docs}.md", "--out", str(docs), *(["--brief"] if options.brief else [])]
     status = importlib.import_module(f"{name}.command").main(arguments)
     if status:
         raise SystemExit(status)

