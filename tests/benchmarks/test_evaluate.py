@@ -188,8 +188,14 @@ def test_work_is_shared_out() -> None:
 
 
 def test_threads_of_this_process_stay() -> None:
-    """One worker works here, with the threads there are."""
+    """One worker works here, with the threads there are; a single job of several here too, with one as they have."""
     before = torch.get_num_threads()
+
+    def threads(state: int, job: int) -> int:
+        return torch.get_num_threads()
+
+    assert list(shared_out(threads, [1, 2], int, "2", 1)) == [(1, before), (2, before)]
+    assert list(shared_out(threads, [1], int, "2", 2)) == [(1, 1)]
     list(shared_out(pow, [1], int, "2", 1))
     assert torch.get_num_threads() == before
     with one_thread():

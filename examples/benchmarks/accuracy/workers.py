@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 J = TypeVar("J")
@@ -29,13 +29,16 @@ def shared_out(
 ) -> Iterator[tuple[J, R]]:
     """``work(state, job)`` for every job, as they are done; ``state`` is ``make(argument)``, once in each process.
 
-    With one worker all is done in this process, in the order of the jobs.
+    With one worker all is done in this process, in the order of the jobs, with the threads there are; a single job of several workers too,
+    with one thread, as they have.
     """
     if workers == 1 or len(jobs) < 2:
         state = None
         for job in jobs:
-            state = state or make(argument)
-            yield job, work(state, job)
+            with nullcontext() if workers == 1 else one_thread():
+                state = state or make(argument)
+                found = work(state, job)
+            yield job, found
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin, initargs=(make, argument)) as pool:
