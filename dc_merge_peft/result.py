@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from dc_merge_peft.extra_values import MergedExtras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.sources.base import AdapterInfo
+from dc_merge_peft.together import is_finite
 
 R = TypeVar("R", bound="MergeResult")
 
@@ -154,7 +154,7 @@ class MergeResult:
         Raises:
             OptionError: alpha is no finite number.
         """
-        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not is_finite(alpha):
             raise OptionError(f"alpha is {alpha!r}: expected a finite number")
         return dataclasses.replace(self, alpha=float(alpha), options={**self.options, "alpha": float(alpha)})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import numbers
 import os
 import re
@@ -68,7 +67,7 @@ class CommandEvaluation:
         if not self.words:
             raise OptionError("the command is empty: expected a program, as in 'python evaluate.py {adapter}'")
         _check_placeholders(command, self.words)
-        if timeout is not None and (isinstance(timeout, bool) or not math.isfinite(timeout) or timeout <= 0):
+        if timeout is not None and (isinstance(timeout, bool) or not is_finite(timeout) or timeout <= 0):
             raise OptionError(f"the timeout is {timeout!r}: expected a number of seconds above 0")
         self.command, self.timeout = command, timeout
         self._beside = Path(beside)

@@ -201,6 +201,7 @@ def test_where_nothing_can_be_written(merged: MergedAdapter) -> None:
         ("true", 0, "the timeout is 0: expected a number of seconds above 0"),
         ("true", float("nan"), "the timeout is nan"),
         ("true", True, "the timeout is True"),
+        ("true", 10**400, "the timeout is 1000"),
     ],
 )
 def test_refused(command: str, timeout: float | None, words: str) -> None:
