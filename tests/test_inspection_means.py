@@ -1,4 +1,4 @@
-"""Numbers of an inspection over many modules: all of them, and groups."""
+"""Numbers of an inspection over many modules and adapters: all of them, and groups."""
 
 from __future__ import annotations
 
@@ -66,3 +66,15 @@ def test_nothing_is_minus_nothing() -> None:
         f for f in inspect_merge(merged, [first, second], progress=False).findings if f.adapters == ("task1",)
     )
     assert "(strength 0.00)" in finding.text
+
+
+def test_of_many_adapters_that_lost_directions_the_worst_are_named() -> None:
+    """Five of them; the line would have no end with hundreds. All are there for programs."""
+    sources = memory_sources({"layers.0.q": random_tasks(0, (30, 30), (3,) * 8, overlap=0.0)})
+    cut = DCMergeAdapter(method="ta").merge(sources, svd_rank=3, progress=False)
+    found = inspect_merge(cut, sources, progress=False)
+    (lost,) = [finding for finding in found.findings if "has lost directions" in finding.text]
+    kept = sorted((kept.retained_energy, name) for name, kept in found.overall.items())
+    assert len(lost.adapters) == 8 and kept[-1][0] < 0.9
+    assert "of the energy of 8 of 8 adapters it still holds only" in lost.text
+    assert f"{kept[4][0]:.0%} of '{kept[4][1]}' and at most {kept[-1][0]:.0%} of 3 more. Raise svd_rank" in lost.text

@@ -21,6 +21,8 @@ FLAT, PEAKED = 0.95, 0.25
 CONFLICT = 0.2
 # A task whose directions are partly gone, or whose DirSim is this much below the others'.
 LOST, BEHIND = 0.9, 0.5
+# Adapters that one finding names; with hundreds nobody would find its end.
+NAMED = 5
 
 
 def findings_before(
@@ -270,12 +272,12 @@ def findings_after(overall: Mapping[str, Kept], missing: Mapping[str, Sequence[s
             )
     lost = {name: kept.retained_energy for name, kept in overall.items() if kept.retained_energy < LOST}
     if lost:
-        listing = ", ".join(
-            f"{share:.0%} of '{name}'" for name, share in sorted(lost.items(), key=lambda item: item[1])
-        )
+        worst = sorted(lost.items(), key=lambda item: item[1])
+        listing = ", ".join(f"{share:.0%} of '{name}'" for name, share in worst[:NAMED])
+        rest = f" and at most {worst[-1][1]:.0%} of {len(worst) - NAMED} more" if len(worst) > NAMED else ""
         yield Finding(
             "warning",
             tuple(lost),
-            f"the merge has lost directions: of the energy of each adapter it still holds only {listing}. Raise svd_rank, or "
-            "let the method drop fewer entries (density, keep, ratio or drop, if it has one of these)",
+            f"the merge has lost directions: of the energy of {len(lost)} of {len(overall)} adapters it still holds only {listing}{rest}. "
+            "Raise svd_rank, or let the method drop fewer entries (density, keep, ratio or drop, if it has one of these)",
         )
