@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, report_merge
 from dc_merge_peft.inspection import inspect_adapters, inspect_merge
@@ -161,6 +162,27 @@ def test_from_disk_as_from_memory(case: Case) -> None:
     assert {row[5] for row in cut.one("table").cells()} == {"\N{EN DASH}"} and not root.all(
         "figure", id="truncation-map"
     )
+
+
+def test_zeros_that_a_merge_is_stored_with_are_no_rank(tmp_path: Path) -> None:
+    """Nearly equal ranks are stored as the largest: the page of the saved merge has those that its card has."""
+    tensors = {
+        f"base_model.model.layers.{layer}.q.lora_{key}.weight": factor
+        for layer, rank in enumerate((3, 4))
+        for key, factor in zip("AB", factors(12, 10, rank, seed=layer), strict=True)
+    }
+    one = write_checkpoint(tmp_path / "one", tensors, rank_pattern={"layers.0.q": 3, "layers.1.q": 4})
+    merged = DCMergeAdapter(method="ta").merge([one], progress=False)
+    merged.save_pretrained(tmp_path / "merged")
+    assert load_file(tmp_path / "merged" / "adapter_model.safetensors")[next(iter(tensors))].shape == (4, 10)
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "| 3 of 3 |" in card and "| 4 of 4 |" in card
+    for target in (merged, tmp_path / "merged"):
+        found = inspect_merge(target, [one], progress=False)
+        assert [spectrum.rank for spectrum in found.spectra.values()] == [3, 4]
+        root = parsed(report_merge(target, tmp_path / "page.html", progress=False, overwrite=True).read_text("utf-8"))
+        (row,) = root.one("section", id="truncation").one("table", class_="data").cells()
+        assert row[3] == "3-4"
 
 
 def test_the_same_merge_gives_the_same_page(case: Case, tmp_path: Path) -> None:

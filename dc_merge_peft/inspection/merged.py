@@ -142,10 +142,11 @@ def _inspect(
         # Of an all-zero delta there is nothing to keep.
         changed = [name for name, norm in norms_here.items() if norm > 0]
         if module in merged.modules:
-            *seen, delta = _together(module, tasks, _delta_of(merged, module), device)
+            target = _delta_of(merged, module)
+            *seen, delta = _together(module, tasks, target, device)
             of = dict(zip(tasks, seen, strict=True))
             modules[module] = {name: _kept(of[name], delta) for name in changed}
-            spectra[module] = _spectrum(merged, module, delta)
+            spectra[module] = _spectrum(merged, module, target, delta)
         else:
             modules[module] = dict.fromkeys(changed, NOTHING)
             for name in changed:
@@ -195,15 +196,22 @@ def _kept(task: Delta, merged: Delta) -> Kept:
     )
 
 
-def _spectrum(merged: MergeResult | Source, module: str, delta: Delta) -> MergedSpectrum:
-    """The merged delta by itself; what truncation took is known of a merge in memory only."""
+def _rank(target: Delta) -> int:
+    """The rank that a merge keeps, as its card has it: without the zeros that its factors may be stored with."""
+    if not isinstance(target, LowRank):
+        return target.rank
+    return int((target.B.any(dim=0) & target.A.any(dim=1)).sum())
+
+
+def _spectrum(merged: MergeResult | Source, module: str, target: Delta, delta: Delta) -> MergedSpectrum:
+    """The merged delta by itself, as it is held and on cores; what truncation took is known of a merge in memory only."""
     found = merged.modules[module]
     S = metrics.spectrum(delta)
     in_memory = isinstance(found, MergedModule)
     return MergedSpectrum(
         shape=found.delta.shape if in_memory else found.shape,
         layer_type=str(found.layout),
-        rank=found.rank,
+        rank=found.rank if in_memory else _rank(target),
         scaling=1.0 if isinstance(merged, MergeResult) else merged.scaling(module),
         S=tuple(S.tolist()),
         effective_rank=effective_rank_of(S),
