@@ -185,6 +185,18 @@ def test_zeros_that_a_merge_is_stored_with_are_no_rank(tmp_path: Path) -> None:
         assert row[3] == "3-4"
 
 
+def test_an_adapter_of_zeros_is_in_no_mean(tmp_path: Path) -> None:
+    """The head's mean and lowest projected DirSim are those of adapters that have something to keep, if any has."""
+    key, (A, B) = "base_model.model.enc.q.lora_{}.weight", factors(6, 5, 2)
+    one = write_checkpoint(tmp_path / "one", {key.format("A"): A, key.format("B"): B})
+    zero = write_checkpoint(tmp_path / "zero", {key.format("A"): A, key.format("B"): B * 0})
+    for paths, expected in (([one, zero], "1.000lowest: one"), ([zero], "\N{EN DASH}")):
+        merged = DCMergeAdapter(method="ta", alpha=1.0).merge(paths, allow_zero=True, progress=False)
+        root = parsed(merged.save_report(tmp_path / "page.html", progress=False, overwrite=True).read_text("utf-8"))
+        facts = {row.one("dt").text: row.one("dd").text for row in root.one("dl").all("div")}
+        assert facts["mean projected DirSim"] == expected
+
+
 def test_the_same_merge_gives_the_same_page(case: Case, tmp_path: Path) -> None:
     """No date, no random ids."""
     again = DCMergeAdapter(density=1.0, mask=False).merge(

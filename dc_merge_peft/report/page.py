@@ -83,10 +83,14 @@ def _lead(report: MergeReport) -> list[Child]:
 
 def _facts(report: MergeReport) -> Html:
     """The merge in six numbers."""
-    overall = report.after.overall
-    similarities = [kept.projected_dir_sim for kept in overall.values()]
-    lowest = min(overall, key=lambda name: overall[name].projected_dir_sim)
-    ranks = [module.rank for module in report.after.spectra.values()]
+    after = report.after
+    changing = {
+        name for row in after.modules.values() for name in row
+    }  # of an adapter that is all zero nothing is kept
+    similarities = {name: kept.projected_dir_sim for name, kept in after.overall.items() if name in changing}
+    lowest = min(similarities, key=lambda name: similarities[name], default=None)
+    mean = fixed(statistics.fmean(similarities.values()), 3) if similarities else sections.UNKNOWN
+    ranks = [module.rank for module in after.spectra.values()]
     warnings = sum(finding.level == "warning" for finding in report.findings)
     alpha, error, unknown = report.alpha, report.truncation_error, sections.UNKNOWN
     options = report.record.get("options")
@@ -94,8 +98,8 @@ def _facts(report: MergeReport) -> Html:
     facts: list[tuple[str, str, str]] = [
         ("method", clipped(report.method or unknown, 40), ""),
         ("alpha", unknown if alpha is None else f"{alpha:.4g}", "fitted without data" if fitted else ""),
-        ("modules", str(len(report.after.modules)), f"rank {max(ranks)} at most" if ranks else ""),
-        ("mean projected DirSim", fixed(statistics.fmean(similarities), 3), f"lowest: {clipped(lowest, 40)}"),
+        ("modules", str(len(after.modules)), f"rank {max(ranks)} at most" if ranks else ""),
+        ("mean projected DirSim", mean, f"lowest: {clipped(lowest, 40)}" if lowest is not None else ""),
         ("truncation error", unknown if error is None else f"{error:.2%}", ""),
         ("warnings", str(warnings), "in words below" if warnings else ""),
     ]
