@@ -27,12 +27,13 @@ def completed(result: R, plan: MergePlan, sources: Sequence[Source]) -> R:
         return result
     first = next(iter(dora.values()))
     errors = {index: source.truncation_error() for index, source in dora.items()}
-    remarks = [_dora_remark(result.adapters[index].name, error) for index, error in errors.items()]
+    remarks = [dora_remark(result.adapters[index].name, error) for index, error in errors.items()]
     record = DoraRecord(first.base, first.reading.rank, errors)
     return dataclasses.replace(result, dora=record, remarks=(*result.remarks, *remarks))
 
 
-def _dora_remark(name: str, error: float) -> str:
+def dora_remark(name: str, error: float) -> str:
+    """What is said of a DoRA adapter that was merged, by the relative error of reading it."""
     if error == 0:
         return f"adapter '{name}' is DoRA, whose delta is dense: it was read whole"
     return (

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dc_merge_peft import DCMergeAdapter, OptionError, SourceError, inspect_adapters, inspect_merge
+from dc_merge_peft import DCMergeAdapter, OptionError, SourceError, inspect_adapters, inspect_merge, report_merge
 from dc_merge_peft.sources import CheckpointSource
 from tests.support.dora import MODELS, deltas_by_peft, save_dora
+from tests.support.pages import parsed
 from tests.support.program import run
 from tests.support.refused import refused
 
@@ -107,6 +108,22 @@ def test_program_reads_adapters_as_the_record_says(made: Path, monkeypatch: pyte
     ]
     assert shown[0] == shown[1] == shown[2]
     assert {len(module["S"]) for module in shown[0]["adapters"][0]["modules"].values()} == {3}
+
+
+@pytest.mark.filterwarnings("ignore:adapter '.*' is DoRA, whose delta is dense")
+def test_the_page_says_how_well_they_were_read(made: Path) -> None:
+    """Once for each DoRA adapter, of a merge in memory and on disk."""
+    merged = DCMergeAdapter(method="ta").merge([made / "sentiment", made / "plain"], base=made / "base", dora_rank=2)
+    merged.save_pretrained(made / "seen")
+    for target in (merged, made / "seen"):
+        page = report_merge(target, made / "page.html", progress=False, overwrite=True)
+        notes = parsed(page.read_text("utf-8")).one("section", id="findings").all("li", class_="note")
+        (said,) = [note.text for note in notes if "is DoRA" in note.text]
+        assert merged.dora is not None
+        assert (
+            f"'sentiment' is DoRA, whose delta is dense: it was read at a lower rank with a relative error of {merged.dora.errors[0]:.2%}"
+            in said
+        )
 
 
 def test_refusals(made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dc_merge_peft.completion import dora_remark
 from dc_merge_peft.errors import OptionError, SourceError
 from dc_merge_peft.inspection.adapters import inspect_adapters
+from dc_merge_peft.inspection.data import Finding
 from dc_merge_peft.inspection.merged import inspect_merge, record_file, sources_of
 from dc_merge_peft.outputs.public import public_copy
 from dc_merge_peft.reading import checked_device
@@ -65,7 +68,18 @@ def gather(
     infos = [source.info for source in opened]
     merged_infos = infos if origin.merged is None else origin.merged
     weights, remarks = assigned(infos, merged_infos, origin.run.weights) if origin.record else (None, ())
+    if not isinstance(merged, MergeResult):  # one in memory remarks it itself
+        remarks = (*remarks, *_of_dora(origin.record))
     return MergeReport(before=before, after=after, record=origin.record, weights=weights, remarks=remarks)
+
+
+def _of_dora(record: Mapping[str, Any]) -> Iterator[Finding]:
+    """A note on each DoRA adapter, as far as the record, which may be a stranger's file, says how well it was read."""
+    outcome = record.get("record")
+    errors = outcome.get("dora_error") if isinstance(outcome, Mapping) else None
+    for name, error in errors.items() if isinstance(errors, Mapping) else ():
+        if isinstance(error, float) and math.isfinite(error):
+            yield Finding("note", (str(name),), dora_remark(str(name), error))
 
 
 def _of_result(merged: MergeResult, sources: Sequence[str | Path | Source] | None) -> _Origin:
