@@ -86,8 +86,7 @@ class LiveSource(Source):
         )
 
     def scaling(self, module: str) -> float:
-        layer = self._layers[self.modules[module].layout.layer(module)]
-        return float(layer.scaling[self._adapter])
+        return float(self._layer(module).scaling[self._adapter])
 
     def factors(self, module: str) -> LowRank:
         if self.is_dora:
@@ -95,17 +94,27 @@ class LiveSource(Source):
         return self.lora(module)
 
     def on_cpu(self, module: str) -> bool:
-        (holder, key), _ = factor_holders(self._layers[self.modules[module].layout.layer(module)], self._adapter)
+        (holder, key), _ = factor_holders(self._layer(module), self._adapter)
         return compute_device(getattr(holder, key).device).type in ("cpu", "meta")  # offloaded ones are read to the CPU
 
     def lora(self, module: str) -> LowRank:
         layout = self.modules[module].layout
-        layer = self._layers[layout.layer(module)]
+        layer = self._layer(module)
         A, B = (
             self._numbers(holder, key, f"{name} of '{module}' in adapter '{self._adapter}'")
             for (holder, key), name in zip(factor_holders(layer, self._adapter), layout.factor_names, strict=True)
         )
         return layout.to_lowrank(*layout.own(module, A, B), self.scaling(module))
+
+    def _layer(self, module: str) -> LoraLayer:
+        """The layer that holds a module's factors."""
+        layer = self._layers[self.modules[module].layout.layer(module)]
+        if self._adapter not in layer.scaling:
+            raise SourceError(
+                f"adapter '{self._adapter}' is no longer in the model, which has deleted it: expected to be read before; merge first, or load "
+                "it again and make another LiveSource"
+            )
+        return layer
 
     def _numbers(self, holder: nn.Module, key: str, name: str) -> Tensor:
         """A stored factor, from wherever it is kept."""
@@ -117,7 +126,7 @@ class LiveSource(Source):
         return self._extras[name].read()
 
     def magnitude(self, module: str) -> Tensor:
-        vectors = self._layers[self.modules[module].layout.layer(module)].lora_magnitude_vector
+        vectors = self._layer(module).lora_magnitude_vector
         if self._adapter not in vectors:
             raise SourceError(
                 f"adapter '{self._adapter}' is DoRA, but has no magnitude vector in '{module}': expected one in every layer; "

@@ -8,11 +8,13 @@ import pytest
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
+from dc_merge_peft import DCMergeAdapter, SourceError
 from dc_merge_peft.outputs.targets import choose_targets
 from dc_merge_peft.sources.live import LiveSource
 from dc_merge_peft.sources.live_model import LiveModel
 from dc_merge_peft.sources.targeting import Targets
 from tests.support import models
+from tests.support.refused import refused
 
 NAMES = ("red", "green", "blue", "grey")
 
@@ -53,6 +55,19 @@ def test_shared_walk_gives_the_same_source() -> None:
         alone, shared = LiveSource(model.base_model, name), LiveSource(model.base_model, name, seen)
         assert shared.modules == alone.modules
         assert all((shared.factors(each).dense() == alone.factors(each).dense()).all() for each in alone.modules)
+
+
+def test_an_adapter_that_the_model_has_deleted() -> None:
+    """Is an error in words, whatever of it is read."""
+    model = adapted(NAMES[:2])
+    sources = [LiveSource(model.base_model, name) for name in NAMES[:2]]
+    model.delete_adapter(NAMES[1])  # type: ignore[operator]
+    module = next(iter(sources[1].modules))
+    for read in (sources[1].factors, sources[1].scaling, sources[1].on_cpu):
+        with refused(SourceError, "adapter 'green' is no longer in the model", "merge first"):
+            read(module)
+    with refused(SourceError, "adapter 'green' is no longer in the model"):
+        DCMergeAdapter().merge(sources)
 
 
 def test_own_modules() -> None:
