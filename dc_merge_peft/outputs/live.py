@@ -41,6 +41,7 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
         )
     if not isinstance(model, (PeftModel, PeftMixedModel)):
         check_name(adapter_name, ())
+        refuse_around_peft(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise OptionError(
                 f"the {type(model).__name__} holds adapters already: expected a PeftModel, or a base model without any; pass "
@@ -69,6 +70,20 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
             if f".{adapter_name}." in name or name.endswith(f".{adapter_name}"):
                 parameter.requires_grad_(False)
     return model
+
+
+def refuse_around_peft(model: nn.Module) -> None:
+    """What torch.compile or DataParallel has put around a ``PeftModel`` is none itself, and holds one that can be given.
+
+    Raises:
+        OptionError: it is such.
+    """
+    inner = next((name for name, part in model.named_modules() if isinstance(part, (PeftModel, PeftMixedModel))), "")
+    if inner:
+        raise OptionError(
+            f"the {type(model).__name__} is put around a PeftModel: expected that one itself; give it, model.get_submodule('{inner}'), and "
+            "compile or distribute the model afterwards"
+        )
 
 
 def install_in_tuner(

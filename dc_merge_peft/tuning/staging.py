@@ -99,16 +99,21 @@ def tuner_of(model: nn.Module) -> nn.Module | None:
     """What holds the adapters of a ``PeftModel``; None of a base model.
 
     Raises:
-        OptionError: it is no model.
+        OptionError: it is no model, or something around a ``PeftModel``.
     """
     from peft import PeftMixedModel, PeftModel
     from torch import nn
+
+    from dc_merge_peft.outputs.live import refuse_around_peft
 
     if not isinstance(model, nn.Module):
         raise OptionError(
             f"found a {type(model).__name__} as the model: expected a PeftModel or a base model in memory"
         )
-    return model.base_model if isinstance(model, (PeftModel, PeftMixedModel)) else None
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        return model.base_model
+    refuse_around_peft(model)
+    return None
 
 
 def from_model(

@@ -114,6 +114,8 @@ def test_refusals(tmp_path: Path) -> None:
     ia3 = get_peft_model(models.bert(), IA3Config(target_modules=["key"], feedforward_modules=[]))
     with refused(OutputError, "IA3Model adapters", "expected LoRA", "PeftModel.from_pretrained"):
         merged.add_to(ia3)
+    with refused(OptionError, "the OptimizedModule is put around a PeftModel", "model.get_submodule('_orig_mod')"):
+        merged.add_to(torch.compile(model, backend="eager"), "other")  # type: ignore[arg-type]
     assert list(model.state_dict()) == keys and list(model.peft_config) == ["own"]
     assert not [key for base in (llama, classifier) for key in base.state_dict() if "lora" in key]
 

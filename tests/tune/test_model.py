@@ -155,6 +155,12 @@ def test_refused(workspace: Path) -> None:
     """No model, a name that is taken or ambiguous, another model."""
     with refused(OptionError, "found a str as the model: expected a PeftModel or a base model in memory"):
         tune(NAMES, lambda found: 0.0, model="base-model")  # type: ignore[arg-type]
+    around, expected = (
+        nn.DataParallel(with_adapters()),
+        "expected that one itself; give it, model.get_submodule('module')",
+    )
+    with refused(OptionError, "the DataParallel is put around a PeftModel", expected):
+        tune(list(ADAPTERS), lambda found: 0.0, model=around)
     with refused(OptionError, "the model already has an adapter 'candidate': expected a new name"):
         tune(
             NAMES,
