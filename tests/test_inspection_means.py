@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge
+from dc_merge_peft import DCMergeAdapter, LowRank, inspect_adapters, inspect_merge, metrics
 from dc_merge_peft.inspection.data import fixed
+from dc_merge_peft.inspection.pairs import pair_numbers
 from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
+from dc_merge_peft.lowrank import SharedSpace
 
 from .support.strategies import memory_sources, random_tasks, zero_task
 
@@ -78,3 +81,26 @@ def test_of_many_adapters_that_lost_directions_the_worst_are_named() -> None:
     assert len(lost.adapters) == 8 and kept[-1][0] < 0.9
     assert "of the energy of 8 of 8 adapters it still holds only" in lost.text
     assert f"{kept[4][0]:.0%} of '{kept[4][1]}' and at most {kept[-1][0]:.0%} of 3 more. Raise svd_rank" in lost.text
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.4, 1.0])
+def test_all_pairs_at_once_are_those_of_the_measures(overlap: float) -> None:
+    """Also of copies and opposites, different ranks, zeros, and deltas without room for all directions, which whitening of two bases
+    by their Gram matrix can't do."""
+    for shape, ranks in (((30, 24), (3, 3, 5, 1)), ((7, 9), (3, 3, 5, 1)), ((40, 8), (4, 4, 4, 4))):
+        tasks = random_tasks(7, shape, ranks, overlap=overlap)
+        tasks = [*tasks, tasks[0].scaled(2.0), tasks[1].scaled(-1.0), zero_task(shape), zero_task(shape)]
+        found = dict(pair_numbers(dict(enumerate(SharedSpace.of(tasks).cores))))
+        assert list(found) == list(itertools.combinations(range(len(tasks)), 2))
+        for (i, j), numbers in found.items():
+            pair = [task.to(torch.float64) for task in (tasks[i], tasks[j])]
+            measures = metrics.cos_sim, metrics.dir_sim, metrics.sign_conflict
+            expected = [*(measure(*pair) for measure in measures), *metrics.subspace_overlap(*pair)]
+            given = [
+                numbers.cos_sim,
+                numbers.dir_sim,
+                numbers.sign_conflict,
+                numbers.left_overlap,
+                numbers.right_overlap,
+            ]
+            assert given == pytest.approx(expected, abs=1e-6), (i, j)

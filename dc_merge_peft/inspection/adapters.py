@@ -24,6 +24,7 @@ from dc_merge_peft.inspection.data import (
     PairReport,
 )
 from dc_merge_peft.inspection.findings import findings_before
+from dc_merge_peft.inspection.pairs import pair_numbers
 from dc_merge_peft.inspection.reading import Opened, open_leniently
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
@@ -105,8 +106,8 @@ def _measure_all(
             cores = _shared_cores(group, device)
             for index, core in cores.items():
                 spectra[index][name] = _measured(spectra[index][name], core)
-            for i, j in itertools.combinations(cores, 2):
-                pairs[i, j][name] = _pair_numbers(cores[i], cores[j])
+            for pair, numbers in pair_numbers(cores):
+                pairs[pair][name] = numbers
             if len(cores) > 1 and name not in cover:
                 cover[name] = _cover_report(cores)
     adapters = tuple(_report(adapter, found) for adapter, found in zip(opened, spectra, strict=True))
@@ -156,17 +157,6 @@ def _described(source: Source, module: str, problem: str | None) -> ModuleSpectr
 def _measured(described: ModuleSpectrum, core: LowRank) -> ModuleSpectrum:
     S = metrics.spectrum(core)
     return dataclasses.replace(described, S=tuple(S.tolist()), effective_rank=effective_rank_of(S))
-
-
-def _pair_numbers(first: LowRank, second: LowRank) -> PairNumbers:
-    overlap = metrics.subspace_overlap(first, second)
-    return PairNumbers(
-        cos_sim=metrics.cos_sim(first, second),
-        dir_sim=metrics.dir_sim(first, second),
-        left_overlap=overlap.left,
-        right_overlap=overlap.right,
-        sign_conflict=metrics.sign_conflict(first, second),
-    )
 
 
 def _cover_report(cores: Mapping[int, LowRank]) -> CoverReport:

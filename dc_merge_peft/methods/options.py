@@ -7,6 +7,7 @@ any of those gives, or None, and ``words``, which says what that may be.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import types
 import typing
@@ -67,7 +68,7 @@ def build_config(config_type: type[C], values: Mapping[str, Any], *, method: str
             )
         if name not in fields:
             raise OptionError(unknown_name(f"option of method '{method}'", name, fields))
-    types_of = typing.get_type_hints(config_type)
+    types_of = _types_of(config_type)
     return config_type(**{name: coerce(name, value, types_of[name]) for name, value in values.items()})
 
 
@@ -77,7 +78,7 @@ def check_config(config: Any) -> None:
     Raises:
         OptionError: with the field, the value found and what is allowed.
     """
-    types_of = typing.get_type_hints(type(config))
+    types_of = _types_of(type(config))
     for field in dataclasses.fields(config):
         value = coerce(field.name, getattr(config, field.name), types_of[field.name])
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
@@ -85,6 +86,12 @@ def check_config(config: Any) -> None:
         if number and ((low is not None and value < low) or (high is not None and value > high)):
             raise OptionError(f"option '{field.name}' is {value}: expected {describe_bounds(low, high)}")
         object.__setattr__(config, field.name, value)
+
+
+@functools.cache
+def _types_of(config_type: type) -> Mapping[str, Any]:
+    """The types of the fields of a config. Their names are looked up once: that takes longer than all checks."""
+    return typing.get_type_hints(config_type)
 
 
 def coerce(name: str, value: Any, expected: Any) -> Any:
