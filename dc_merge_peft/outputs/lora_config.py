@@ -15,11 +15,12 @@ from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank, is_ordinary
 from dc_merge_peft.outputs.extras import extra_fields, has_head
-from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths
+from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths, too_long
 from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns, pattern_path
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, parameters_at
+from dc_merge_peft.sources.patterns import LONGEST_PATTERN
 from dc_merge_peft.sources.targeting import Targets
 
 
@@ -85,6 +86,12 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
             f"the merged modules {preview(experts)} are experts that transformers renames on loading, which PEFT can follow "
             "for lists of names only: expected adapters that list their target modules (not a regex, exclusions or layers); "
             "merge them inside PEFT instead"
+        )
+    if too_long(targets):
+        raise OutputError(
+            f"no list of target modules means exactly the {len(merged)} merged ones, and a pattern of their paths has {len(str(targets.target_modules))} "
+            f"characters: expected at most {LONGEST_PATTERN}, since a longer one is not read again; merge adapters that list their target modules, without "
+            "exclusions or layers, or fuse them into the base model"
         )
     task_type = _agreed(result.adapters, "task_type")
     fields: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from dc_merge_peft.sources.patterns import LONGEST_PATTERN
 from dc_merge_peft.sources.targeting import Targets
 
 # PEFT's word for every linear layer but the head, which only the model can spell out.
@@ -36,7 +37,8 @@ def choose_targets(
         for spec in [*own, *_unions([spec for spec, _ in sources]), *_suffixes(modules)]:
             if spec.target_modules is not None and _are_all(resolve(spec), set(modules)):
                 return spec
-        return full_paths(modules)
+        paths, names = full_paths(modules), Targets(target_modules=frozenset(modules))
+        return names if too_long(paths) and _are_all(resolve(names), set(modules)) else paths
     # Without the base model: an adapter's specification resolves there to the adapter's own modules, and a union of
     # specifications to the union. That holds where specification and modules agree; a name without a module may be one
     # whose factors the checkpoint has lost, a module without a name a layer that PEFT has tied to another one.
@@ -44,6 +46,11 @@ def choose_targets(
         if spec.target_modules is not None and not spec.unmatched(modules) and all(map(spec.matches, modules)):
             return spec
     return full_paths(modules)
+
+
+def too_long(spec: Targets) -> bool:
+    """Whether its regular expression is longer than those that are read again."""
+    return isinstance(spec.target_modules, str) and len(spec.target_modules) > LONGEST_PATTERN
 
 
 def _are_all(found: Iterable[str], wanted: set[str]) -> bool:
@@ -88,7 +95,8 @@ def _unions(specs: Sequence[Targets]) -> Iterable[Targets]:
     if all(isinstance(part, frozenset) for part in names):
         yield Targets(target_modules=frozenset(name for part in names for name in part or ()))
     elif all(isinstance(part, str) and part != ALL_LINEAR for part in names):
-        yield Targets(target_modules="|".join(f"(?:{part})" for part in dict.fromkeys(names)))
+        union = Targets(target_modules="|".join(f"(?:{part})" for part in dict.fromkeys(names)))
+        yield from () if too_long(union) else (union,)
 
 
 def _suffixes(modules: Collection[str]) -> Iterable[Targets]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from dc_merge_peft.errors import SourceError
 
+LONGEST_PATTERN = 50_000  # characters
 _SECONDS, _SLOW = 1.0, 1e-3  # that all slow matches of a pattern may take; ordinary ones take microseconds
-_LONGEST = 50_000  # characters of a pattern
 _REPEATS = 10_000  # product of all counts in braces: counted parts are unrolled
 _CACHED = 20_000  # patterns: adapters with a rank of their own for each module have thousands
 
@@ -33,9 +33,9 @@ def check_pattern(pattern: str, field: str, adapter: str) -> None:
     Raises:
         SourceError: it is.
     """
-    if len(pattern) > _LONGEST:
+    if len(pattern) > LONGEST_PATTERN:
         raise SourceError(
-            f"adapter '{adapter}' has a pattern of {len(pattern)} characters in {field}: expected at most {_LONGEST}; correct its "
+            f"adapter '{adapter}' has a pattern of {len(pattern)} characters in {field}: expected at most {LONGEST_PATTERN}; correct its "
             "adapter_config.json"
         )
     if _is_plain(pattern):

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from dc_merge_peft import DCMergeAdapter, MergedAdapter
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, OutputError
+from dc_merge_peft.outputs import targets
 from dc_merge_peft.sources import CheckpointSource
+from dc_merge_peft.sources.targeting import Targets
 from tests.support import models
 from tests.support.models import difference, factors, write_checkpoint
+from tests.support.refused import refused
 
 QUERY, VALUE = "attention.self.query", "attention.self.value"
 LAYERS = ("encoder.layer.0.", "encoder.layer.1.")
@@ -149,3 +152,28 @@ def test_unusual_names_match_themselves_alone(tmp_path: Path, name: str) -> None
     paths = {name, "z.1.k", "z.2.k"}
     neighbours = {f"y.{name}", f"{name}.y", f"{name}1", "z.12.k", "z.1.q", "z1.k", name.replace(".", "x"), name[1:]}
     assert {path for path in paths | neighbours if re.fullmatch(pattern, path)} == paths
+
+
+def test_patterns_that_are_too_long_to_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are not written: without the base model that is refused, with it there are the full paths, and of regexes those in one."""
+    monkeypatch.setattr(targets, "LONGEST_PATTERN", 20)
+    tensors = {
+        f"base_model.model.{module}.q.lora_{key}.weight": factor
+        for module in ("one", "another", "third")
+        for key, factor in zip("AB", factors(6, 5, 2), strict=True)
+    }
+    paths = []
+    for name, left_out in (("a", "one"), ("b", "third")):
+        own = {key: factor for key, factor in tensors.items() if left_out not in key}
+        paths.append(write_checkpoint(tmp_path / name, own, exclude_modules=[f"{left_out}.q"]))
+    merged = DCMergeAdapter(method="ta").merge(paths)
+    with refused(OutputError, "a pattern of their paths has", "expected at most 50000", "without exclusions or layers"):
+        merged.save_pretrained(tmp_path / "out")
+    modules = list(merged.modules)
+    specs = [(info.targets, False) for info in merged.adapters]
+    names = Targets(target_modules=frozenset(modules))
+    assert targets.choose_targets(modules, specs, lambda spec: modules if spec == names else []) == names
+    regexes = [(Targets(target_modules=rf"model\.layers\.{index}\.q"), False) for index in range(2)]
+    both = ["model.layers.0.q", "model.layers.1.q"]
+    monkeypatch.setattr(targets, "LONGEST_PATTERN", 40)
+    assert targets.choose_targets(both, regexes) == targets.full_paths(both)
