@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, TypeAlias
 
 from dc_merge_peft.errors import OptionError, unknown_name
@@ -180,8 +181,7 @@ def _range(name: str, spec: Mapping[str, Any], checked: Any) -> Choices | Range:
         if step <= 0 or (high - low) / step > 10_000:
             raise OptionError(f"{found}: expected a step above 0, and at most 10000 of them")
         count = math.floor((high - low) / step + 1e-9) + 1
-        # Sums of binary fractions would show: 0.30000000000000004.
-        return Choices(tuple(checked(_tidy(low + index * step)) for index in range(count)))
+        return Choices(tuple(checked(_step(low, step, index)) for index in range(count)))
     if all(isinstance(number, int) for number in (low, high)) and not _takes_fractions(low + 0.5, checked):
         if log:
             return Range(checked(low), checked(high), log, whole=True)
@@ -189,8 +189,11 @@ def _range(name: str, spec: Mapping[str, Any], checked: Any) -> Choices | Range:
     return Range(float(checked(float(low))), float(checked(float(high))), log)
 
 
-def _tidy(number: float) -> float:
-    return number if isinstance(number, int) else round(number, 10)
+def _step(low: float, step: float, index: int) -> float:
+    """A number of a range, as it is written: sums of binary fractions would show as 0.30000000000000004."""
+    if isinstance(low, int) and isinstance(step, int):
+        return low + index * step
+    return float(Decimal(str(low)) + index * Decimal(str(step)))
 
 
 def _takes_fractions(number: float, checked: Any) -> bool:

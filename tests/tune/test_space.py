@@ -88,6 +88,8 @@ def test_a_plan_lists_the_trials(workspace: Path) -> None:
     assert (search.total, search.space.size, search.space.merges) == (4, 4, 2)
     stepped = prepare(NAMES, {"alpha": {"min": 0.1, "max": 0.7, "step": 0.1}}).settings()
     assert stepped == [{"alpha": alpha} for alpha in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)]
+    small = prepare(NAMES, {"alpha": {"min": 1e-12, "max": 4e-12, "step": 1e-12}}).settings()
+    assert small == [{"alpha": alpha} for alpha in (1e-12, 2e-12, 3e-12, 4e-12)]
 
 
 def test_large_spaces_are_for_optuna(workspace: Path) -> None:
