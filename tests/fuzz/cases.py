@@ -133,17 +133,17 @@ def run_inside(case: Case, pristine: Path, folder: Path) -> Outcome:
         wrong = f"took {took:.1f} s; {wrong or ''}"
     # Inspecting says in its report what can't be read.
     if done.exit_code == 0 and wrong is None and case.file.startswith(ADAPTER) and case.command != INSPECT:
-        wrong = _differs_from_peft(folder / ADAPTER)
+        wrong = _differs_from_peft(folder / ADAPTER, done.output)
     if grown > MEGABYTES:
         wrong = f"took {grown:.0f} MB; {wrong or ''}"
     return Outcome("result" if done.exit_code == 0 else "error", wrong, done.stderr)
 
 
-def _differs_from_peft(adapter: Path) -> str | None:
+def _differs_from_peft(adapter: Path, said: str) -> str | None:
     """Nothing where PEFT itself would not end: it has no limit for patterns that match for ever, as we have."""
     try:
         with _watchdog():
-            return differs_from_peft(adapter)
+            return differs_from_peft(adapter, said)
     except Hung:
         return None
 

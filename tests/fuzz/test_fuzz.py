@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dc_merge_peft import DCMergeAdapter, SourceError
+from dc_merge_peft import DCMergeAdapter, MergeWarning, SourceError
 from dc_merge_peft.sources import checkpoint
 from tests.fuzz.cases import Case, make_pristine, run_inside
 from tests.fuzz.peft_reads import differs_from_peft
@@ -55,6 +55,16 @@ def test_endless_base_models(inputs: Path, field: str, value: int) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     with refused(SourceError, f"has {field} {value} in its config.json", "expected a config of these weights"):
         DCMergeAdapter().fuse_to_disk("base-model", ADAPTERS, "out")
+
+
+def test_the_judge_knows_what_is_merged_on_purpose(inputs: Path) -> None:
+    """Modules that a config does not target are right where merging has said so, and a difference where it has not."""
+    file = inputs / "math-lora" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["query"]}))
+    with pytest.warns(MergeWarning) as said:
+        DCMergeAdapter().merge(["math-lora", "code-lora"])
+    assert "PEFT has no LoRA on 'encoder.layer." in str(differs_from_peft(inputs / "math-lora"))
+    assert differs_from_peft(inputs / "math-lora", " ".join(str(one.message) for one in said)) is None
 
 
 def test_the_judge_can_tell(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
