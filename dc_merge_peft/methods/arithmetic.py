@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
 from dc_merge_peft.dense import Delta, weighted_sum
 from dc_merge_peft.methods.base import Method, ModuleTasks
 from dc_merge_peft.methods.cover import crowding
@@ -85,15 +82,3 @@ class WeightAveraging(TaskArithmetic):
 
     def _merge_stack(self, tasks: StackedTasks) -> StackedDelta:
         return super()._merge_stack(dataclasses.replace(tasks, weights=tasks.weights / len(tasks.B)))
-
-
-def average_vectors(
-    vectors: Sequence[Tensor],  # of one shape each, one a task
-    weights: Sequence[float],
-) -> Tensor:
-    """``1/T sum_i w_i d_i``: what every method does with parameters that are no matrices, such as biases and norms of full
-    fine-tuning, which have no singular directions. ``alpha`` multiplies the result like any other. In the vectors' dtype."""
-    merged = torch.zeros_like(vectors[0])
-    for vector, weight in zip(vectors, weights, strict=True):
-        merged.add_(vector, alpha=weight)
-    return merged / len(vectors)

@@ -14,7 +14,6 @@ from torch import Tensor
 from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.methods import Method, method_named
-from dc_merge_peft.methods.arithmetic import average_vectors
 from dc_merge_peft.plan import plan_merge
 from tests.support import oracle_factors
 from tests.support.golden import FFT_FILES, FFT_KEYS, FILES, KEYS, all_cases, golden_cases, golden_file
@@ -53,7 +52,7 @@ def merged(file: str, key: str) -> dict[str, Tensor]:
     matrices = {
         module: merge_module(method, golden.deltas(module), weights, None)[0].dense() for module in golden.modules
     }
-    return {**matrices, **{name: average_vectors(golden.parameters(name), weights) for name in golden.vectors}}
+    return {**matrices, **{name: torch.stack(golden.parameters(name)).mean(0) for name in golden.vectors}}
 
 
 @pytest.mark.parametrize("file", [*FILES, *FFT_FILES])

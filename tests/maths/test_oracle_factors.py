@@ -16,7 +16,6 @@ from dc_merge_peft.engine import merge_module
 from dc_merge_peft.linalg import FLOAT32_EPS, SVD
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import METHODS, method_named
-from dc_merge_peft.methods.arithmetic import average_vectors
 from dc_merge_peft.methods.iso import directions, directions_of_a_task, significant
 
 from ..support import oracle, oracle_factors
@@ -152,15 +151,6 @@ def test_full_models_need_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> 
 def test_directions_of_a_task(K: int, tasks: int, fraction: float, own: int) -> None:
     """By hand: halves to the even number, and never more than K in all."""
     assert directions_of_a_task(K, tasks, fraction) == own
-
-
-def test_average_vectors() -> None:
-    """The weighted mean in the vectors' own dtype; nothing is normalised, as in weight averaging."""
-    vectors = [torch.tensor([1.0, 2.0, -3.0]), torch.tensor([3.0, 0.0, 1.0])]
-    assert average_vectors(vectors, [1.0, 1.0]).tolist() == [2.0, 1.0, -1.0]
-    assert average_vectors(vectors, [2.0, -1.0]).tolist() == [-0.5, 2.0, -3.5]
-    assert average_vectors([vector.to(torch.float16) for vector in vectors], [1.0, 1.0]).dtype == torch.float16
-    assert vectors[0].tolist() == [1.0, 2.0, -3.0]
 
 
 def test_which_methods_see_cores() -> None:
