@@ -192,7 +192,7 @@ def test_from_questions_to_the_report(
     arguments = line(base, adapters, bench, tmp_path)
     assert command.main(arguments) == 0
     shown = capsys.readouterr()
-    assert "base model, VQAv2: 1 of 2 answers" in shown.err
+    assert "base model, VQAv2: 2 of 2 answers" in shown.err
     text = Path(shown.out.strip()).read_text(encoding="utf-8")
     file = tmp_path / "mergebench/results/answers-float32.jsonl"
     rows = Rows(file).found

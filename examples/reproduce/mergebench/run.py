@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from reproduce.mergebench.questions import Questions, question_file, read
 from reproduce.mergebench.report import page
 from reproduce.mergebench.scoring import score
 from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
+from reproduce.mergebench.unfinished import Unfinished
 from reproduce.needs import Need, Plan, device_named
 
 BASE = "llava-hf/llava-1.5-7b-hf"
@@ -149,22 +152,29 @@ class MergeBench:
             if same.get(task, {}).get("weights") == weights:
                 rows.add({**same[task], "code": code})
                 continue
-            answers = self._answers(variant, task, model, processor)
-            row = {"name": _name(variant, task), "key": self._key(variant, task), "code": code, "weights": weights}
-            rows.add({**row, "answers": answers})
+            row = {"name": _name(variant, task), "key": self._key(variant, task), "weights": weights}
+            unfinished = Unfinished(rows.file.with_suffix(".unfinished.jsonl"), row)
+            answers = self._answers(variant, task, model, processor, unfinished)
+            rows.add({**row, "code": code, "answers": answers})
+            unfinished.remove()
             say(f"{variant.label}, {task}: {score(self.questions[task], answers).value:.2f}")
         del model
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _answers(self, variant: Variant, task: str, model: Any, processor: Any) -> list[str]:
-        found: list[str] = []
-        for answer in llava.answered(model, processor, self.questions[task], self.images, self.batch):
-            found.append(answer)
-            if len(found) % SAID_EVERY == 0:
-                say(f"{variant.label}, {task}: {len(found)} of {len(self.questions[task].rows)} answers")
-        return found
+    def _answers(self, variant: Variant, task: str, model: Any, processor: Any, kept: Unfinished) -> list[str]:
+        asked = self.questions[task]
+        if kept.answers:
+            say(f"{variant.label}, {task}: {len(kept.answers)} of {len(asked.rows)} answers are there already")
+        rest = dataclasses.replace(asked, rows=asked.rows[len(kept.answers) :])
+        answers = llava.answered(model, processor, rest, self.images, self.batch)
+        for group in llava.batches(rest.rows, self.batch):
+            before = len(kept.answers)
+            kept.add(list(islice(answers, len(group))))
+            if len(kept.answers) // SAID_EVERY > before // SAID_EVERY:
+                say(f"{variant.label}, {task}: {len(kept.answers)} of {len(asked.rows)} answers")
+        return kept.answers
 
     def _key(self, variant: Variant, task: str) -> str:
         adapters = [_place_key(self.adapters[name]) for name in variant.merged]
