@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Show the plan, or measure and report.
 
     Returns:
-        1 from a dry run that found something missing, otherwise 0.
+        1 from a dry run that found something missing, or a run whose report lacks something that failed, otherwise 0.
     """
     options = parser().parse_args(arguments)
     if options.table == "mergebench":
@@ -48,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = run.plan()
         print(plan.text())
         return 1 if plan.missing() else 0
-    print(run.measure(options.out))
-    return 0
+    report, failures = run.measure(options.out)
+    print(report)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -74,7 +74,21 @@ def details(scores: Scores) -> str:
     """The measures of captions, and boxes read whole."""
     lines = [
         f"- {label}, {task}: " + ", ".join(f"{name} {value:.2f}" for name, value in score.parts.items())
-        + ("" if score.comparable else "; without METEOR, so not the paper's number")
+        + ("" if score.comparable else f"; without METEOR{_why(score)}, so not the paper's number")
         for (label, task), score in scores.items() if score.parts
     ]  # fmt: skip
     return "\n".join(lines) or "Nothing but right answers."
+
+
+def failures(scores: Scores) -> list[str]:
+    """What METEOR, which was there, gave no score of."""
+    return [
+        f"{label}, {task}: found no METEOR{_why(score)}: expected its score; the report has the mean of six measures there. The answers "
+        "are kept: run the same again when it works"
+        for (label, task), score in scores.items()
+        if score.failed
+    ]
+
+
+def _why(score: Score) -> str:
+    return f" ({score.failed})" if score.failed else ""

@@ -22,8 +22,9 @@ from accuracy.workers import say
 from dc_merge_peft.methods import METHODS
 from reproduce.contenders import MERGEBENCH, chosen
 from reproduce.mergebench import model as llava
+from reproduce.mergebench.meteor import lacking
 from reproduce.mergebench.questions import Questions, question_file, read
-from reproduce.mergebench.report import page
+from reproduce.mergebench.report import failures, page
 from reproduce.mergebench.scoring import score
 from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
 from reproduce.mergebench.unfinished import Unfinished
@@ -32,6 +33,7 @@ from reproduce.needs import Need, Plan, device_named
 BASE = "llava-hf/llava-1.5-7b-hf"
 TITLE = "Tables 3 and 13: MM-MergeBench, LLaVA-1.5-7B"
 SAID_EVERY = 500  # answers
+WITHOUT_METEOR = "Captions are scored without METEOR, and not compared with the paper: {}. It needs Java and pip install pycocoevalcap."
 SECONDS_PER_ANSWER = 0.15  # of a large GPU in batches, a guess for estimates
 
 
@@ -99,10 +101,7 @@ class MergeBench:
         needs.append(Need("images", str(self.images), 80.0, gone))
         asked = sum(TASKS[task].size for task in self.tasks)
         answers = asked * (1 + len(self.contenders)) + sum(TASKS[task].size for task in SEEN)
-        remarks = [
-            "Numbers of questions are guesses until the files are there. Captions need METEOR for a comparison with the paper: the "
-            "package pycocoevalcap, and Java."
-        ]
+        remarks = ["Numbers of questions are guesses until the files are there.", *self._without_meteor()]
         hours = answers * SECONDS_PER_ANSWER / 3600
         whole = not all(METHODS[one.method].from_options(one.options).equivariant for one in self.contenders)
         return Plan(TITLE, needs, 26 if whole else 0.1, 32, 28 if whole else 20, hours, self.cache, remarks)
@@ -112,9 +111,14 @@ class MergeBench:
         missing = f"put it there, from AuroraZengfh/MM-MergeBench, or give --instructions: {file}"
         return Need(what, str(file), 0.01, "" if file.is_file() else missing)
 
-    def measure(self, out: Path | None) -> Path:
+    def _without_meteor(self) -> list[str]:
+        return [WITHOUT_METEOR.format(why)] if (why := lacking()) else []
+
+    def measure(self, out: Path | None) -> tuple[Path, list[str]]:  # the report, and what failed on the way
         """Generate what is not there, and write the report."""
         self.plan().check()
+        for remark in self._without_meteor():
+            say(remark)
         # What a try keeps must not replace what a whole run has kept.
         kept = self.cache / ("results" if self.most is None else f"results-first-{self.most}")
         rows = Rows(kept / f"answers-{self.dtype}.jsonl")
@@ -132,7 +136,7 @@ class MergeBench:
             TITLE, scores, [c.label for c in self.contenders], self.tasks, self._notes(), complete=self.most is None
         )
         (folder / "report.md").write_text(text, encoding="utf-8")
-        return folder / "report.md"
+        return folder / "report.md", failures(scores)
 
     def _ask(self, variant: Variant, rows: Rows) -> None:
         code = code_key() if variant.merged else ""

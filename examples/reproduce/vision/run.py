@@ -89,7 +89,7 @@ class Run:
         """How it is measured."""
         return GridBench if self.search == "grid" else LadderBench
 
-    def measure(self, out: Path | None) -> Path:
+    def measure(self, out: Path | None) -> tuple[Path, list[str]]:  # the report, and what failed on the way
         """Measure what is not measured, and write results and report."""
         self.plan().check()
         suite = self.suite()
@@ -107,7 +107,7 @@ class Run:
         folder = out or kept
         write(results, folder)
         (folder / "report.md").write_text(self._page(suite, results), encoding="utf-8")
-        return folder / "report.md"
+        return folder / "report.md", []
 
     def _search(self) -> str:
         found = "the grid 0.1 to 3.0" if self.search == "grid" else "a climb on a ladder up to 8"
