@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reproduce.vision.tasks import VisionTask
+
 BATCH = 256  # prompts at once
 STRANGE = 0.1  # share of classes whose stored vectors may be nearer to the prompts of others: data spell some names in ways of their own
 
@@ -36,21 +38,43 @@ def prompted_head(
     return nn.functional.normalize(embeddings, dim=-1).cpu()
 
 
-def stored_head(file: Path, classes: int, width: int) -> Tensor:  # (classes, projection)
+def head_file(folder: Path, task: VisionTask) -> Path:
+    """The file of a task's head in a folder of heads.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if not folder.is_dir():
+        raise SystemExit(
+            f"{folder}: found no such folder: expected one with a head for each task, as {task.name}_head.pt"
+        )
+    for file in sorted(folder.glob("*.pt")):
+        if task.called(file.stem.removesuffix("_head").removeprefix("head_").removesuffix("Val")):
+            return file
+    raise SystemExit(f"{folder}: found no head of {task.name}: expected a file such as {task.name}_head.pt")
+
+
+def stored_head(file: Path, classes: int, width: int | None = None) -> Tensor:  # (classes, projection)
     """A head that was saved as a tensor, ``<task>_head.pt`` of the authors' LoRA heads; its scale decides nothing.
+
+    Args:
+        file: Of the head.
+        classes: How many it must have.
+        width: Of the backbone's projection, where it is known already.
 
     Raises:
         SystemExit: it holds something else, or a head of another shape.
     """
+    wanted = f"{classes} x {width or 'the width of the projection'}"
     try:
         head = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SystemExit(
-            f"{file}: found no plain tensor ({type(error).__name__}): expected a head of {classes} x {width}"
+            f"{file}: found no plain tensor ({type(error).__name__}): expected a head of {wanted}"
         ) from error
-    if not isinstance(head, Tensor) or head.shape != (classes, width):
+    if not isinstance(head, Tensor) or head.ndim != 2 or head.shape != (classes, width or head.shape[1]):
         shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
-        raise SystemExit(f"{file}: found {shape}: expected a head of {classes} x {width}")
+        raise SystemExit(f"{file}: found {shape}: expected a head of {wanted}")
     return nn.functional.normalize(head.float(), dim=-1)
 
 

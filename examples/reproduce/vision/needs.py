@@ -11,6 +11,7 @@ from accuracy.contenders import Contender
 from reproduce.needs import Need, Plan
 from reproduce.vision.backbones import Backbone
 from reproduce.vision.benches import PAPER_GRID
+from reproduce.vision.heads import head_file, stored_head
 from reproduce.vision.images import Place
 from reproduce.vision.parts import LARGEST
 from reproduce.vision.tasks import TASKS
@@ -33,6 +34,7 @@ def plan(
     checkpoints: Mapping[str, str | None],
     contenders: Sequence[Contender],
     cache: Path,
+    heads: Path | None = None,
     remarks: Sequence[str] = (),
 ) -> Plan:
     """The list, with estimates from the sizes of the test parts."""
@@ -41,6 +43,7 @@ def plan(
         place, checkpoint = places[task], checkpoints[task]
         needs.append(_images(task, place))
         needs.append(_checkpoint(task, checkpoint, setting, backbone))
+        needs += [_head(task, heads)] if heads is not None else []
     if any(place is not None and place.hub is not None for place in places.values()) and not find_spec("datasets"):
         needs.append(
             Need("the package datasets", "nowhere", 0.1, "pip install '.[reproduce]', which reads images from the Hub")
@@ -78,3 +81,12 @@ def _checkpoint(task: str, checkpoint: str | None, setting: str, backbone: Backb
     missing = f"give --checkpoints DIR with a folder {task}, or --checkpoint {task}=PLACE"
     size = 0.005 if setting == "lora" else backbone.tower_gigabytes
     return Need(what, checkpoint or "nowhere", size, "" if checkpoint else missing)
+
+
+def _head(task: str, folder: Path) -> Need:
+    try:
+        file = head_file(folder, TASKS[task])
+        stored_head(file, TASKS[task].classes)
+    except SystemExit as error:
+        return Need(f"head of {task}", str(folder), missing=str(error))
+    return Need(f"head of {task}", str(file))

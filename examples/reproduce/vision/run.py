@@ -77,7 +77,7 @@ class Run:
         title = f"{self.table.title}, {self.backbone.name}, {', '.join(map(str, self.counts))} tasks"
         return plan(
             title, self.backbone, str(self.given.base), self.tasks, self.counts, self.table.setting, self.places, self.checkpoints,
-            self.contenders, self.given.cache, self.remarks,
+            self.contenders, self.given.cache, self.given.heads, self.remarks,
         )  # fmt: skip
 
     def suite(self) -> ClipSuite:
@@ -93,6 +93,7 @@ class Run:
         """Measure what is not measured, and write results and report."""
         self.plan().check()
         suite = self.suite()
+        suite.check_heads()
         # Tables 11 and 12 are of LoRA.
         others = 4 if self.table.setting == "lora" else 0
         settings = PaperSettings(

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy.keys import content_key
+from accuracy.keys import content_key, files_key
 from accuracy.kinds import Adapters, FullModels, Kind
 from torch import Tensor, nn
 
 from reproduce.vision.backbones import load_clip, load_tokenizer
 from reproduce.vision.checkpoints import keep_base, kept_adapter, kept_tower
-from reproduce.vision.heads import prompted_head, refuse_other_head, stored_head
+from reproduce.vision.heads import head_file, prompted_head, refuse_other_head, stored_head
 from reproduce.vision.images import Place
 from reproduce.vision.openclip import AVERAGED, OpenClipTower, from_clip, load_tower
 from reproduce.vision.parts import Part, parts_of
@@ -92,6 +92,15 @@ class ClipSuite:
             self._heads[task] = text if self.setting == "fft" else text @ projection
         return self._heads[task]
 
+    def check_heads(self) -> None:
+        """Refuse stored heads that do not fit before anything is measured.
+
+        Raises:
+            SystemExit: one is missing, or its classes are others than the data's.
+        """
+        for task in self.tasks if self.given.heads is not None else ():
+            self.head(task)
+
     def names(self, task: str) -> list[str]:
         """Class names by label."""
         labels = self.parts(task)["test"].images.names
@@ -139,16 +148,12 @@ class ClipSuite:
         return stored
 
     def _head_file(self, task: str) -> Path | None:
-        if self.given.heads is None:
-            return None
-        for file in sorted(self.given.heads.glob("*.pt")):
-            if TASKS[task].called(file.stem.removesuffix("_head").removeprefix("head_").removesuffix("Val")):
-                return file
-        raise SystemExit(f"{self.given.heads}: found no head of {task}: expected a file such as {task}_head.pt")
+        return head_file(self.given.heads, TASKS[task]) if self.given.heads is not None else None
 
     def _head_source(self, task: str) -> Any:
         file = self._head_file(task)
-        return [file.name, file.stat().st_size] if file is not None else list(TASKS[task].prompts(self.setting))
+        # By its bytes: all heads of a task have one size.
+        return [file.name, files_key(file)] if file is not None else list(TASKS[task].prompts(self.setting))
 
     @cached_property
     def _clip(self) -> Any:
