@@ -26,6 +26,7 @@ VISION = {
 EXAMPLES = """\
 Data: --data DIR has a folder for each task (Cars, DTD, ...), in it the folders train, validation and test, in these a folder
 of images for each class. Tasks without a folder come from the Hub by the package datasets (pip install '.[reproduce]').
+Any ID of the Hub may be ID@REVISION.
 Checkpoints: --checkpoints DIR has a folder or file for each task; names such as stanford_cars or CarsVal count as Cars."""
 
 
@@ -74,6 +75,7 @@ def _common(one: argparse.ArgumentParser) -> None:
     add("--base", metavar="PLACE", help="folder or Hub id of the pretrained model (default: the paper's)")
     add("--checkpoints", type=Path, metavar="DIR", help="a folder or file for each task")
     add("--checkpoint", action="append", metavar="TASK=PLACE", help="folder, file or Hub id of one task; repeatable")
+    add("--revisions", type=Path, metavar="FILE", help="JSON with the revisions of Hub ids: revisions.json of a report")
     add("--methods", nargs="+", metavar="NAME", help="rows of the table, beside dc")
     add("--device", default="auto", help="as in cuda:0 or cpu (default: the GPU where there is one)")
     add("--examples", type=int, metavar="N", help="a try: N examples of each part or task at most")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning
 from reproduce.mergebench.questions import Questions, image_path
+from reproduce.revisions import parts
 
 RENAME = "llava-hf"
 # "vicuna_v1" of the original repository.
@@ -32,9 +33,11 @@ def load(place: str | Path, dtype: str, device: str) -> tuple[Any, Any]:
     """
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    name, revision = parts(place)
+    at = revision or "main"
     try:
-        model: Any = LlavaForConditionalGeneration.from_pretrained(str(place), dtype=DTYPES[dtype])
-        processor: Any = AutoProcessor.from_pretrained(str(place))
+        model: Any = LlavaForConditionalGeneration.from_pretrained(name, dtype=DTYPES[dtype], revision=at)
+        processor: Any = AutoProcessor.from_pretrained(name, revision=at)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"{place}: can't be loaded as LLaVA: {str(error).splitlines()[0]}; give its folder with --base"

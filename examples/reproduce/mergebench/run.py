@@ -29,6 +29,7 @@ from reproduce.mergebench.scoring import score
 from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
 from reproduce.mergebench.unfinished import Unfinished
 from reproduce.needs import Need, Plan, device_named
+from reproduce.revisions import at_commit, idle, listed, parts, pinned, record
 
 BASE = "llava-hf/llava-1.5-7b-hf"
 TITLE = "Tables 3 and 13: MM-MergeBench, LLaVA-1.5-7B"
@@ -66,6 +67,7 @@ class MergeBench:
     most: int | None = None  # questions of a task
     choices: str | None = None
     unseen: bool = True
+    remarks: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -101,7 +103,11 @@ class MergeBench:
         needs.append(Need("images", str(self.images), 80.0, gone))
         asked = sum(TASKS[task].size for task in self.tasks)
         answers = asked * (1 + len(self.contenders)) + sum(TASKS[task].size for task in SEEN)
-        remarks = ["Numbers of questions are guesses until the files are there.", *self._without_meteor()]
+        remarks = [
+            "Numbers of questions are guesses until the files are there.",
+            *self._without_meteor(),
+            *self.remarks,
+        ]
         hours = answers * SECONDS_PER_ANSWER / 3600
         whole = not all(METHODS[one.method].from_options(one.options).equivariant for one in self.contenders)
         return Plan(TITLE, needs, 26 if whole else 0.1, 32, 28 if whole else 20, hours, self.cache, remarks)
@@ -119,6 +125,11 @@ class MergeBench:
         self.plan().check()
         for remark in self._without_meteor():
             say(remark)
+        # What is loaded anew later is of the same commits.
+        adapters = {task: at_commit(place) for task, place in self.adapters.items()}
+        return dataclasses.replace(self, base=at_commit(self.base), adapters=adapters)._measured(out)
+
+    def _measured(self, out: Path | None) -> tuple[Path, list[str]]:
         # What a try keeps must not replace what a whole run has kept.
         kept = self.cache / ("results" if self.most is None else f"results-first-{self.most}")
         rows = Rows(kept / f"answers-{self.dtype}.jsonl")
@@ -132,9 +143,10 @@ class MergeBench:
         }
         folder = out or kept
         folder.mkdir(parents=True, exist_ok=True)
-        text = page(
-            TITLE, scores, [c.label for c in self.contenders], self.tasks, self._notes(), complete=self.most is None
-        )
+        used = dict(parts(place) for place in (self.base, *self.adapters.values()) if not Path(place).exists())
+        notes = [*self._notes(), *record(used, folder)]
+        labels = [one.label for one in self.contenders]
+        text = page(TITLE, scores, labels, self.tasks, notes, complete=self.most is None)
         (folder / "report.md").write_text(text, encoding="utf-8")
         return folder / "report.md", failures(scores)
 
@@ -198,7 +210,7 @@ class MergeBench:
                 "the prompt of ImageNet lists the answers of its question file in their order; the benchmark's program has an order of "
                 "its own, which --imagenet-choices can give"
             )
-        return [*notes, *([f"{self.most} questions of a task at most"] if self.most else [])]
+        return [*notes, *self.remarks, *([f"{self.most} questions of a task at most"] if self.most else [])]
 
 
 def mergebench_of(options: argparse.Namespace) -> MergeBench:
@@ -213,12 +225,15 @@ def mergebench_of(options: argparse.Namespace) -> MergeBench:
         if task not in SEEN or not equals or not place:
             raise SystemExit(f"found --checkpoint {value}: expected TASK=PLACE with a task of {', '.join(SEEN)}")
         given[task] = place
+    revisions = listed(options.revisions)
+    base = pinned(options.base or BASE, revisions)
+    adapters = {task: pinned(given.get(task) or _in(options.checkpoints, task), revisions) for task in SEEN}
     return MergeBench(
-        options.base or BASE, options.instructions, options.images,
-        {task: given.get(task) or _in(options.checkpoints, task) for task in SEEN},
+        base, options.instructions, options.images, adapters,
         chosen(MERGEBENCH, options.methods or ["dc"]), options.cache / "mergebench", device_named(options.device), options.dtype,
         options.batch, options.alpha, options.examples,
         options.imagenet_choices.read_text(encoding="utf-8").strip() if options.imagenet_choices else None, not options.seen_only,
+        tuple(idle(revisions, [base, *adapters.values()])),
     )  # fmt: skip
 
 

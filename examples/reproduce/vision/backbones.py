@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reproduce.revisions import parts
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -65,8 +67,9 @@ def load_clip(place: str | Path) -> Any:
     import torch
     from transformers import CLIPModel
 
+    name, revision = parts(place)
     try:
-        model: Any = CLIPModel.from_pretrained(str(place))
+        model: Any = CLIPModel.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"{place}: can't be loaded as a CLIP model: {str(error).splitlines()[0]}; give its folder with --base"
@@ -78,4 +81,5 @@ def load_tokenizer(place: str | Path) -> Any:
     """The tokenizer beside it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(place))
+    name, revision = parts(place)
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main")

@@ -14,6 +14,7 @@ import torch
 from accuracy.keys import content_key
 from safetensors.torch import save_file
 
+from reproduce.revisions import parts, snapshot
 from reproduce.vision.openclip import OpenClipConfig, OpenClipTower, from_file_state, loaded, renamed
 from reproduce.vision.tasks import VisionTask
 
@@ -156,15 +157,7 @@ def _local(place: str, files: list[str]) -> Path:
     """The folder itself, or the Hub's files in its cache."""
     if Path(place).is_dir():
         return Path(place)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(place, allow_patterns=files))
-    except Exception as error:
-        # The client raises many kinds of errors, of the network's as well.
-        raise SystemExit(
-            f"{place}: found neither here nor on the Hub ({type(error).__name__}): expected a checkpoint"
-        ) from error
+    return snapshot(*parts(place), files)
 
 
 def _key(*files: Path) -> str:

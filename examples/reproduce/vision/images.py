@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from reproduce.needs import ON_HUB
+from reproduce.revisions import commit_of, parts
 from reproduce.vision.tasks import HubData, VisionTask
 
 FILES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp", ".tif", ".tiff"}
@@ -82,9 +83,10 @@ class HubImages:
     data: Any
     names: Sequence[str]
     labels: Sequence[int]
+    commit: str | None = None  # of the data set, where it is known
 
     @classmethod
-    def of(cls, data: Any, what: str) -> HubImages:
+    def of(cls, data: Any, what: str, commit: str | None = None) -> HubImages:
         """A loaded part.
 
         Raises:
@@ -97,7 +99,7 @@ class HubImages:
         data = data.select_columns([image, label]).rename_columns({image: "image", label: "label"})
         labels = [_number(value, what) for value in data["label"]]
         names = getattr(data.features["label"], "names", None) or [str(n) for n in range(max(labels, default=-1) + 1)]
-        return cls(data, list(names), labels)
+        return cls(data, list(names), labels, commit)
 
     def image(self, index: int) -> Image.Image:
         return self.data[index]["image"].convert("RGB")
@@ -146,11 +148,11 @@ class Place:
                 f"found no package 'datasets', which reads {hub.id}: expected it from pip install '.[reproduce]', or --data DIR "
                 "with folders of images"
             ) from None
-        split = getattr(hub, part)
+        split, (name, revision) = getattr(hub, part), parts(hub.id)
         if part == "validation" and split == hub.test:
             return None  # Food101 calls its test part so
         try:
-            data = datasets.load_dataset(hub.id, hub.config, split=split)
+            data = datasets.load_dataset(name, hub.config, split=split, revision=revision)
         except Exception as error:
             # The package has no exceptions of its own for what can happen on the way to the Hub, nor for a split that is not there.
             if "Unknown split" in str(error):
@@ -159,7 +161,8 @@ class Place:
                 f"{hub.id}: can't be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); give "
                 "another id with --dataset TASK=ID, or folders of images with --data"
             ) from error
-        return HubImages.of(data, f"{hub.id}, {split}")
+        what = f"{hub.id}, {split}"
+        return HubImages.of(data, what, commit_of(data, what, revision))
 
     def __str__(self) -> str:
         return str(self.folder) if self.folder else f"{self.hub.id}{ON_HUB}" if self.hub else "nowhere"

@@ -19,6 +19,7 @@ from accuracy.workers import say
 from reproduce import expected
 from reproduce.contenders import FFT, LORA, PaperSettings, chosen
 from reproduce.needs import Plan, device_named
+from reproduce.revisions import at_commit, idle, listed, parts, pinned, record
 from reproduce.vision.backbones import BACKBONES, FUSION_BENCH_CLASSES, Backbone, fusion_bench_id, knots_id
 from reproduce.vision.benches import GridBench, LadderBench, refuse_none_right
 from reproduce.vision.checkpoints import checkpoint_of
@@ -92,6 +93,15 @@ class Run:
     def measure(self, out: Path | None) -> tuple[Path, list[str]]:  # the report, and what failed on the way
         """Measure what is not measured, and write results and report."""
         self.plan().check()
+        return self._at_commits()._measured(out)
+
+    def _at_commits(self) -> Run:
+        """With every model's Hub id at its commit: what is loaded anew later is of the same."""
+        checkpoints = {task: at_commit(place) for task, place in self.given.checkpoints.items() if task in self.tasks}
+        given = dataclasses.replace(self.given, base=at_commit(str(self.given.base)), checkpoints=checkpoints)
+        return dataclasses.replace(self, given=given)
+
+    def _measured(self, out: Path | None) -> tuple[Path, list[str]]:
         suite = self.suite()
         suite.check_heads()
         # Tables 11 and 12 are of LoRA.
@@ -104,10 +114,12 @@ class Run:
         new = evaluate(suite, settings, rows, 1, self.bench())
         say(f"{new} rows measured")
         refuse_none_right({task: share(rows.found[alone_name(task, 0)]["test"]) for task in self.tasks}, "test")
-        results = results_of(suite, settings, rows.found, DRAWS)
+        commits = suite.commits()
+        results = {**results_of(suite, settings, rows.found, DRAWS), "commits": commits}
         folder = out or kept
         write(results, folder)
-        (folder / "report.md").write_text(self._page(suite, results), encoding="utf-8")
+        sources = record(commits, folder)
+        (folder / "report.md").write_text(self._page(suite, results, sources), encoding="utf-8")
         return folder / "report.md", []
 
     def _search(self) -> str:
@@ -117,14 +129,15 @@ class Run:
         finer = "" if self.search == "ladder" else ", for Task Arithmetic, TIES and Consensus TA 1/30 to 1"
         return f"{found}{finer}; Weight Averaging has alpha 1"
 
-    def _page(self, suite: ClipSuite, results: Mapping[str, object]) -> str:
-        parts = [f"{task}, validation: {suite.parts(task)['validation'].note}" for task in self.tasks]
+    def _page(self, suite: ClipSuite, results: Mapping[str, object], sources: Sequence[str]) -> str:
+        examples = [f"{task}, validation: {suite.parts(task)['validation'].note}" for task in self.tasks]
         notes = [
             f"alpha is chosen by validation, {self._search()}; test examples are reported once",
             f"measured in {self.precision} on {self.given.device}",
             "intervals (95 %) draw test examples again within tasks",
             *self.remarks,
-            *parts,
+            *examples,
+            *sources,
         ]
         title = f"{self.table.title}, {self.backbone.name}"
         return page(
@@ -148,24 +161,35 @@ def run_of(name: str, options: argparse.Namespace) -> Run:
     ids = {task: hub_data(value) for task, value in pairs(options.dataset, "--dataset").items()}
     given = pairs(options.checkpoint, "--checkpoint")
     published = {task: table.published(backbone, task, other=options.fusion_bench) for task in TASKS}
-    places = {task: place_of(TASKS[task], options.data, ids) for task in tasks}
+    revisions = listed(options.revisions)
+    places = {task: _at_revision(place_of(TASKS[task], options.data, ids), revisions) for task in tasks}
     checkpoints = {task: checkpoint_of(TASKS[task], options.checkpoints, given, published.get) for task in tasks}
+    checkpoints = {task: c and pinned(c, revisions) for task, c in checkpoints.items()}
+    base = pinned(str(options.base or backbone.id), revisions)
+    hub_ids = [place.hub.id for place in places.values() if place is not None and place.hub is not None]
+    unused = idle(revisions, [base, *hub_ids, *(c for c in checkpoints.values() if c)])
     cache = options.cache / table.name / backbone.name.replace("/", "-")
     found = {task: place for task, place in places.items() if place is not None}
     suite = Given(
-        base=options.base or backbone.id, places=found, checkpoints={t: c for t, c in checkpoints.items() if c is not None},
+        base=base, places=found, checkpoints={t: c for t, c in checkpoints.items() if c is not None},
         cache=cache, device=device_named(options.device), batch=options.batch, threads=options.threads, heads=options.heads,
         classes={**_theirs(backbone, checkpoints), **named_classes(options.classes)}, largest=options.examples,
     )  # fmt: skip
     return Run(
         table, backbone, suite, places, checkpoints, tasks, counts, chosen(table.contenders, options.methods),
-        options.precision, options.search, tuple(remarks(table, options)),
+        options.precision, options.search, (*remarks(table, options), *unused),
     )  # fmt: skip
 
 
 def _theirs(backbone: Backbone, checkpoints: Mapping[str, str | None]) -> dict[str, list[str]]:
     ids = {task: fusion_bench_id(backbone, task) for task in FUSION_BENCH_CLASSES}
-    return {task: FUSION_BENCH_CLASSES[task] for task, place in ids.items() if checkpoints.get(task) == place}
+    return {t: FUSION_BENCH_CLASSES[t] for t, place in ids.items() if parts(checkpoints.get(t) or "")[0] == place}
+
+
+def _at_revision(place: Place | None, revisions: Mapping[str, str]) -> Place | None:
+    if place is None or place.hub is None:
+        return place
+    return Place(hub=dataclasses.replace(place.hub, id=pinned(place.hub.id, revisions)))
 
 
 def remarks(table: Table, options: argparse.Namespace) -> list[str]:

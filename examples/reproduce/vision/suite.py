@@ -13,6 +13,7 @@ from accuracy.keys import content_key, files_key
 from accuracy.kinds import Adapters, FullModels, Kind
 from torch import Tensor, nn
 
+from reproduce.revisions import parts as revision_parts
 from reproduce.vision.backbones import load_clip, load_tokenizer
 from reproduce.vision.checkpoints import keep_base, kept_adapter, kept_tower
 from reproduce.vision.heads import head_file, prompted_head, refuse_other_head, stored_head
@@ -100,6 +101,18 @@ class ClipSuite:
         """
         for task in self.tasks if self.given.heads is not None else ():
             self.head(task)
+
+    def commits(self) -> dict[str, str | None]:
+        """Of everything that is from the Hub, by id."""
+        models = [
+            revision_parts(place) for place in (self.given.base, *map(self.given.checkpoints.get, self.tasks)) if place
+        ]
+        found = {name: revision for name, revision in models if not Path(name).exists()}
+        for task in self.tasks:
+            if (hub := self.given.places[task].hub) is not None:
+                known = {getattr(part.images, "commit", None) for part in self.parts(task).values()}
+                found[revision_parts(hub.id)[0]] = known.pop() if len(known) == 1 else None
+        return found
 
     def names(self, task: str) -> list[str]:
         """Class names by label."""
