@@ -14,6 +14,8 @@ changed. docs/reproduce.md says which checkpoints and data are meant.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,11 +51,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = run.plan()
         print(plan.text())
         return 1 if plan.missing() else 0
-    report, failures = run.measure(options.out)
+    try:
+        report, failures = run.measure(options.out)
+    except Exception as error:
+        if said := too_little(error):
+            raise SystemExit(f"{said} What was measured is kept: run the same again.") from error
+        raise
     print(report)
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
+
+
+def too_little(error: Exception) -> str:
+    """What to do where a disk is full or a GPU's memory; nothing for other errors."""
+    import torch
+
+    first = str(error).partition("\n")[0]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            f"found too little memory on the GPU ({first}): expected more; give a smaller --batch, or another --device."
+        )
+    # Some libraries pass the system's words on in errors of their own.
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return f"found no room left on the disk ({first}): expected more, see --dry-run; give other places with --cache or HF_HOME."
+    return ""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -52,7 +52,7 @@ def snapshot(name: str, revision: str | None, files: list[str]) -> Path:
         # The client raises many kinds of errors, of the network's as well.
         at = f" at the revision {revision!r}" if revision else ""
         raise SystemExit(
-            f"{name}: found neither here nor on the Hub{at} ({type(error).__name__}): expected a checkpoint"
+            f"{name}: found neither here nor on the Hub{at} ({type(error).__name__}: {str(error).partition(chr(10))[0]}): expected a checkpoint"
         ) from error
 
 

@@ -57,14 +57,18 @@ def pixels(part: Part, size: int, file: Path, threads: int) -> Pixels:
     if not (marker.exists() and marker.read_text() == key):
         marker.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        shape = (len(part.chosen), 3, size, size)
-        made = np.lib.format.open_memmap(stored, mode="w+", dtype=np.uint8, shape=shape)
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(part.chosen), CHUNK):
-                indices = part.chosen[start : start + CHUNK]
-                for offset, one in enumerate(pool.map(lambda i: square(part.images.image(i), size), indices)):
-                    made[start + offset] = one
-        made.flush()
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(part.chosen), 3, size, size)}
+        try:
+            # Written, not mapped: a full disk is an error then, and would end the process without a word otherwise.
+            with stored.open("wb") as opened, ThreadPoolExecutor(threads) as pool:
+                np.lib.format.write_array_header_1_0(opened, header)
+                for start in range(0, len(part.chosen), CHUNK):
+                    indices = part.chosen[start : start + CHUNK]
+                    for one in pool.map(lambda i: square(part.images.image(i), size), indices):
+                        opened.write(one.tobytes())
+        except BaseException:
+            stored.unlink(missing_ok=True)  # the room is wanted
+            raise
         marker.write_text(key)
     return Pixels(np.load(stored, mmap_mode="r"), labels)
 
