@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,9 @@ def test_batches_are_kept(tmp_path: Path) -> None:
     again = Unfinished(file, SOURCE)
     again.add(["four"])
     assert Unfinished(file, SOURCE).answers == ["one", "two\u2028\n", "three", "four"]
+    whole = file.read_text()
     for name in SOURCE:
-        file.write_text(json.dumps(SOURCE) + '\n["one"]\n')
+        file.write_text(whole)
         assert Unfinished(file, {**SOURCE, name: "another"}).answers == []
         assert Unfinished(file, SOURCE).answers == []
     for text in ("", "{", "\n"):
@@ -41,6 +41,21 @@ def test_batches_are_kept(tmp_path: Path) -> None:
         assert Unfinished(file, SOURCE).answers == []
     again.remove()
     assert not list(file.parent.iterdir())
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    """Of one task, or of two: what one of them writes is never taken for answers of the other, nor twice."""
+    file = tmp_path / "answers.unfinished.jsonl"
+    one, same = Unfinished(file, SOURCE), Unfinished(file, SOURCE)
+    for kept in (one, same):
+        kept.add(["a", "b"])
+    one.add(["c"])
+    assert Unfinished(file, SOURCE).answers == ["a", "b", "c"]
+    other = Unfinished(file, {**SOURCE, "key": "b"})
+    one.add(["d"])
+    other.add(["x"])
+    assert Unfinished(file, {**SOURCE, "key": "b"}).answers == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from accuracy.keys import content_key
+
 
 class Unfinished:
-    """One task's answers in a file: a line that says what they are of, then a line for each batch."""
+    """One task's answers in a file, a line for each batch, which says what the answers are of and which of them these are: another run
+    that writes to the same file disturbs nothing."""
 
     def __init__(self, file: Path, source: Mapping[str, str]) -> None:
         """
@@ -17,36 +20,33 @@ class Unfinished:
             file: Beside that of the finished tasks.
             source: Everything that decides the answers. Those that the file has of anything else are dropped.
         """
-        self.file = file
-        self.answers = _read(file, dict(source))
+        self.file, self.source = file, content_key(dict(source))
+        self.answers: list[str] = []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            self._take(line)
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written anew, without the half line that a run has left which was ended while it wrote.
-        new = file.with_name(f"{file.name}.new")
-        lines = [dict(source), *([self.answers] if self.answers else [])]
-        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        new = file.with_name(f"{file.name}.{os.getpid()}")
+        new.write_text(self._line(0, self.answers) if self.answers else "", encoding="utf-8")
         os.replace(new, file)
 
     def add(self, answers: Sequence[str]) -> None:
         """Keep a batch, on disk at once."""
         with self.file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(list(answers)) + "\n")
+            opened.write(self._line(len(self.answers), answers))
         self.answers += answers
 
     def remove(self) -> None:
         """The task is finished, and its answers are kept elsewhere."""
         self.file.unlink(missing_ok=True)
 
+    def _line(self, first: int, answers: Sequence[str]) -> str:
+        return json.dumps({"source": self.source, "first": first, "answers": list(answers)}) + "\n"
 
-def _read(file: Path, source: Mapping[str, str]) -> list[str]:
-    found: list[str] = []
-    if not file.is_file():
-        return found
-    first, *batches = file.read_text(encoding="utf-8").splitlines() or [""]
-    try:
-        if json.loads(first) != source:
-            return found
-        for line in batches:
-            found += json.loads(line)
-    except json.JSONDecodeError:
-        pass  # half a line, the last one
-    return found
+    def _take(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return  # half a line
+        if (row["source"], row["first"]) == (self.source, len(self.answers)):
+            self.answers += row["answers"]
