@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
+
 VISION = {
     "table1": "CLIP with LoRA on 8, 12 and 16 tasks; the authors' adapters, by --checkpoints",
     "table2": "CLIP fully fine-tuned on 8, 14 and 20 tasks; TSV-M's models by --checkpoints, or --fusion-bench",
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Show the plan, or measure and report.
 
     Returns:
-        1 from a dry run that found something missing, or a run whose report lacks something that failed, otherwise 0.
+        1 from a dry run that found something missing, or a run whose report lacks something that failed; of a run that a signal ended
+        that of shells; otherwise 0.
     """
     options = parser().parse_args(arguments)
     if options.table == "mergebench":
@@ -52,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(plan.text())
         return 1 if plan.missing() else 0
     try:
-        report, failures = run.measure(options.out)
+        with stopped_by_signals():
+            report, failures = run.measure(options.out)
+    except Stopped as stop:
+        print(f"stopped by {stop.signal.name}: what was measured is kept, run the same again", file=sys.stderr)
+        return stop.exit_code
     except Exception as error:
         if said := too_little(error):
             raise SystemExit(f"{said} What was measured is kept: run the same again.") from error

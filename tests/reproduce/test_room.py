@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -44,6 +46,19 @@ def test_too_little(error: Exception, said: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(SystemExit, match=said):
         command.main(["mergebench", "--cache", str(tmp_path), "--device", "cpu"])
     assert not command.too_little(OSError(errno.ENOENT, "no such file"))
+
+
+def test_signals_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A polite kill, or a terminal that is closed, ends a run as Ctrl-C does: gigabytes of a merge do not stay on the disk."""
+
+    def ended(self: MergeBench, out: Path | None) -> None:
+        with TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MergeBench, "measure", ended)
+    assert command.main(["mergebench", "--cache", str(tmp_path), "--device", "cpu"]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM: what was measured is kept, run the same again\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_pixels_are_written_like_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
