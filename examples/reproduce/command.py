@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def _common(one: argparse.ArgumentParser) -> None:
     add("--revisions", type=Path, metavar="FILE", help="JSON with the revisions of Hub ids: revisions.json of a report")
     add("--methods", nargs="+", metavar="NAME", help="rows of the table, beside dc")
     add("--device", default="auto", help="as in cuda:0 or cpu (default: the GPU where there is one)")
-    add("--examples", type=int, metavar="N", help="a try: N examples of each part or task at most")
+    add("--examples", type=_count, metavar="N", help="a try: N examples of each part or task at most")
     add(
         "--cache",
         type=Path,
@@ -152,8 +153,8 @@ def _vision(one: argparse.ArgumentParser, name: str) -> None:
     )
     add("--search", choices=["grid", "ladder"], default="grid",
         help="for alpha: the paper's 0.1 to 3.0, or a climb that looks at a third of the values, up to 8")  # fmt: skip
-    add("--batch", type=int, default=256, help="images at once (default: %(default)s)")
-    add("--threads", type=int, default=4, help="that decode images (default: %(default)s)")
+    add("--batch", type=_count, default=256, help="images at once (default: %(default)s)")
+    add("--threads", type=_count, default=4, help="that decode images (default: %(default)s)")
     one.set_defaults(fusion_bench=False)
     if name == "table2":
         add("--fusion-bench", action="store_true",
@@ -175,12 +176,23 @@ def _mergebench(one: argparse.ArgumentParser) -> None:
     add("--imagenet-choices", type=Path, metavar="FILE", help="text file with the names that ImageNet's prompt lists")
     add("--alpha", type=_alpha, default=1.0, help="of every merge: a number, or auto (default: 1.0, the paper's 2.0)")
     add("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="(default: %(default)s)")
-    add("--batch", type=int, default=8, help="questions at once (default: %(default)s)")
+    add("--batch", type=_count, default=8, help="questions at once (default: %(default)s)")
     add("--seen-only", action="store_true", help="leave the four other tasks out")
 
 
 def _alpha(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        if text == "auto" or math.isfinite(float(text)):
+            return text if text == "auto" else float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"found {text!r}: expected a number, or auto")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}: expected a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

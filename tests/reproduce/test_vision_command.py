@@ -83,12 +83,47 @@ def test_room_for_what_is_fetched(
         (["--dataset", "Cars=a:b:c:d:e:f"], "expected TASK=ID"),
         (["--device", "cuda:77"], "found no device 'cuda:77'"),
         (["--classes", "nowhere.json"], "nowhere.json: can't be read as JSON"),
+        (["--data", "nowhere"], "found no folder nowhere: expected one with a folder of images for each task"),
+        (["--data", "nowhere", "--dataset", "Cars=a/b"], "found no folder nowhere"),
     ],
 )
 def test_wrong_options(more: list[str], message: str, tmp_path: Path) -> None:
     """Each is refused before anything is loaded."""
     with pytest.raises(SystemExit, match=message):
         command.main(["table1", "--cache", str(tmp_path), *more])
+
+
+@pytest.mark.parametrize("content", ["[]", '{"DTD": "banded"}', '{"DTD": [1]}', "3"])
+def test_wrong_classes(content: str, tmp_path: Path) -> None:
+    """Names are lists of text, by task."""
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(SystemExit, match="found no lists of names by task"):
+        command.main(["table1", "--cache", str(tmp_path), "--classes", str(tmp_path / "classes.json")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["table1", "--examples", "0"], "--examples: found '0': expected a whole number of at least 1"),
+        (["table1", "--threads", "-1"], "--threads: found '-1'"),
+        (["mergebench", "--batch", "0"], "--batch: found '0'"),
+        (["mergebench", "--alpha", "nan"], "--alpha: found 'nan': expected a number, or auto"),
+        (["mergebench", "--alpha", "two"], "--alpha: found 'two'"),
+    ],
+)
+def test_wrong_numbers(line: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that end in a traceback later, or count as all there is."""
+    with pytest.raises(SystemExit):
+        command.main(line)
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_choices(tmp_path: Path) -> None:
+    """The file of ImageNet's prompt is there and has something in it."""
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, message in (("none.txt", "can't be read"), ("empty.txt", "found no names")):
+        with pytest.raises(SystemExit, match=f"{name}: {message}"):
+            command.main(["mergebench", "--imagenet-choices", str(tmp_path / name)])
 
 
 def test_other_sources_by_option(tmp_path: Path) -> None:

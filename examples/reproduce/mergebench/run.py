@@ -232,9 +232,21 @@ def mergebench_of(options: argparse.Namespace) -> MergeBench:
         base, options.instructions, options.images, adapters,
         chosen(MERGEBENCH, options.methods or ["dc"]), options.cache / "mergebench", device_named(options.device), options.dtype,
         options.batch, options.alpha, options.examples,
-        options.imagenet_choices.read_text(encoding="utf-8").strip() if options.imagenet_choices else None, not options.seen_only,
+        _choices(options.imagenet_choices), not options.seen_only,
         tuple(idle(revisions, [base, *adapters.values()])),
     )  # fmt: skip
+
+
+def _choices(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{file}: can't be read ({error}): expected the names that ImageNet's prompt lists") from error
+    if not text:
+        raise SystemExit(f"{file}: found no names: expected those that ImageNet's prompt lists")
+    return text
 
 
 def _in(folder: Path | None, task: str) -> str:

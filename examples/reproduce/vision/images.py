@@ -169,10 +169,16 @@ class Place:
 
 
 def place_of(task: VisionTask, data: Path | None, ids: Mapping[str, HubData]) -> Place | None:
-    """Where a task's images are to be read from: ``ids`` first, then a folder of that name in ``data``, then the table's id."""
+    """Where a task's images are to be read from: ``ids`` first, then a folder of that name in ``data``, then the table's id.
+
+    Raises:
+        SystemExit: there is no such folder: gigabytes would come from the Hub instead.
+    """
+    if data is not None and not data.is_dir():
+        raise SystemExit(f"found no folder {data}: expected one with a folder of images for each task")
     if task.name in ids:
         return Place(hub=ids[task.name])
-    if data is not None and data.is_dir():
+    if data is not None:
         for folder in sorted(path for path in data.iterdir() if path.is_dir()):
             if task.called(folder.name):
                 return Place(folder)

@@ -240,6 +240,9 @@ def named_classes(file: Path | None) -> dict[str, list[str]]:
         return {}
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{file}: can't be read as JSON ({error}): expected names by task") from error
-    return {task_named(task).name: list(names) for task, names in read.items()}
+    lists = read.values() if isinstance(read, dict) else [read, None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        raise SystemExit(f"{file}: found no lists of names by task: expected such as {{'DTD': ['banded', ...]}}")
+    return {task_named(task).name: names for task, names in read.items()}
