@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
 
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = run.plan()
         print(plan.text())
         return 1 if plan.missing() else 0
+    for flag, folder in (("--cache", options.cache), ("--out", options.out)):
+        refuse_unwritable(flag, folder)
     try:
         with stopped_by_signals():
             report, failures = run.measure(options.out)
@@ -69,6 +72,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
+
+
+def refuse_unwritable(flag: str, folder: Path | None) -> None:
+    """Before hours of measuring, not after them.
+
+    Raises:
+        SystemExit: nothing can be written there.
+    """
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(
+            f"found {flag} {folder}, which can't be written to ({error.strerror}): expected a folder"
+        ) from error
 
 
 def too_little(error: Exception) -> str:

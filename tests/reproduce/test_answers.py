@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from reproduce.mergebench import answers
 from reproduce.mergebench.captions import bleu, cider, longest_common, ngrams, rouge_l, words
-from reproduce.mergebench.questions import Questions
+from reproduce.mergebench.questions import Questions, read
 from reproduce.mergebench.scoring import score
 from reproduce.mergebench.tasks import TASKS
 
@@ -49,6 +51,18 @@ def test_boxes() -> None:
     true = {"answer_bbox": "[0.0, 0.0, 1.0, 1.0]"}
     assert answers.overlapping("[0.0,0.0,1.0,0.51]", true) and not answers.overlapping("[0.0,0.0,1.0,0.5]", true)
     assert not answers.overlapping("on the left", true)
+
+
+def test_true_boxes_are_checked_first(tmp_path: Path) -> None:
+    """A question file with a box of another form is refused before anything is asked, not when answers are scored."""
+    file = tmp_path / TASKS["REC"].questions
+    file.parent.mkdir()
+    rows = [{"question_id": 1, "text": "the dog", "answer_bbox": [0.1, 0.1, 0.9, 0.9]}]
+    file.write_text(json.dumps(rows))
+    assert answers.overlapping("[0.1,0.1,0.9,0.9]", read(TASKS["REC"], tmp_path, tmp_path).rows[0])
+    file.write_text(json.dumps([*rows, {**rows[0], "answer_bbox": "left"}]))
+    with pytest.raises(SystemExit, match=r"test\.json: found the box 'left': expected four numbers"):
+        read(TASKS["REC"], tmp_path, tmp_path)
 
 
 def test_boxes_as_published() -> None:

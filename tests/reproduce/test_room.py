@@ -48,6 +48,16 @@ def test_too_little(error: Exception, said: str, tmp_path: Path, monkeypatch: py
     assert not command.too_little(OSError(errno.ENOENT, "no such file"))
 
 
+@pytest.mark.parametrize("flag", ["--cache", "--out"])
+def test_places_that_cant_be_written(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is measured: the report is written last."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(MergeBench, "measure", lambda self, out: pytest.fail("measured"))
+    line = ["mergebench", "--cache", str(tmp_path), "--device", "cpu", flag, str(tmp_path / "file")]
+    with pytest.raises(SystemExit, match=f"found {flag} .*file, which can't be written to .*: expected a folder"):
+        command.main(line)
+
+
 def test_signals_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A polite kill, or a terminal that is closed, ends a run as Ctrl-C does: gigabytes of a merge do not stay on the disk."""
 

@@ -55,6 +55,8 @@ def read(
     for row in rows:
         if lacking := needed - row.keys():
             raise SystemExit(f"{file}: found a question without {', '.join(sorted(lacking))}: expected it")
+        if "answer_bbox" in needed and answers.box(str(row["answer_bbox"])) is None:
+            raise SystemExit(f"{file}: found the box {row['answer_bbox']!r}: expected four numbers")
     rows = [{**row, "text": str(row["text"]).replace("<image>", "").strip()} for row in rows]
     if task.right is answers.option:
         rows = _with_problems(rows, images / "ScienceQA" / "problems.json")
