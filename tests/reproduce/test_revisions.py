@@ -11,6 +11,7 @@ import pytest
 import torch
 from reproduce import command
 from reproduce.mergebench import run as mergebench
+from reproduce.mergebench.run import MergeBench
 from reproduce.revisions import at_commit, commit_of, listed, parts, pinned
 from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
@@ -128,3 +129,27 @@ def test_answers_belong_to_commits(tmp_path: Path) -> None:
     )
     assert made.base == f"{mergebench.BASE}@{OLD}" and made.adapters["REC"].endswith(f"_REC@{NEW}") and not made.remarks
     assert made.adapters["VQAv2"] == "AuroraZengfh/LLaVA_7B_lora_r16_VQAv2"
+
+
+def test_the_next_run_stays_at_the_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on after the Hub has moved is of the same models, or its answers would be asked again; a revision that is given
+    counts."""
+    newest, seen = [OLD], list[MergeBench]()
+
+    def resolved(place: str) -> str:
+        name, revision = parts(place)
+        return f"{name}@{newest[0] if revision in (None, 'main') else revision}"
+
+    def ended(self: MergeBench, out: Path | None) -> None:
+        seen.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mergebench, "at_commit", resolved)
+    monkeypatch.setattr(MergeBench, "plan", lambda self: SimpleNamespace(check=lambda: None))
+    monkeypatch.setattr(MergeBench, "_measured", ended)
+    for commit, base in ((OLD, "org/base"), (NEW, "org/base"), (NEW, "org/base@main"), (NEW, "org/base")):
+        newest[0] = commit
+        with pytest.raises(KeyboardInterrupt):
+            MergeBench(base, tmp_path, tmp_path, {"VQAv2": "org/a"}, (), tmp_path).measure(None)
+    assert [run.base.partition("@")[2] for run in seen] == [OLD, OLD, NEW, NEW]
+    assert {run.adapters["VQAv2"] for run in seen} == {f"org/a@{OLD}"}

@@ -29,7 +29,7 @@ from reproduce.mergebench.scoring import score
 from reproduce.mergebench.tasks import SEEN, TASKS, UNSEEN
 from reproduce.mergebench.unfinished import Unfinished
 from reproduce.needs import Need, Plan, device_named
-from reproduce.revisions import at_commit, idle, listed, parts, pinned, record
+from reproduce.revisions import FILE, at_commit, idle, listed, parts, pinned, record
 
 BASE = "llava-hf/llava-1.5-7b-hf"
 TITLE = "Tables 3 and 13: MM-MergeBench, LLaVA-1.5-7B"
@@ -125,14 +125,23 @@ class MergeBench:
         self.plan().check()
         for remark in self._without_meteor():
             say(remark)
-        # What is loaded anew later is of the same commits.
-        adapters = {task: at_commit(place) for task, place in self.adapters.items()}
-        return dataclasses.replace(self, base=at_commit(self.base), adapters=adapters)._measured(out)
+        # What is loaded anew later is of the same commits, also in the next run: its answers would be another model's.
+        held = listed(file) if (file := self._kept / FILE).is_file() else {}
+        adapters = {task: at_commit(pinned(place, held)) for task, place in self.adapters.items()}
+        run = dataclasses.replace(self, base=at_commit(pinned(self.base, held)), adapters=adapters)
+        record(run._commits(), self._kept)
+        return run._measured(out)
+
+    @property
+    def _kept(self) -> Path:
+        # What a try keeps must not replace what a whole run has kept.
+        return self.cache / ("results" if self.most is None else f"results-first-{self.most}")
+
+    def _commits(self) -> dict[str, str | None]:
+        return dict(parts(place) for place in (self.base, *self.adapters.values()) if not Path(place).exists())
 
     def _measured(self, out: Path | None) -> tuple[Path, list[str]]:
-        # What a try keeps must not replace what a whole run has kept.
-        kept = self.cache / ("results" if self.most is None else f"results-first-{self.most}")
-        rows = Rows(kept / f"answers-{self.dtype}.jsonl")
+        rows = Rows(self._kept / f"answers-{self.dtype}.jsonl")
         questions = self.questions
         for variant in self.variants():
             self._ask(variant, rows)
@@ -141,10 +150,9 @@ class MergeBench:
             for variant in self.variants()
             for task in variant.asked
         }
-        folder = out or kept
+        folder = out or self._kept
         folder.mkdir(parents=True, exist_ok=True)
-        used = dict(parts(place) for place in (self.base, *self.adapters.values()) if not Path(place).exists())
-        notes = [*self._notes(), *record(used, folder)]
+        notes = [*self._notes(), *record(self._commits(), folder)]
         labels = [one.label for one in self.contenders]
         text = page(TITLE, scores, labels, self.tasks, notes, complete=self.most is None)
         (folder / "report.md").write_text(text, encoding="utf-8")
