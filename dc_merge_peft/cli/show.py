@@ -15,8 +15,10 @@ from rich.table import Table
 
 from dc_merge_peft.cli.pipes import print_no_more
 from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
-from dc_merge_peft.errors import MergeError, first_line, printable
+from dc_merge_peft.errors import MergeError, first_line, preview, printable
 from dc_merge_peft.memory import memory_in_words
+from dc_merge_peft.work.place import left_of
+from dc_merge_peft.work.standing import Standing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,8 +47,9 @@ def reports_errors(command: F) -> F:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        standing = Standing()
         try:
-            with stopped_by_signals(), memory_in_words():
+            with standing.noted(), stopped_by_signals(), memory_in_words():
                 return command(*args, **kwargs)
         except MergeError as error:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
@@ -59,13 +62,21 @@ def reports_errors(command: F) -> F:
             print_no_more(sys.stdout)
             raise typer.Exit(2) from error
         except Stopped as stop:
-            left = (
-                "what is finished is kept for the next run" if kwargs.get("resume") else "nothing unfinished was left"
-            )
-            typer.secho(f"stopped by {stop.signal.name}: {left}", err=True, fg=typer.colors.RED)
+            left = _left(standing, resume=bool(kwargs.get("resume")))
+            typer.secho(printable(f"stopped by {stop.signal.name}: {left}"), err=True, fg=typer.colors.RED)
             raise typer.Exit(stop.exit_code) from stop
 
     return wrapped  # type: ignore[return-value]
+
+
+def _left(standing: Standing, *, resume: bool) -> str:
+    """What a stopped command has left."""
+    complete = standing.found()
+    if not complete:
+        return "what is finished is kept for the next run" if resume else "nothing unfinished was left"
+    folders = [folder for target in complete if resume and (folder := left_of(target)) is not None]
+    kept = f"; delete '{folders[0]}', which is not needed any more" if folders else ""
+    return f"{preview(map(str, complete))} {'is' if len(complete) == 1 else 'are'} complete{kept}"
 
 
 def say(out: Console, text: object) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dc_merge_peft.work.standing import about_to_stand
 from dc_merge_peft.work.workshop import OLD
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -24,6 +25,7 @@ def place(new: Path, target: Path, last: Sequence[str]) -> None:
         target: Its place.
         last: Files without which a directory counts for nothing.
     """
+    about_to_stand(target, new, _in_order(new, last)[-1])
     if not target.exists():
         new.rename(target)
     elif not any(target.iterdir()):
@@ -42,6 +44,7 @@ def place_file(new: Path, target: Path, *, replace: bool) -> None:
     Raises:
         FileExistsError: one stands there that may not.
     """
+    about_to_stand(target, new, new)
     if replace:
         new.replace(target)
     else:
@@ -135,7 +138,7 @@ def _fill(new: Path, target: Path, last: Sequence[str]) -> None:
     """
     moved = []
     try:
-        for child in sorted(new.iterdir(), key=lambda child: (child.name in last, child.name)):
+        for child in _in_order(new, last):
             moved.append(child.name)
             if (target / child.name).exists():
                 moved.pop()
@@ -146,6 +149,11 @@ def _fill(new: Path, target: Path, last: Sequence[str]) -> None:
             if not (new / name).exists():
                 (target / name).rename(new / name)
         raise
+
+
+def _in_order(new: Path, last: Sequence[str]) -> list[Path]:
+    """What a directory holds, those files last without which it counts for nothing."""
+    return sorted(new.iterdir(), key=lambda child: (child.name in last, child.name))
 
 
 def _flush(path: Path) -> None:

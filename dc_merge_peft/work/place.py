@@ -221,10 +221,18 @@ def _delete(folder: Path) -> None:
 
 def unfinished(out: str | Path) -> str | None:
     """A sentence about an unfinished merge to this output that could be resumed."""
+    folder = left_of(out)
+    if folder is None:
+        return None
+    return f"'{folder}' holds an unfinished merge to this output: --resume (resume=True) goes on with it, or delete it"
+
+
+def left_of(out: str | Path) -> Path | None:
+    """The folder beside an output that holds finished modules of a merge to it, if there is one."""
     with suppress(OSError, RuntimeError, ValueError):
         folder = WorkPlace.beside(out, resume=True).folder
         if (folder / _MANIFEST).is_file():
-            return f"'{folder}' holds an unfinished merge to this output: --resume (resume=True) goes on with it, or delete it"
+            return folder
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dc_merge_peft import DCMergeAdapter
-from dc_merge_peft.outputs import adapter, fused, fused_stream
+from dc_merge_peft.outputs import adapter, fused, fused_stream, placing, single
 from dc_merge_peft.work.workshop import settle
 from tests.support.program import run
 from tests.support.refused import listing
@@ -81,6 +81,45 @@ def test_signals(workspace: Path, monkeypatch: pytest.MonkeyPatch, command: tupl
         assert done.stderr == f"stopped by {signal.Signals(number).name}: nothing unfinished was left\n"
         assert listing(workspace) == before
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
+
+
+@pytest.mark.parametrize("resume", [False, pytest.param(True, marks=needs_v5)])
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_stopped_when_it_stands(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, resume: bool, exchanged: bool
+) -> None:
+    """Right behind the last step the output is complete, and that is said; so is what nobody needs any more."""
+    original, options = placing.exchange, ("--method", "ties", "--alpha", "0.5", *(("--resume",) if resume else ()))
+    assert run(*FUSE, "--overwrite", *options).exit_code == 0
+    expected = listing(workspace / "out")
+    assert run(*FUSE, "--overwrite").exit_code == 0
+
+    def stop(*places: Path) -> bool:
+        done = original(*places) if exchanged else False
+        os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(placing, "exchange", stop)
+    done = run(*FUSE, "--overwrite", *options)
+    assert done.exit_code == 143, done.output
+    work = workspace / ".out.dc-merge-work"
+    assert work.exists() == resume
+    if not exchanged:
+        said = "what is finished is kept for the next run" if resume else "nothing unfinished was left"
+        assert (done.stderr, listing(workspace / "out") == expected) == (f"stopped by SIGTERM: {said}\n", False)
+        return
+    kept = f"; delete '{work}', which is not needed any more" if resume else ""
+    assert done.stderr == f"stopped by SIGTERM: '{workspace / 'out'}' is complete{kept}\n"
+    assert listing(workspace / "out") == expected
+
+
+def test_stopped_when_a_file_stands(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report is one file."""
+    monkeypatch.setattr(placing, "_flush", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(single, "to_disk", lambda _: None)
+    done = run("report", "out", "-o", "report.html")
+    assert (done.exit_code, done.stderr) == (130, f"stopped by SIGINT: '{workspace / 'report.html'}' is complete\n")
+    assert (workspace / "report.html").is_file()
 
 
 def test_the_demo(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
