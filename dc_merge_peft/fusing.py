@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
+from dc_merge_peft.errors import MergeWarning, OptionError, OutputError, SourceError, preview
 from dc_merge_peft.outputs.directory import check_target, hidden_beside, tidy_up
 from dc_merge_peft.outputs.room import check_room, scratch
 from dc_merge_peft.plan import MergePlan
@@ -227,7 +227,7 @@ def _fuse_streamed(
 ) -> FusedModel:
     from dc_merge_peft.outputs.fused_stream import stream_fused
 
-    model, changes, _ = _located(plan, base, destination.token, trust_remote_code, options)
+    model, changes, planned = _located(plan, base, destination.token, trust_remote_code, options)
     place: WorkPlace | None = options["resume"]
     # Methods of full rank leave as many numbers as the base model has, in float32: they wait on disk for their turn.
     with destination.directory() as out, hidden_beside(out) as folder:
@@ -235,6 +235,7 @@ def _fuse_streamed(
         check_room(out, sum(tensor.size for tensor in model.files.tensors.values()) - there)
         whole = _whole(options)
         with merging(**{"base": model, **whole, "keep_dense": whole["keep_dense"] and folder}) as merged:
+            _refuse_others(planned, merged)
             saved = stream_fused(
                 model, changes, merged, out, overwrite=destination.overwrite, max_shard_size=destination.max_shard_size,
                 work=place.folder if place is not None and place.resume else None, progress=progress,
@@ -259,6 +260,25 @@ def _located(
     wanted = {module.name: (module.layout, module.shape) for module in planned.modules}
     specs = {extra.name: extra.spec for extra in planned.extras.kept}
     return model, find_changes(model, wanted, specs, options.get("rename")), planned
+
+
+def _refuse_others(planned: MergePlan, merged: MergeResult) -> None:
+    """The adapters are opened again to be merged. What they have by then goes where it was to go by the plan, or nowhere.
+
+    Raises:
+        SourceError: they have other modules, or other tensors outside B and A.
+    """
+    modules = {module.name: (module.layout, module.shape) for module in planned.modules}
+    specs = {extra.name: extra.spec for extra in planned.extras.kept}
+    if modules != {name: (module.layout, module.delta.shape) for name, module in merged.modules.items()} or (
+        specs != {name: extra.spec for name, extra in merged.extras.values.items()}
+    ):
+        pairs = zip(planned.adapters, merged.adapters, strict=True)
+        changed = [now.name for before, now in pairs if before.fingerprint != now.fingerprint]
+        which = f"adapter {preview(changed)}" if changed else "an adapter"
+        raise SourceError(
+            f"{which} was changed after it had been opened: expected the same modules until they are fused; fuse again"
+        )
 
 
 def _whole(options: Mapping[str, Any]) -> dict[str, Any]:

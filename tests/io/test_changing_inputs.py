@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dc_merge_peft import DCMergeAdapter, MergedAdapter, MergeError, SourceError, merging, tune
+from dc_merge_peft import DCMergeAdapter, MergedAdapter, MergeError, SourceError, fusing, merging, tune
 from dc_merge_peft.outputs import adapter as writer
 from dc_merge_peft.outputs import fused_stream
 from dc_merge_peft.sources import CheckpointSource, stored
@@ -168,6 +169,33 @@ def test_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: C
     reason = "No such file" if change is delete else "it was changed after it had been opened"
     with refused(SourceError, "the base model's file", reason, "download or save the model again"):
         DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "in"}
+
+
+@needs_v5
+@pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")
+@pytest.mark.parametrize("extras", [None, "average"])
+def test_between_planning_and_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extras: str | None) -> None:
+    """What an adapter has only by then has no place in the model: not fused without it, as if it had been."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    original = fusing.hidden_beside
+
+    def hidden_beside(*arguments: Any) -> Any:
+        file = folders[1] / WEIGHTS
+        held = load_file(file)
+        A, B = (held[f"base_model.model.encoder.layer.0.attention.self.query.lora_{factor}.weight"] for factor in "AB")
+        new = {"lora_A.weight": A, "lora_B.weight": B} if extras is None else {"weight": torch.ones(16, 16)}
+        layer = "base_model.model.encoder.layer.0.attention.output.dense"
+        save_file({**held, **{f"{layer}.{name}": value.clone() for name, value in new.items()}}, file)
+        if extras is not None:
+            config = json.loads((folders[1] / "adapter_config.json").read_text())
+            config["modules_to_save"] = ["attention.output.dense"]
+            (folders[1] / "adapter_config.json").write_text(json.dumps(config))
+        return original(*arguments)
+
+    monkeypatch.setattr(fusing, "hidden_beside", hidden_beside)
+    with refused(SourceError, f"adapter '{folders[1].name}' was changed after it had been opened", "fuse again"):
+        DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out", extras=extras)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "in"}
 
 
