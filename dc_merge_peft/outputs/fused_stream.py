@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from dc_merge_peft.outputs.written import Written
 from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.sources.base_files import COMPANIONS, CONFIG
+from dc_merge_peft.sources.base_files import COMPANIONS
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.stored import StoredTensor
 
@@ -132,7 +131,7 @@ def stream_fused(
                 for shard in complete:
                     assert written is not None
                     written.add(shard)
-        shutil.copyfile(model.files.folder / CONFIG, building / CONFIG)
+        model.files.copy_config(building)
         code = ("*.py",) if model.files.config.get("auto_map") else ()
         copy_companions(model.files.folder, building, (*COMPANIONS, *code))
         write_papers(result, building, model.files.base)

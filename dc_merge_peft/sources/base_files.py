@@ -12,7 +12,7 @@ from typing import Any
 
 from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.sources.hub import HubId, fetch_files
-from dc_merge_peft.sources.stored import StoredTensor, Unreadable, read_header
+from dc_merge_peft.sources.stored import CHANGED, StoredTensor, Unreadable, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What belongs to a model beside its weights and its config: how to generate, tokenizers, processors and terms.
@@ -58,6 +58,22 @@ class BaseFiles:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]  # in the order of the files, and in them of their bytes
+
+    def copy_config(self, folder: Path) -> None:
+        """Copy the config as it is, which still says what it said when it was opened.
+
+        Raises:
+            SourceError: it doesn't, or can't be read.
+        """
+        file = self.folder / CONFIG
+        try:
+            content = file.read_bytes()
+            same = json.dumps(json.loads(content)) == json.dumps(self.config)  # as text: NaN equals nothing
+        except (OSError, ValueError, RecursionError) as error:
+            raise _unreadable(file, first_line(error)) from error
+        if not same:
+            raise _unreadable(file, CHANGED)
+        (folder / CONFIG).write_bytes(content)
 
 
 def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFiles:

@@ -173,6 +173,27 @@ def test_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: C
 
 
 @needs_v5
+@pytest.mark.parametrize("new", ['{"model_type": "bert"}', "{", None])
+def test_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: str | None) -> None:
+    """The config beside the fused weights is the one under which they were read."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    config = base / "config.json"
+    config.write_text(config.read_text().replace("{", '{"note": NaN,', 1))  # which equals nothing, not even itself
+    before, original = config.read_bytes(), fused_stream.write_headers
+    DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+
+    def write_headers(*arguments: object) -> None:
+        original(*arguments)  # type: ignore[arg-type]
+        config.write_text(new) if new is not None else config.unlink()
+
+    monkeypatch.setattr(fused_stream, "write_headers", write_headers)
+    with refused(SourceError, "config.json' can't be read", "download or save the model again"):
+        DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "in", "out"}
+
+
+@needs_v5
 @pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")
 @pytest.mark.parametrize("extras", [None, "average"])
 def test_between_planning_and_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extras: str | None) -> None:
