@@ -22,7 +22,6 @@ from dc_merge_peft.sources.dora import magnitude_keys
 from dc_merge_peft.sources.experts import Stack, expert_stacks, target_parameters
 from dc_merge_peft.sources.extras import extras_reason, stored_extras
 from dc_merge_peft.sources.files import open_weights
-from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import open_trainables
@@ -63,7 +62,7 @@ class CheckpointSource(Source):
         specs = {layer: self._spec(layer, keys, self._stacks.get(layer)) for layer, keys in self._keys.items()}
         self.modules = {module: spec for layer, spec in specs.items() for module in spec.layout.modules(layer)}
         self._read_beside(files.directory)
-        self.info = _describe(self.name, files, self.config)
+        self.info = _describe(self.name, files, self.config, self._tensors.fingerprint)
 
     def _read_beside(self, directory: Path) -> None:
         """What the adapter holds beside its factors, in the checkpoint by its keys, and in a file of its own."""
@@ -261,7 +260,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> AdapterInfo:
+def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any], fingerprint: str | None) -> AdapterInfo:
     return AdapterInfo(
         name=name,
         location=files.location,
@@ -275,5 +274,5 @@ def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any]) -> Adap
         targets=Targets.from_config(config),
         target_parameters=target_parameters(config),
         card=read_card(files.directory),
-        fingerprint=fingerprint(files.directory),
+        fingerprint=fingerprint,
     )

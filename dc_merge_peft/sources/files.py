@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dc_merge_peft.errors import SourceError, first_line
 from dc_merge_peft.sources.contents import CONFIG_FILE, WEIGHT_FILES, instead_of_weights
+from dc_merge_peft.sources.fingerprint import fingerprint, fingerprint_of
 from dc_merge_peft.sources.stored import KNOWN, POINTER, Unreadable, is_pointer, read_header
 
 
@@ -28,6 +29,9 @@ class Tensors(Protocol):
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
 
     def read(self, key: str) -> Tensor: ...
 
@@ -61,6 +65,7 @@ class SafetensorsFile:
             self._opened = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             self._closing = weakref.finalize(self, os.close, self._opened)
             self._tensors = read_header(path, self._opened)
+            self.fingerprint = fingerprint_of(self._opened)
         except (OSError, Unreadable) as error:
             raise _unreadable(path, adapter, error) from error
         self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
@@ -93,6 +98,7 @@ class PickleFile:
                 raise Unreadable(POINTER)
             _refuse_packed(path)
             _refuse_filling(path)
+            self.fingerprint = fingerprint(path.parent)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise SourceError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from io import FileIO
 from pathlib import Path
 
 from dc_merge_peft.sources.hub import WEIGHT_FILES
@@ -17,13 +19,26 @@ def fingerprint(folder: Path) -> str | None:
         return None
     try:
         with file.open("rb", buffering=0) as opened:
-            size = file.stat().st_size
-            digest = hashlib.sha256(str(size).encode())
-            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
-                opened.seek(start)
-                digest.update(opened.read(SAMPLE))
-            opened.seek(max(size - SAMPLE, 0))
-            digest.update(opened.read(SAMPLE))
+            return _of(opened)
     except OSError:
         return None
+
+
+def fingerprint_of(opened: int) -> str | None:
+    """The same of a weight file that is open, whatever stands in its place by now."""
+    try:
+        with open(opened, "rb", buffering=0, closefd=False) as file:
+            return _of(file)
+    except OSError:
+        return None
+
+
+def _of(opened: FileIO) -> str:
+    size = os.fstat(opened.fileno()).st_size
+    digest = hashlib.sha256(str(size).encode())
+    for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+        opened.seek(start)
+        digest.update(opened.read(SAMPLE))
+    opened.seek(max(size - SAMPLE, 0))
+    digest.update(opened.read(SAMPLE))
     return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dc_merge_peft import DCMergeAdapter, MergedAdapter, MergeError, SourceError, fusing, merging, tune
 from dc_merge_peft.outputs import adapter as writer
 from dc_merge_peft.outputs import fused_stream
-from dc_merge_peft.sources import CheckpointSource, stored
+from dc_merge_peft.sources import CheckpointSource, checkpoint, stored
 from tests.support import models
 from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
@@ -124,6 +124,22 @@ def test_while_it_is_noted_what_finished_modules_are_of(
     with refused(SourceError, "adapter 'two' was changed after it had been opened", "merge again"):
         DCMergeAdapter().merge(folders, resume=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("change", BESIDE)
+def test_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
+    """The fingerprint is that of the weights which are merged, not of those that stand in their place since."""
+    folder = write_checkpoint(tmp_path / "one")
+    expected, original = CheckpointSource(folder).info.fingerprint, checkpoint.factor_keys
+
+    def factor_keys(*arguments: Any) -> Any:
+        change(folder / WEIGHTS)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "factor_keys", factor_keys)
+    source = CheckpointSource(folder)
+    assert expected is not None and source.info.fingerprint == expected
+    source.close()
 
 
 def test_during_a_search(tmp_path: Path) -> None:
