@@ -36,7 +36,9 @@ class NotThere(NotStreamable):
 
 @dataclass(frozen=True)
 class BaseTensor(StoredTensor):
-    """One tensor of a base model, whose errors name the file."""
+    """One tensor of a model, whose errors name the file."""
+
+    owner: str = "the base model"
 
     def read_into(self, content: memoryview, start: int, opened: int | None = None) -> None:
         """As :class:`StoredTensor` does.
@@ -47,7 +49,7 @@ class BaseTensor(StoredTensor):
         try:
             super().read_into(content, start, opened)
         except Unreadable as error:
-            raise _unreadable(self.file, str(error)) from error
+            raise _unreadable(self.file, str(error), self.owner) from error
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,13 @@ class BaseFiles:
         (folder / CONFIG).write_bytes(content)
 
 
-def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFiles:
+def open_base_files(base: str | Path, token: str | bool | None = None, *, what: str = "the base model") -> BaseFiles:
     """Find a base model's files, downloading them from the Hub where need be, and read their headers.
+
+    Args:
+        base: A directory or a Hub id.
+        token: For the Hub.
+        what: How errors in reading its tensors call it.
 
     Raises:
         NotStreamable: its weights are no safetensors files under transformers' usual names.
@@ -116,7 +123,7 @@ def open_base_files(base: str | Path, token: str | bool | None = None) -> BaseFi
     tensors: dict[str, StoredTensor] = {}
     placed = index["weight_map"] if index is not None else {}
     for name in names:
-        found = _tensors(folder / name)
+        found = _tensors(folder / name, what)
         tensors |= {key: tensor for key, tensor in found.items() if placed.get(key, name) == name}
     if lost := [key for key in placed if key not in tensors]:
         raise SourceError(
@@ -178,17 +185,18 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found
 
 
-def _tensors(file: Path) -> dict[str, BaseTensor]:
+def _tensors(file: Path, what: str) -> dict[str, BaseTensor]:
     try:
         with file.open("rb") as opened:
-            return {name: BaseTensor(**vars(tensor)) for name, tensor in read_header(file, opened.fileno()).items()}
+            found = read_header(file, opened.fileno())
+            return {name: BaseTensor(**vars(tensor), owner=what) for name, tensor in found.items()}
     except OSError as error:
         raise _unreadable(file, first_line(error)) from error
     except Unreadable as error:
         raise _unreadable(file, str(error)) from error
 
 
-def _unreadable(file: Path, reason: str) -> SourceError:
+def _unreadable(file: Path, reason: str, what: str = "the base model") -> SourceError:
     return SourceError(
-        f"the base model's file '{file}' can't be read ({reason}): expected a whole file; download or save the model again"
+        f"{what}'s file '{file}' can't be read ({reason}): expected a whole file; download or save the model again"
     )

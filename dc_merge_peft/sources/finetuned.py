@@ -50,7 +50,7 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
             "with dc-merge fuse"
         )
     try:
-        return FiledModel(open_base_files(place, token), trust_remote_code=trust_remote_code)
+        return FiledModel(open_base_files(place, token, what=what), trust_remote_code=trust_remote_code)
     except NotThere as found:
         raise SourceError(
             f"{what} '{place}' is not there: expected an existing model directory or a Hub id such as 'org/name'"

@@ -21,6 +21,7 @@ from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
 from tests.support.refused import listing, refused
 from tests.support.versions import needs_safe_pickles, needs_v5
+from tests.support.workspace import make_full_workspace
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -186,6 +187,23 @@ def test_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: C
     with refused(SourceError, "the base model's file", reason, "download or save the model again"):
         DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "in"}
+
+
+@needs_v5
+@pytest.mark.parametrize(("changed", "words"), [("math-model", "the model's"), ("base-model", "the base model's")])
+def test_full_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, words: str) -> None:
+    """Errors tell a fine-tuned model from its base model."""
+    make_full_workspace(tmp_path)
+    original = fused_stream.write_headers
+
+    def write_headers(*arguments: object) -> None:
+        original(*arguments)  # type: ignore[arg-type]
+        rewrite(tmp_path / changed / "model.safetensors")
+
+    monkeypatch.setattr(fused_stream, "write_headers", write_headers)
+    base, *places = (tmp_path / name for name in ("base-model", "math-model", "code-model"))
+    with refused(SourceError, f"{words} file '{tmp_path / changed / 'model.safetensors'}' can't be read", "again"):
+        DCMergeAdapter().merge_full(base, places, tmp_path / "out")
 
 
 @needs_v5
