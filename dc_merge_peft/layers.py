@@ -46,6 +46,11 @@ def layer_layout(name: str, layer: nn.Module) -> Layout:
     return Layout("conv", tuple(layer.kernel_size))
 
 
+def never_called(name: str) -> str:
+    """What an error says of LoRA on the output projection of an attention, targeted by itself."""
+    return f"'{name}' is the output projection of an attention module, whose forward pass never calls it, so that LoRA there does nothing"
+
+
 def delta_shape(layer: nn.Module) -> tuple[int, int] | None:
     """(m, n) of a delta for a layer; None where a (quantised) layer does not say."""
     if isinstance(layer, nn.Embedding):
@@ -83,13 +88,19 @@ def place_of(module: str, layer: nn.Module, expected: Layout, shape: tuple[int, 
 
     Raises:
         OutputError: the layer lacks the parameter that the experts belong to.
-        UnsupportedAdapterError: a convolution of a kind that is refused.
+        UnsupportedAdapterError: a convolution of a kind that is refused, or an attention's output projection, targeted by itself.
     """
     if expected.kind == "expert":
         return _expert_place(module, layer, expected, shape)
+    layout = layer_layout(module, layer)
+    if (expected.kind, layout.kind) == ("linear", "out_proj"):  # which a checkpoint does not tell from each other
+        raise UnsupportedAdapterError(
+            f"{never_called(module)}; expected LoRA on the attention module itself: train the adapters with that in target_modules, or save "
+            "the merged adapter (dc-merge merge) and load it with PeftModel.from_pretrained, where that module does nothing either"
+        )
     parameter = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
     transposed = type(layer).__name__ == "Conv1D"  # of transformers: (in, out)
-    return Place(parameter, layer_layout(module, layer), delta_shape(layer), transposed)
+    return Place(parameter, layout, delta_shape(layer), transposed)
 
 
 def _expert_place(module: str, layer: nn.Module, expected: Layout, shape: tuple[int, int]) -> Place:

@@ -112,8 +112,8 @@ def find_targets(
         if place.layout.kind == "out_proj":
             raise UnsupportedAdapterError(
                 f"'{name}' is the output projection of a MultiheadAttention, to which PEFT's forward pass adds the delta twice, so "
-                "that base + delta is not the model that was trained: expected other layers; load the merged adapter with "
-                "PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
+                "that base + delta is not the model that was trained: expected other layers; merge the adapters (dc-merge merge), load the "
+                "result with PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
             )
         # Numbers of one byte come with scales, and tensors of a class of their own may be anything inside, as torchao's.
         if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.data) is not Tensor:

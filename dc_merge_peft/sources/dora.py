@@ -22,7 +22,7 @@ from dc_merge_peft.errors import (
     UnsupportedAdapterError,
     preview,
 )
-from dc_merge_peft.layers import delta_shape, layer_layout
+from dc_merge_peft.layers import delta_shape, layer_layout, never_called
 from dc_merge_peft.linalg import compute_device, truncated_svd
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
@@ -219,7 +219,7 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
 
     Raises:
         IncompatibleAdaptersError: the layer is of another type or shape than the adapter's factors.
-        UnsupportedAdapterError: the weight is quantised, or not in memory, or the layer does something else with it.
+        UnsupportedAdapterError: the weight is quantised, or not in memory, or the layer does something else with it, or is never called.
     """
     plain = isinstance(weight, Tensor) and type(weight.data) is Tensor  # one of another class may be anything inside
     if not isinstance(weight, Tensor) or not (plain and weight.is_floating_point()) or weight.is_meta:
@@ -231,6 +231,11 @@ def matrix_of(module: str, layer: nn.Module, weight: object, spec: ModuleSpec, a
             f"depends on it; expected a floating-point weight: {remedy}"
         )
     layout, shape = layer_layout(module, layer), delta_shape(layer)
+    if layout.kind == "out_proj":
+        raise UnsupportedAdapterError(
+            f"{never_called(module)}; adapter '{adapter}' is DoRA, which PEFT does not have on the attention itself either: expected other "
+            "layers; train the adapter without that module"
+        )
     if layout != spec.layout or shape != spec.shape:
         raise IncompatibleAdaptersError(
             f"'{module}' is of type {layout} and shape {shape} in the base model, {spec.layout} and {spec.shape} in adapter "

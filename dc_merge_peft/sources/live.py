@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, unknown_name
-from dc_merge_peft.layers import layer_layout
+from dc_merge_peft.layers import layer_layout, never_called
 from dc_merge_peft.layout import STORED_OUT_PROJ, Layout, holder_and_depth
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank
@@ -184,8 +184,7 @@ class LiveSource(Source):
         attention = self._layers.get(name.removesuffix(STORED_OUT_PROJ))
         if layout.kind == "out_proj" and not isinstance(attention, MultiheadAttention):
             raise UnsupportedAdapterError(
-                f"'{name}' is the output projection of an attention module, whose forward pass never calls it, so that LoRA there "
-                "does nothing; expected LoRA on the attention module itself: train the adapter with that in target_modules"
+                f"{never_called(name)}; expected LoRA on the attention module itself: train the adapter with that in target_modules"
             )
         if layout.kind == "out_proj" and layer.fan_in_fan_out:  # type: ignore[attr-defined]
             raise UnsupportedAdapterError(

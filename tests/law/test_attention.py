@@ -66,10 +66,35 @@ def test_fusing_is_refused(saved: tuple[list[Path], list[Any]]) -> None:
     """PEFT's forward pass adds the output projection's delta twice: base + delta is not what was trained."""
     net = ATTENTION.net()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    words = ("'body.layers.0.first.out_proj'", "adds the delta twice", "expected other layers", "merge_and_unload()")
+    words = ("'body.layers.0.first.out_proj'", "adds the delta twice", "expected other layers", "(dc-merge merge)")
     with refused(UnsupportedAdapterError, *words):
         DCMergeAdapter(method="ta").fuse(net, saved[0])
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_output_projection_alone(tmp_path: Path, dora: bool) -> None:
+    """Which a checkpoint does not tell from a linear layer: merged and saved as PEFT loads it, refused where a model is at hand."""
+    folders = []
+    for name in ("one", "two"):
+        net: Any = Odd(nn.MultiheadAttention(4, 2))
+        model = get_peft_model(
+            net, LoraConfig(r=2, target_modules=["out_proj", "fc"], use_dora=dora), adapter_name=name
+        )
+        randomize(model, name, seed=len(folders))
+        model.save_pretrained(str(tmp_path))
+        folders.append(tmp_path / name)
+    net = Odd(nn.MultiheadAttention(4, 2))
+    words = ("'odd.out_proj'", "never calls it", "expected", "train the adapter")
+    with refused(UnsupportedAdapterError, *words):
+        DCMergeAdapter(method="ta").fuse(net, folders)
+    if dora:
+        return
+    merged = DCMergeAdapter(method="ta").merge(folders)
+    with refused(UnsupportedAdapterError, *words, "save the merged adapter (dc-merge merge)"):
+        merged.add_to(net, "added")
+    loaded = PeftModel.from_pretrained(net, str(merged.save_pretrained(tmp_path / "out")))
+    assert "odd.out_proj.weight" in deltas(loaded, "default")
 
 
 class Beside(nn.Module):
