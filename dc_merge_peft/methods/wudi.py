@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense, row_blocks
+from dc_merge_peft.dense import Delta, Dense, row_blocks, weighted_sum
 from dc_merge_peft.linalg import null_threshold
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
@@ -65,9 +65,9 @@ class WUDI(Method):
     divides entry by entry, so that W leaves the span of the tasks and is dense. Rows of W do not know each other: they are
     optimised a few at a time, and beside W itself no second m x n matrix is made.
 
-    Steps are of a fixed length: neither weights nor scale of the tasks are mere factors of the result, and a task alone, which
-    starts at its optimum, comes back but for a step or two, since Adam enlarges even rounding. Float32 products obey
-    the precision that the program has set for its GPU (TF32).
+    Steps are of a fixed length: neither weights nor scale of the tasks are mere factors of the result. A task alone, whose
+    gradient at the start is zero, comes back as it is: Adam would make whole steps of what rounding leaves of that zero. Float32
+    products obey the precision that the program has set for its GPU (TF32).
 
     The authors' program for images merges the matrices of attention and MLPs, at strength 1, and leaves everything else at the
     base model's.
@@ -89,6 +89,9 @@ class WUDI(Method):
         return False  # Adam's division looks at the entries
 
     def merge(self, tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
+        heard = [(task, weight) for task, weight in zip(tasks, weights, strict=True) if weight and task.norm()]
+        if len(heard) == 1:
+            return weighted_sum(*zip(*heard, strict=True))
         terms = Terms.of(tasks, weights)
         gradients = gradient_of(Terms(*(part.to(torch.float32) for part in terms)))
         merged = torch.empty(tasks[0].shape, dtype=torch.float32, device=terms.V.device)
