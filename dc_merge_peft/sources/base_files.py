@@ -30,6 +30,10 @@ class NotStreamable(Exception):
     """A base model that has to be loaded as a whole, with the reason in words."""
 
 
+class TooOld(NotStreamable):
+    """What a newer transformers tells."""
+
+
 class NotThere(NotStreamable):
     """No directory, and no id of the Hub but one of a single name, as old models have."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import SourceError, preview
-from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable
+from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, TooOld
 from dc_merge_peft.sources.base_model import BaseModel, cannot_load, model_class
 from dc_merge_peft.sources.stored import StoredTensor, same
 from dc_merge_peft.sources.ties import untie
@@ -146,7 +146,7 @@ def _stored(model: Any, keys: Iterable[str]) -> Mapping[str, Stored]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError as error:
-        raise NotStreamable("this version of transformers does not say how it names what it loads") from error
+        raise TooOld("this version of transformers does not say how it names what it loads") from error
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

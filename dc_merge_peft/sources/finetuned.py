@@ -13,7 +13,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
-from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, open_base_files
+from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.cards import base_card, read_card
 from dc_merge_peft.sources.full_kinds import StoredMatrix
@@ -54,6 +54,10 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
     except NotThere as found:
         raise SourceError(
             f"{what} '{place}' is not there: expected an existing model directory or a Hub id such as 'org/name'"
+        ) from found
+    except TooOld as found:
+        raise SourceError(
+            f"{what} '{place}' can't be read tensor by tensor, since {found}: expected version 5 or newer; pip install -U transformers"
         ) from found
     except NotStreamable as found:
         raise SourceError(

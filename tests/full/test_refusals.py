@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,16 @@ def test_experts_as_an_adapter(tmp_path: Path) -> None:
         merge_refused(made, UnsupportedAdapterError, "belongs to experts", "--average", lora_rank=2)
         plan = DCMergeAdapter(method="ta").plan_full(*made, lora_rank=2, average=[r".*experts.*"])
         assert len(plan.merge.modules) == 8
+
+
+def test_an_old_transformers(llamas: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not say how it names what it loads: to save the model again would not help."""
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    merge_refused(
+        llamas,
+        SourceError,
+        "the base model",
+        "this version of transformers",
+        "expected version 5 or newer",
+        "pip install",
+    )
