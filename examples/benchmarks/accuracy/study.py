@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,13 @@ RULES_FOR_ALPHA = ("validation", "auto")
 
 @dataclass(frozen=True)
 class Trial:
-    """One group of tasks and seed, on which all rules are tried."""
+    """One group of tasks and seed, and what is tried on it."""
 
     tasks: tuple[str, ...]
     seed: int
     examples: int
+    label: str = ""  # of a rule; none: each task's own adapter
+    own: Mapping[str, float] = field(default_factory=dict, compare=False)  # accuracy of these, where there is a rule
 
 
 class StudyBench(FactorBench):
@@ -37,24 +39,23 @@ class StudyBench(FactorBench):
         super().__init__(suite, precision)
         self.rules, self.apart = rules, apart
 
-    def trial(self, trial: Trial) -> list[Row]:
-        """A row for each task's own adapter (label ``""``), and one for each rule."""
+    def trial(self, trial: Trial) -> Row:
+        """Hits by task, of the own adapters or of what a rule makes of them at both alphas."""
         tasks = {task: self.factors(task, trial.seed) for task in trial.tasks}
-        own = {}
-        for task, modules in tasks.items():
-            self.carrier.carry({name: delta.dense().float() for name, delta in modules.items()}, 1.0)
-            own[task] = self.hits(task, "validation", trial.examples)
-        common = {"tasks": list(trial.tasks), "seed": trial.seed}
-        rows: list[Row] = [{"label": "", **common, "hits": dict.fromkeys(RULES_FOR_ALPHA, own)}]
-        for label, rule in self.rules.items():
-            merge = by_rule(list(tasks.values()), rule, takes_apart=label in self.apart)
-            best, _ = self.search(merge, {task: share(hits) for task, hits in own.items()}, trial.examples)
-            hits = {}
-            for name, alpha in zip(RULES_FOR_ALPHA, (best, merge.auto if merge.auto is not None else 1.0), strict=True):
-                self.carrier.carry(merge.deltas, alpha)
-                hits[name] = {task: self.hits(task, "validation", trial.examples) for task in trial.tasks}
-            rows.append({"label": label, **common, "best": best, "auto": merge.auto, "hits": hits})
-        return rows
+        found: Row = {"label": trial.label, "tasks": list(trial.tasks), "seed": trial.seed}
+        if not trial.label:
+            own = {}
+            for task, modules in tasks.items():
+                self.carrier.carry({name: delta.dense().float() for name, delta in modules.items()}, 1.0)
+                own[task] = self.hits(task, "validation", trial.examples)
+            return found | {"hits": dict.fromkeys(RULES_FOR_ALPHA, own)}
+        merge = by_rule(list(tasks.values()), self.rules[trial.label], takes_apart=trial.label in self.apart)
+        best, _ = self.search(merge, trial.own, trial.examples)
+        hits = {}
+        for name, alpha in zip(RULES_FOR_ALPHA, (best, merge.auto if merge.auto is not None else 1.0), strict=True):
+            self.carrier.carry(merge.deltas, alpha)
+            hits[name] = {task: self.hits(task, "validation", trial.examples) for task in trial.tasks}
+        return found | {"best": best, "auto": merge.auto, "hits": hits}
 
 
 def study(
@@ -79,16 +80,30 @@ def study(
         A line for each number of tasks, rule and way to alpha: mean with interval, difference from the first rule with
         interval, and the alphas by group and seed.
     """
-    lines = []
     make = partial(_bench, precision=precision, rules=dict(rules), apart=tuple(apart))
+    places = [(group, seed) for count in counts for group in groups(suite.tasks, count) for seed in suite.seeds]
+    alone = _tried([Trial(*place, examples) for place in places], make, suite, workers)
+    shares = {_place(row): {task: share(hits) for task, hits in row["hits"]["auto"].items()} for row in alone}
+    trials = [Trial(*place, examples, label, shares[place]) for place in places for label in rules]
+    rows = alone + _tried(trials, make, suite, workers)
+    lines = []
     for count in counts:
-        trials = [Trial(group, seed, examples) for group in groups(suite.tasks, count) for seed in suite.seeds]
-        rows = []
-        for number, (trial, found) in enumerate(shared_out(_try, trials, make, suite, workers), 1):
-            rows += found
-            say(f"{count} tasks, {number} of {len(trials)}: {'+'.join(trial.tasks)}, seed {trial.seed}")
-        lines += _lines(rows, list(rules), suite.seeds, count)
+        lines += _lines([row for row in rows if len(row["tasks"]) == count], list(rules), suite.seeds, count)
     return lines
+
+
+def _tried(trials: Sequence[Trial], make: Callable[[Suite], StudyBench], suite: Suite, workers: int) -> list[Row]:
+    """Their rows, in their order."""
+    found: dict[Trial, Row] = {}
+    for number, (trial, row) in enumerate(shared_out(_try, trials, make, suite, workers), 1):
+        found[trial] = row
+        what = trial.label or "own adapters"
+        say(f"{number} of {len(trials)}: {what} | {'+'.join(trial.tasks)} | {trial.seed}")
+    return [found[trial] for trial in trials]
+
+
+def _place(row: Row) -> tuple[tuple[str, ...], int]:
+    return tuple(row["tasks"]), row["seed"]
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -123,7 +138,7 @@ def _bench(suite: Suite, precision: str, rules: Mapping[str, Rule], apart: Colle
     return StudyBench(suite, precision, rules, apart)
 
 
-def _try(bench: StudyBench, trial: Trial) -> list[Row]:
+def _try(bench: StudyBench, trial: Trial) -> Row:
     return bench.trial(trial)
 
 

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run(name, stages, options)
             say(f"{name}: {', '.join(stages)}, in {time.perf_counter() - start:.0f} s")
     for name in options.only:
-        if "study" in options.stages and name in study.SUITES:
+        if "study" in options.stages and name in (brief.STUDIED if options.brief else study.SUITES):
             _study(name, options)
     if "figures" in options.stages:
         for name in DRAWN:
