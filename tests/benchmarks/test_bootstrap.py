@@ -40,6 +40,15 @@ def test_differences_are_paired() -> None:
     assert mean_difference(merged, own, own).high < 0
 
 
+def test_few_examples_have_draws_without_a_hit() -> None:
+    """In these the own adapter is not never right: one of four examples is not drawn in a third of all draws."""
+    resampling = Resampling({"a": 4, "b": 4})
+    own = resampling.accuracies([{"a": "1000", "b": "1111"}])
+    merged = resampling.accuracies([{"a": "0111", "b": "1111"}])
+    found = mean_normalized(merged, own)
+    assert found.value == 2.0 and 0.5 <= found.low < found.high <= (1 / (0.25 / 2) + 1) / 2
+
+
 def test_draws_are_the_same_each_time() -> None:
     """Another resampling of the same sizes gives the same interval."""
     first, second = (mean_accuracy(Resampling({"a": 10, "b": 10}).accuracies(MERGED)) for _ in range(2))

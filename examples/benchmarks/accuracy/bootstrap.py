@@ -85,8 +85,13 @@ def mean_difference(model: Drawn, other: Drawn, own: Drawn) -> Interval:
 
 
 def normalized(model: Drawn, own: Drawn) -> Tensor:  # (1 + draws,)
-    """Average normalized accuracy of the data and of every draw."""
-    return (model.accuracy / own.accuracy.clamp_min(1e-9)).mean(dim=(0, 1))
+    """Average normalized accuracy of the data and of every draw.
+
+    In a draw in which a task's own adapter is never right, it counts as right half as often as in the worst draw in which it is: few
+    examples have such draws.
+    """
+    worst = own.accuracy.where(own.accuracy > 0, torch.inf).amin(dim=-1, keepdim=True).nan_to_num(posinf=0.0)
+    return (model.accuracy / own.accuracy.maximum(worst / 2).clamp_min(1e-9)).mean(dim=(0, 1))
 
 
 def by_seed(model: Drawn, own: Drawn) -> list[float]:

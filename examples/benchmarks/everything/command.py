@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "study" in options.stages and name in (brief.STUDIED if options.brief else study.SUITES):
             _study(name, options)
     if "figures" in options.stages:
-        for name in DRAWN:
+        for name in brief.DRAWN if options.brief else DRAWN:
             if name in options.only:
                 _draw(name, options)
     for name in options.only:
