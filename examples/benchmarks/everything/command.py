@@ -2,7 +2,7 @@
 
 python -m examples.benchmarks.everything                        # all stages of all; what is done already is kept
 python -m examples.benchmarks.everything evaluate study figures report directions pages    # from cached adapters
-python -m examples.benchmarks.everything --brief    # all tables and figures at a smaller scale, into pages in the cache
+python -m examples.benchmarks.everything --brief    # all tables and the figures of adapters at a smaller scale, into pages in the cache
 python -m examples.benchmarks.everything pages      # from what is saved in the docs
 python -m examples.benchmarks.everything check      # a part of what is published, made again and compared with it
 
