@@ -10,19 +10,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 from common.command import Outcome
 from common.machine import busy, in_words
+from common.marks import all_rewritten
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs/performance.md"
 RESULTS = ROOT / "docs/performance"
 BENCHMARKS = ("factor_space", "merge_process", "fuse", "others", "growth")
-_BLOCK = re.compile(r"(<!-- (\w+): written by [^\n]*-->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def saved(name: str) -> Outcome:
@@ -34,18 +33,18 @@ def saved(name: str) -> Outcome:
 def block(name: str) -> str:
     """Markdown of a benchmark's outcome, under the machine it was measured on."""
     outcome = saved(name)
-    picture = "![time along every sweep](performance/growth.png)\n\n" if name == "growth" else ""
+    picture = "\n\n![time along every sweep](performance/growth.png)" if name == "growth" else ""
     settings = " ".join(f"{key}={value}" for key, value in outcome["settings"].items() if value)
     table = importlib.import_module(name).table(outcome)
     warning = ""
     if busy(outcome["machine"]):
         warning = " **The machine was busy with other work: times and ratios are not to be relied on.**"
-    return f"\n{in_words(outcome['machine'])}. Settings: `{settings}`.{warning}\n\n{table}\n\n{picture}"
+    return f"{in_words(outcome['machine'])}. Settings: `{settings}`.{warning}\n\n{table}{picture}"
 
 
 def rendered(page: str) -> str:
     """The page with all its blocks made anew."""
-    return _BLOCK.sub(lambda match: match[1] + block(match[2]) + match[3], page)
+    return all_rewritten(page, block)
 
 
 def run(name: str, mergekit_python: str | None) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.marks import rewritten
 from common.tables import markdown as table
 
 from accuracy.contenders import EVERY_METHOD, SMOOTHING, TABLES_OF
@@ -29,13 +29,7 @@ def with_tables(page: str, results: Mapping[str, Any]) -> str:
     Raises:
         ValueError: the page has no such marks.
     """
-    name = results["suite"]
-    marked = re.compile(rf"(<!-- {name}: written by [^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not marked.search(page):
-        raise ValueError(
-            f"found no marks of {name!r} in the page: expected '<!-- {name}: written by ... -->' and its end"
-        )
-    return marked.sub(lambda found: f"{found[1]}\n{tables(results)}\n\n{found[2]}", page)
+    return rewritten(page, results["suite"], tables(results))
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -88,9 +82,9 @@ def groups_text(results: Mapping[str, Any]) -> str:
     """Where several groups of one number of tasks are averaged."""
     tasks = [line["task"] for line in results["tasks"]]
     settings = settings_of(results)
-    sizes = {count: len(settings.groups(tasks, count)) for count in sorted(settings.counts)}
     if settings.one_group:
         return "One group of each number of tasks stands for all. "
+    sizes = {count: len(settings.groups(tasks, count)) for count in sorted(settings.counts)}
     words = [f"{NUMBERS[number]} groups of {count}" for count, number in sizes.items() if number > 1]
     return f"{' and '.join(words).capitalize()} are averaged. " if words else ""
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from common.marks import all_rewritten
 
 NOTE = """!!! warning "Made with `--brief`"
 
     One seed of adapters, one group of each number of tasks and few examples: intervals are wide, and words that were typed are
     those of the full scale."""
-MARKED = re.compile(r"(<!-- ([\w-]+): written by [^\n]*-->\n).*?(<!-- /\2 -->)", re.DOTALL)
 STUDIED = DRAWN = ("text8", "vision")  # the others take long for what they tell
 # Of the two studies, by the program that makes them: eight tasks, the first seed, few examples.
 STUDY = ("--counts", "8", "--seeds", "0", "--examples", "16")
@@ -42,4 +42,4 @@ def _pages(docs: Path, root: Path, benchmarks: Sequence[str]) -> Mapping[Path, s
 def emptied(page: str) -> str:
     """A page with a note under its title, and nothing where a program writes."""
     title, _, rest = page.partition("\n")
-    return MARKED.sub(r"\1\n*Not measured yet.*\n\n\3", f"{title}\n\n{NOTE}\n{rest}")
+    return all_rewritten(f"{title}\n\n{NOTE}\n{rest}", lambda name: "*Not measured yet.*")

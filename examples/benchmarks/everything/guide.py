@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from accuracy.report import RULE_NAMES
 from accuracy.results import REFERENCE, RULES
+from common.marks import rewritten
 from common.tables import markdown as table
 
 from everything.found import Found, value
@@ -14,7 +14,6 @@ from everything.found import Found, value
 SHOWN = 4  # methods a row of the guide names
 INFORMED = "regmean"  # the method that stands for those that look at data
 WITHIN = 0.01  # this near to the best nobody can tell who is better
-MARKED = re.compile(r"(<!-- guide: written by [^\n]*-->\n).*?(<!-- /guide -->)", re.DOTALL)
 
 
 def with_guide(page: str, found: Sequence[Found]) -> str:
@@ -23,9 +22,7 @@ def with_guide(page: str, found: Sequence[Found]) -> str:
     Raises:
         ValueError: the page has no marks of it.
     """
-    if not MARKED.search(page):
-        raise ValueError("found no marks of 'guide' in the page: expected '<!-- guide: written by ... -->' and its end")
-    return MARKED.sub(lambda match: f"{match[1]}\n{guide(found)}\n\n{match[2]}", page)
+    return rewritten(page, "guide", guide(found))
 
 
 def guide(found: Sequence[Found]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accuracy.report import RULE_NAMES
 from accuracy.results import RULES
+from common.marks import rewritten
 
 from everything.drawn import figures_text
 from everything.found import Found
@@ -26,8 +26,6 @@ from everything.texts import (
     losses_text,
 )
 
-MARKED = re.compile(r"(<!-- everything: written by [^\n]*-->\n).*?(<!-- /everything -->)", re.DOTALL)
-
 
 def with_section(page: str, text: str) -> str:
     """A page with what is between its two marks made anew.
@@ -35,11 +33,7 @@ def with_section(page: str, text: str) -> str:
     Raises:
         ValueError: the page has no such marks.
     """
-    if not MARKED.search(page):
-        raise ValueError(
-            "found no marks of 'everything' in the page: expected '<!-- everything: written by ... -->' and its end"
-        )
-    return MARKED.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    return rewritten(page, "everything", text)
 
 
 def section(
