@@ -128,6 +128,11 @@ def leading_svd_of_matrix(
     return SVD(Q * R.diagonal().sign(), S[:kept], V[:, :kept].mT), components
 
 
+# Least share of the largest eigenvalue of a Gram matrix that the smallest one has where its square root may be used, whose
+# error is then eps64 over it at most: about 1e-8.
+WELL_CONDITIONED = 1e-8
+
+
 def polar_factor(
     X: Tensor,  # (p, k)
 ) -> Tensor:  # (p, k), orthonormal columns where X has full column rank
@@ -139,9 +144,9 @@ def polar_factor(
     """
     if X.shape[1] <= X.shape[0]:
         # X (X^T X)^(-1/2) by one symmetric eigendecomposition: twice as fast as the SVD. It squares the condition
-        # number, so it is used only where eps64 * cond^2 stays below 1e-8.
+        # number, so it is used only where eps64 * cond^2 stays small enough.
         eigenvalues, Q = torch.linalg.eigh(X.mT @ X)
-        if eigenvalues.numel() == 0 or eigenvalues[0] > 1e-8 * eigenvalues[-1]:
+        if eigenvalues.numel() == 0 or eigenvalues[0] > WELL_CONDITIONED * eigenvalues[-1]:
             return X @ (Q * eigenvalues.rsqrt()) @ Q.mT
     P, S, Qh = torch.linalg.svd(X, full_matrices=False)
     kept = null_threshold(S, (X.shape[0], X.shape[1])) < S

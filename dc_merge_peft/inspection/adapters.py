@@ -30,6 +30,7 @@ from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.metrics.energy import effective_rank_of
+from dc_merge_peft.metrics.similarity import bounded
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.sources import Source
@@ -180,7 +181,7 @@ def _overall(first: AdapterReport, second: AdapterReport, numbers: Mapping[str, 
         field: statistics.fmean(getattr(row, field) for row in numbers.values())
         for field in ("dir_sim", "left_overlap", "right_overlap", "sign_conflict")
     }
-    cosine = max(-1.0, min(1.0, inner / whole)) if whole > 0 else 0.0  # without the rounding that takes it past 1
+    cosine = bounded(inner / whole) if whole > 0 else 0.0
     return PairNumbers(cos_sim=cosine, **means)
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from dc_merge_peft import metrics
 from dc_merge_peft.inspection.data import PairNumbers
-from dc_merge_peft.linalg import SVD, alike
+from dc_merge_peft.linalg import SVD, WELL_CONDITIONED, alike
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.metrics.decomposition import triplets
+from dc_merge_peft.metrics.similarity import bounded
 
-# Bases whose Gram matrix is worse conditioned are whitened by an SVD, pair by pair: as in linalg.polar_factor.
-_CONDITION = 1e-8
 # Entries of the matrices that are made at a time.
 _BLOCK = 1 << 21
 
@@ -41,8 +40,8 @@ def pair_numbers(cores: Mapping[int, LowRank]) -> Iterator[tuple[tuple[int, int]
             yield (
                 (names[i], names[j]),
                 PairNumbers(
-                    cos_sim=_bounded(product / both) if both > 0 else 0.0,
-                    dir_sim=_bounded(directions / counts**0.5) if counts else 0.0,
+                    cos_sim=bounded(product / both) if both > 0 else 0.0,
+                    dir_sim=bounded(directions / counts**0.5) if counts else 0.0,
                     left_overlap=min(lefts / smaller, 1.0) if smaller else 0.0,
                     right_overlap=min(rights / smaller, 1.0) if smaller else 0.0,
                     sign_conflict=conflicts[j - i - 1],
@@ -93,10 +92,5 @@ def _root(
     G = torch.eye(r + q, dtype=C.dtype, device=C.device).repeat(b, 1, 1)
     G[:, :r, r:], G[:, r:, :r] = C, C.mT
     eigenvalues, Q = torch.linalg.eigh(G)
-    fine = eigenvalues[:, 0] > _CONDITION * eigenvalues[:, -1]
+    fine = eigenvalues[:, 0] > WELL_CONDITIONED * eigenvalues[:, -1]
     return (Q * eigenvalues.clamp(min=0).sqrt()[:, None]) @ Q.mT, fine
-
-
-def _bounded(cosine: float) -> float:
-    """A cosine without the rounding that takes it past 1."""
-    return max(-1.0, min(1.0, cosine))

@@ -40,7 +40,7 @@ def cos_sim(first: Delta, second: Delta) -> float:
     _refuse_shapes(first, second)
     refuse_not_finite(first, second)
     norms = first.norm() * second.norm()
-    return _bounded(inner(first, second) / norms) if norms > 0 else 0.0
+    return bounded(inner(first, second) / norms) if norms > 0 else 0.0
 
 
 def direction_matrix(first: Delta, second: Delta) -> Tensor:
@@ -108,7 +108,7 @@ def projected_cos_sim(task: Delta, merged: Delta) -> float:
     t, m = _pair(task, merged)
     # The projection is orthogonal and leaves the task as it is: only the merged delta's norm changes.
     norms = float(t.S.norm() * _projected(t, m).S.norm())
-    return _bounded(float(t.S @ _consistency(t, m) @ m.S) / norms) if norms > 0 else 0.0
+    return bounded(float(t.S @ _consistency(t, m) @ m.S) / norms) if norms > 0 else 0.0
 
 
 def subspace_overlap(first: Delta, second: Delta) -> Overlap:
@@ -215,7 +215,7 @@ def _consistency(
 
 def _dir_sim(s: SVD, t: SVD) -> float:
     counts = len(s.S) * len(t.S)
-    return _bounded(float(_consistency(s, t).sum()) / counts**0.5) if counts else 0.0
+    return bounded(float(_consistency(s, t).sum()) / counts**0.5) if counts else 0.0
 
 
 def _projected(task: SVD, merged: SVD) -> SVD:
@@ -227,6 +227,6 @@ def _projected(task: SVD, merged: SVD) -> SVD:
     return SVD(task.U @ P[:, :kept], S[:kept], Qh[:kept] @ merged.Vh)
 
 
-def _bounded(cosine: float) -> float:
+def bounded(cosine: float) -> float:
     """A cosine without the rounding that takes it past 1."""
     return max(-1.0, min(1.0, cosine))

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from reproduce.files import read_json
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILE = "revisions.json"  # beside a report: the commits, in the form that --revisions takes
 
@@ -17,6 +19,12 @@ def parts(place: str | Path) -> tuple[str, str | None]:
     text = str(place)
     name, _, revision = text.partition("@")
     return (text, None) if Path(text).exists() else (name, revision or None)
+
+
+def loadable(place: str | Path) -> tuple[str, str]:
+    """A Hub id, file or folder, and the revision, as ``from_pretrained`` takes them."""
+    name, revision = parts(place)
+    return name, revision or "main"
 
 
 def pinned(place: str, revisions: Mapping[str, str]) -> str:
@@ -77,10 +85,7 @@ def listed(file: Path | None) -> dict[str, str]:
     """
     if file is None:
         return {}
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{file}: can't be read as JSON ({error}): expected revisions by Hub id") from error
+    read = read_json(file, "revisions by Hub id")
     if not isinstance(read, dict) or not all(isinstance(value, str) and value for value in read.values()):
         raise SystemExit(
             f"{file}: found no revisions by Hub id: expected text by text, as {FILE} beside a report has it"

@@ -13,11 +13,10 @@ from reproduce import command
 from reproduce.mergebench import run as mergebench
 from reproduce.mergebench.run import MergeBench
 from reproduce.revisions import at_commit, commit_of, listed, parts, pinned
-from reproduce.vision import run
 from reproduce.vision.backbones import load_clip, load_tokenizer
 from reproduce.vision.checkpoints import kept_adapter
 
-from tests.reproduce.test_vision_table import few_entries
+from tests.reproduce.test_vision_table import small_table
 from tests.support.clip import write_adapter
 from tests.support.hub_server import HubServer, hub_server, point_client_at
 from tests.support.refused import listing
@@ -92,8 +91,7 @@ def test_from_the_record_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """A report names the commits; its list gives the same numbers when the repositories have changed."""
-    few_entries(monkeypatch, "table1")
-    monkeypatch.setattr(run, "ORDERS", {"lora": ("RenderedSST2", "EuroSAT")})
+    small_table(monkeypatch, "table1", lora=("RenderedSST2", "EuroSAT"))
     line = [
         "table1", "--base", CLIP, "--data", str(data), "--checkpoint", f"sst2={ADAPTER}@paper", "--checkpoint",
         f"EuroSAT={adapters / 'eurosat'}", "--device", "cpu", "--batch", "64", "--tasks", "2", "--methods", "ta",

@@ -12,7 +12,7 @@ from reproduce import command
 from reproduce.vision import run
 from reproduce.vision.suite import ClipSuite
 
-from tests.reproduce.test_vision_table import TASKS, few_entries, given, options
+from tests.reproduce.test_vision_table import TASKS, given, options, small_table
 
 
 @pytest.fixture
@@ -51,8 +51,7 @@ def test_other_heads_are_measured_again(
     heads: Path, clip_folder: Path, data: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file of the same name and size may hold another head; one that does not fit stops a run before its first row."""
-    few_entries(monkeypatch, "table1")
-    monkeypatch.setattr(run, "ORDERS", {"lora": TASKS})
+    small_table(monkeypatch, "table1", lora=TASKS)
     made = dataclasses.replace(given(clip_folder, data, adapters, tmp_path), heads=heads)
     before = [ClipSuite(made, TASKS).content(task, "test", 5) for task in TASKS]
     head = torch.load(heads / "EuroSAT_head.pt")

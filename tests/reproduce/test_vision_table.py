@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +80,13 @@ def digits(hits: torch.Tensor) -> str:
     return "".join(str(int(hit)) for hit in hits)
 
 
-def few_entries(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A density for tiny models: of 0.1 percent of their entries nothing would be left."""
+def small_table(monkeypatch: pytest.MonkeyPatch, name: str, **orders: Sequence[str]) -> None:
+    """Few tasks, by what is merged, and a density for tiny models: of 0.1 percent of their entries nothing would be left."""
     rows = [
         dataclasses.replace(c, options={**c.options, **({"density": 0.1} if "density" in c.options else {})})
         for c in run.TABLES[name].contenders
     ]
+    monkeypatch.setattr(run, "ORDERS", orders)
     monkeypatch.setitem(run.TABLES, name, dataclasses.replace(run.TABLES[name], contenders=rows))
 
 
@@ -97,8 +99,7 @@ def test_table_of_adapters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One command gives the report; a second run measures nothing, another adapter only what it is in."""
-    few_entries(monkeypatch, "table1")
-    monkeypatch.setattr(run, "ORDERS", {"lora": TASKS})
+    small_table(monkeypatch, "table1", lora=TASKS)
     line = options(
         "table1", clip_folder, data, adapters, tmp_path, "--tasks", "2", "3", "--methods", "ta", "dc, average"
     )
@@ -161,8 +162,7 @@ def test_table_of_towers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Fully fine-tuned models go the same way; their plain sum is base plus alpha times the differences of all."""
-    few_entries(monkeypatch, "table2")
-    monkeypatch.setattr(run, "ORDERS", {"fft": TASKS[:2]})
+    small_table(monkeypatch, "table2", fft=TASKS[:2])
     line = options(
         "table2",
         clip_folder,

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from accuracy.evaluate import Rows
 from reproduce import command
-from reproduce.vision import run
 from reproduce.vision.suite import ClipSuite
 
-from tests.reproduce.test_vision_table import TASKS, few_entries, options
+from tests.reproduce.test_vision_table import TASKS, options, small_table
 
 
 def test_a_try_keeps_what_a_whole_run_has_measured(
@@ -22,8 +21,7 @@ def test_a_try_keeps_what_a_whole_run_has_measured(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A part of the examples is measured beside the whole: rows, pixels and the report of a long run stay."""
-    few_entries(monkeypatch, "table1")
-    monkeypatch.setattr(run, "ORDERS", {"lora": TASKS})
+    small_table(monkeypatch, "table1", lora=TASKS)
     line = options("table1", clip_folder, data, adapters, tmp_path, "--tasks", "2", "--methods", "dc")
     assert command.main(line) == 0
     cache = tmp_path / "table1/ViT-B-32"
@@ -41,8 +39,7 @@ def test_a_checkpoint_that_is_never_right(
     part: str, clip_folder: Path, data: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing can be divided by its accuracy: its task is named, before the merges are measured where validation shows it."""
-    few_entries(monkeypatch, "table1")
-    monkeypatch.setattr(run, "ORDERS", {"lora": TASKS})
+    small_table(monkeypatch, "table1", lora=TASKS)
     real = ClipSuite.hits
     monkeypatch.setattr(
         ClipSuite,

@@ -40,9 +40,8 @@ class Benchmark:
 
     def scale(self, brief: bool) -> Settings:
         """The settings, or those of the smaller scale."""
-        if not brief:
-            return dataclasses.replace(self.settings, counts=self.counts)
-        return self.smaller or dataclasses.replace(self.settings, counts=self.counts).brief()
+        usual = dataclasses.replace(self.settings, counts=self.counts)
+        return (self.smaller or usual.brief()) if brief else usual
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:

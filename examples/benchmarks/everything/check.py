@@ -73,9 +73,7 @@ def first_seed(published: Found, count: int) -> dict[Key, float]:
 
 def settings_of(published: Found, count: int, labels: Sequence[str]) -> Settings:
     """Those of the published measurements, for these contenders at one number of tasks."""
-    saved = published.data["settings"]
-    known = {field.name: saved[field.name] for field in dataclasses.fields(Settings) if field.name in saved}
-    return Settings(**known | {"counts": (count,), "only": tuple(dict.fromkeys(labels))})
+    return dataclasses.replace(published.settings, counts=(count,), only=tuple(dict.fromkeys(labels)))
 
 
 def table(found: Mapping[str, Sequence[Checked]]) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dc_merge_peft import DCMergeAdapter, MergeWarning
 from reproduce.mergebench.questions import Questions, image_path
-from reproduce.revisions import parts
+from reproduce.revisions import loadable
 
 RENAME = "llava-hf"
 # "vicuna_v1" of the original repository.
@@ -33,8 +33,7 @@ def load(place: str | Path, dtype: str, device: str) -> tuple[Any, Any]:
     """
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    name, revision = parts(place)
-    at = revision or "main"
+    name, at = loadable(place)
     try:
         model: Any = LlavaForConditionalGeneration.from_pretrained(name, dtype=DTYPES[dtype], revision=at)
         processor: Any = AutoProcessor.from_pretrained(name, revision=at)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reproduce.revisions import parts
+from reproduce.revisions import loadable
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def load_clip(place: str | Path) -> Any:
     import torch
     from transformers import CLIPModel
 
-    name, revision = parts(place)
+    name, revision = loadable(place)
     try:
-        model: Any = CLIPModel.from_pretrained(name, revision=revision or "main")
+        model: Any = CLIPModel.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"{place}: can't be loaded as a CLIP model: {str(error).splitlines()[0]}; give its folder with --base"
@@ -81,5 +81,5 @@ def load_tokenizer(place: str | Path) -> Any:
     """The tokenizer beside it."""
     from transformers import AutoTokenizer
 
-    name, revision = parts(place)
-    return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    name, revision = loadable(place)
+    return AutoTokenizer.from_pretrained(name, revision=revision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from accuracy.workers import say
 
 from reproduce import expected
 from reproduce.contenders import FFT, LORA, PaperSettings, chosen
+from reproduce.files import read_json
 from reproduce.needs import Plan, device_named
 from reproduce.revisions import at_commit, idle, listed, parts, pinned, record
 from reproduce.vision.backbones import BACKBONES, FUSION_BENCH_CLASSES, Backbone, fusion_bench_id, knots_id
@@ -238,10 +238,7 @@ def named_classes(file: Path | None) -> dict[str, list[str]]:
     """
     if file is None:
         return {}
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{file}: can't be read as JSON ({error}): expected names by task") from error
+    read = read_json(file, "names by task")
     lists = read.values() if isinstance(read, dict) else [read, None]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise SystemExit(f"{file}: found no lists of names by task: expected such as {{'DTD': ['banded', ...]}}")
