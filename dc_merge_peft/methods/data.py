@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta
-from dc_merge_peft.errors import OptionError, SourceError, first_line
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, first_line
 from dc_merge_peft.methods.base import Method, MethodConfig, ModuleMerge, ModuleTasks, Sweep
 from dc_merge_peft.methods.options import option
 
 Kind = Literal["fisher", "gram"]
 KINDS: dict[Kind, str] = {"fisher": "the diagonal Fisher information", "gram": "Gram matrices of inputs"}
+SAME_NORM = 0.01  # up to which two norms are of one delta: it may have been rounded to bfloat16 on its way to a file
 IN_MEMORY = "<in memory"  # how the name of statistics begins that are in no file
 COLLECTING = "collect them with dc_merge_peft.statistics.fisher or .input_grams from each task's own model and data"
 
@@ -45,6 +47,8 @@ class Statistics:
     examples: int  # how many they are from
     rule: str = ""  # in words, how exactly they were collected
     location: str | None = None  # the file they are in
+    # ||dW||_F of the task's own adapter, by the path of the layer, where it was active in a PEFT model; a merge compares them.
+    delta_norms: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.location or f"{IN_MEMORY}: {self.kind} of {self.examples} examples>"
@@ -143,11 +147,13 @@ class DataMethod(Method):
         """One tensor a task of the module, as it is kept, on the tasks' device.
 
         Raises:
+            IncompatibleAdaptersError: one of them is of another adapter.
             SourceError: one of them holds what no such statistics can.
         """
         found = []
         for adapter, task in zip(module.adapters, module.tasks, strict=True):
             given = self.statistics[adapter]
+            refuse_others(given, module.name, task)
             values = given.tensors[module.name].to(task.device)
             if not bool(torch.isfinite(values).all()):
                 raise spoilt(given, module.name, "NaN or Inf", "finite numbers")
@@ -184,6 +190,21 @@ def missing(method: DataMethod) -> OptionError:
         f"method '{method.name}' needs {KINDS[method.kind]} of each adapter's or model's own data, and found none: expected "
         f"statistics=[...], one for each (-O statistics=FILE,FILE); {COLLECTING}"
     )
+
+
+def refuse_others(statistics: Statistics, module: str, task: Delta) -> None:
+    """Refuse statistics that were collected with another adapter than the one that they are given for.
+
+    Raises:
+        IncompatibleAdaptersError: the adapter's delta had another norm then.
+    """
+    expected = statistics.delta_norms.get(module)
+    if expected is not None and not math.isclose(found := task.norm(), expected, rel_tol=SAME_NORM, abs_tol=1e-30):
+        raise IncompatibleAdaptersError(
+            f"the statistics {statistics} were collected with an adapter whose change of '{module}' has the norm {expected:.4g}, and stand in "
+            f"the place of one that has {found:.4g}: expected one an adapter, in the adapters' order, each from that adapter as it is merged; "
+            "check the order, or collect them again"
+        )
 
 
 def spoilt(statistics: Statistics, module: str, found: str, expected: str) -> SourceError:

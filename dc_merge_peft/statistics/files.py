@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,7 @@ def save(statistics: Statistics, path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     about = {"kind": statistics.kind, "examples": statistics.examples, "rule": statistics.rule}
+    about["delta_norms"] = dict(statistics.delta_norms)
     tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,10 @@ def load(path: str | Path) -> Statistics:
         kind, examples, rule = about["kind"], int(about["examples"]), str(about["rule"])
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}")
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        norms = {str(name): float(norm) for name, norm in about.get("delta_norms", {}).items()}
+        if odd := [norm for norm in norms.values() if not 0 <= norm < math.inf]:
+            raise ValueError(f"a norm of {odd[0]}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise SourceError(
             f"the header of '{path}' is damaged ({first_line(error)}): expected what dc_merge_peft.statistics.save wrote"
         ) from error
@@ -109,7 +114,7 @@ def load(path: str | Path) -> Statistics:
             f"'{path}' stores '{odd[0]}' as {stored[odd[0]].dtype}: expected float32 or float64, as statistics are collected; with fewer "
             "digits small squares vanish, and rounding decides what inputs have in common"
         )
-    return Statistics(kind, FiledTensors(stored), examples, rule, str(path))
+    return Statistics(kind, FiledTensors(stored), examples, rule, str(path), norms)
 
 
 def unreadable(file: Path, error: Exception) -> SourceError:

@@ -19,6 +19,7 @@ from dc_merge_peft.statistics.batches import (
     labels_of,
     nothing_seen,
 )
+from dc_merge_peft.statistics.owner import delta_norms
 from dc_merge_peft.statistics.watching import Watched, recording, refuse_spoilt, refuse_unseen, watched
 
 Labels = Literal["sampled", "all", "given"]
@@ -100,7 +101,8 @@ def fisher(
     found = {path: (sums[path] / seen).to("cpu", torch.float32) for path in layers}
     for path, F in found.items():
         refuse_spoilt(path, F)
-    return Statistics("fisher", found, seen, RULES["loss" if loss is not None else labels])
+    rule = RULES["loss" if loss is not None else labels]
+    return Statistics("fisher", found, seen, rule, delta_norms=delta_norms(model, layers))
 
 
 def losses(

@@ -19,6 +19,7 @@ from dc_merge_peft.statistics.batches import (
     nothing_seen,
     padding_mask,
 )
+from dc_merge_peft.statistics.owner import delta_norms
 from dc_merge_peft.statistics.watching import Watched, recording, refuse_spoilt, refuse_unseen, watched
 
 
@@ -76,7 +77,8 @@ def input_grams(
     grams = {path: (total / counts[path]).to("cpu", torch.float32) for path, total in sums.items()}
     for path, gram in grams.items():
         refuse_spoilt(path, gram)
-    return Statistics("gram", grams, seen, "X^T X / N over all inputs of a layer, padding left out")
+    rule = "X^T X / N over all inputs of a layer, padding left out"
+    return Statistics("gram", grams, seen, rule, delta_norms=delta_norms(model, layers))
 
 
 class Products:

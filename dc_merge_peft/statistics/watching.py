@@ -85,14 +85,26 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         OptionError: several active adapters, or none.
     """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTuner
-
     from dc_merge_peft.sources.live_model import LiveModel
 
-    # A PeftModel, its tuner, or a model into which adapters were injected.
-    inside: Any = getattr(model, "base_model", None)
-    tuner: Any = inside if isinstance(inside, BaseTuner) else model
+    adapter = active_adapter(model)
+    layers: Any = LiveModel.of(tuner_and_model(model)[1]).layers(adapter)
+    if not layers:
+        raise OptionError(f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?")
+    off = [path for path, layer in layers.items() if layer.disable_adapters]
+    if off:
+        raise OptionError(f"adapters are disabled in {preview(off)}: expected the fine-tuned model; enable them first")
+    return dict(layers)
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the one active adapter of a PEFT model.
+
+    Raises:
+        OptionError: several active adapters, or none.
+    """
+    from peft.tuners.lora import LoraLayer
+
     active = sorted(
         {name for layer in model.modules() if isinstance(layer, LoraLayer) for name in layer.active_adapters}
     )
@@ -100,15 +112,16 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
         raise OptionError(
             f"found {len(active)} active adapters ({preview(active)}): expected the one whose data this is; call set_adapter first"
         )
-    layers: Any = LiveModel.of(tuner.model if isinstance(tuner, BaseTuner) else tuner).layers(active[0])
-    if not layers:
-        raise OptionError(
-            f"adapter '{active[0]}' has no LoRA layers in the model: expected at least one; was it loaded?"
-        )
-    off = [path for path, layer in layers.items() if layer.disable_adapters]
-    if off:
-        raise OptionError(f"adapters are disabled in {preview(off)}: expected the fine-tuned model; enable them first")
-    return dict(layers)
+    return active[0]
+
+
+def tuner_and_model(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """What has the ``peft_config`` and what has the layers, of a PeftModel, its tuner, or a model into which adapters were injected."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    inside: Any = getattr(model, "base_model", None)
+    tuner: Any = inside if isinstance(inside, BaseTuner) else model
+    return tuner, tuner.model if isinstance(tuner, BaseTuner) else tuner
 
 
 @contextmanager
