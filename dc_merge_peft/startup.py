@@ -1,8 +1,9 @@
-"""Imports without the garbage collector."""
+"""How a process begins: imports without the garbage collector, and memory in large pages."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,3 +23,10 @@ def uncollected() -> Iterator[None]:
             gc.freeze()
             gc.unfreeze()  # into the oldest generation, without a look at any
         gc.enable()
+
+
+def large_pages() -> None:
+    """Let torch ask the system for memory in pages of 2 MB where it can (Linux), unless the environment says otherwise. A matrix of some MB is
+    new memory each time, and of it in pages of 4 KB the first touch takes several times as long as the arithmetic. Torch looks at this
+    once, when it first needs memory."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,9 +1,10 @@
-"""Importing the package leaves Python's garbage collector as it was."""
+"""How processes begin: importing the package leaves Python's garbage collector as it was, and the program asks for large pages."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 
@@ -63,3 +64,18 @@ def test_collector_is_back_after_an_import_that_fails() -> None:
     with pytest.raises(ImportError, match="none"):
         fail()
     assert [*seen, gc.isenabled()] == [False, True]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_the_program_asks_for_large_pages(given: str | None, expected: str) -> None:
+    """Before torch needs any memory, and unless the user has said otherwise; importing the package asks for nothing."""
+    program = (
+        "import os, dc_merge_peft.cli as cli\n"
+        "before = os.environ.get('THP_MEM_ALLOC_ENABLE')\n"
+        "cli.app = lambda: print(before, os.environ['THP_MEM_ALLOC_ENABLE'])\n"
+        "cli.main()"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment)
+    assert found.stdout.split() == [str(given), expected]

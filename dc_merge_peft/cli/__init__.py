@@ -15,6 +15,7 @@ from dc_merge_peft.cli.methods import methods
 from dc_merge_peft.cli.pipes import outlive_readers
 from dc_merge_peft.cli.report import report
 from dc_merge_peft.cli.tune import tune
+from dc_merge_peft.startup import large_pages
 
 app = typer.Typer(
     name="dc-merge",
@@ -46,6 +47,7 @@ def version(show: bool = typer.Option(False, "--version", help="Show the version
 
 def main() -> None:
     """The entry point of the ``dc-merge`` program."""
+    large_pages()
     gc.freeze()  # what is imported stays: looking through it again and again takes a tenth of a merge's time
     outlive_readers()
     app()
