@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from dc_merge_peft.errors import MergeError
 from dc_merge_peft.linalg import SVD, leading_svd_of_matrix, svd_of_matrix
 from dc_merge_peft.lowrank import LowRank, concatenate
 
 # Entries of a delta that are made or changed at a time: a bound on what float64 needs beside an m x n matrix in float32.
 BLOCK = 1 << 21
+# So many stay in a processor's cache.
+CACHED = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,8 @@ class Dense:
 
     def norm(self) -> float:
         """Frobenius norm, in float64."""
-        return float(torch.linalg.norm(self.W.to(torch.float64)))
+        blocks = (self.rows(rows).to(torch.float64) for rows in row_blocks(self.shape, CACHED))
+        return math.hypot(*(float(torch.linalg.norm(block)) for block in blocks))
 
     def moments(self) -> tuple[float, float]:
         """``||dW||_F^2`` and ``||dW||_4^4 = ||dW^T dW||_F^2``, the sums of the squares and of the fourth powers of the singular values.
@@ -128,72 +129,55 @@ class Dense:
         return float(gram.trace()) * largest**2, float(gram.square().sum()) * largest**4
 
 
-class FiledDense(Dense):
-    """A dense delta whose numbers lie in a file, and are in memory only while they are looked at.
+class Widened(Dense):
+    """A dense delta that is held in float32 and gives its numbers in float64: some rows at a time where that is enough, so that memory for
+    all of them is taken only by what needs them together, and only meanwhile."""
 
-    Raises:
-        MergeError: on any look at the numbers once the file is deleted.
-    """
-
-    def __init__(self, delta: Dense, folder: Path) -> None:
+    def __init__(self, narrow: Tensor) -> None:
         """
         Args:
-            delta: Its numbers, written as float32.
-            folder: Where a file is made for them, which is the caller's to delete.
-
-        Raises:
-            OSError: it can't be written.
+            narrow: (m, n), float32.
         """
-        descriptor, name = tempfile.mkstemp(dir=folder)
-        content = bytearray(4 * min(delta.W.numel(), BLOCK))
-        block = torch.frombuffer(content, dtype=torch.float32)
-        with open(descriptor, "wb", buffering=0) as file:
-            for part in delta.W.reshape(-1).split(len(block)):
-                block[: len(part)].copy_(part)
-                view = memoryview(content)[: 4 * len(part)]
-                while view:
-                    view = view[file.write(view) :]
-        object.__setattr__(self, "file", Path(name))
-        object.__setattr__(self, "_shape", delta.shape)
+        object.__setattr__(self, "narrow", narrow)
 
-    file: Path  # of its numbers
-
-    @classmethod
-    def at(cls, file: Path, shape: tuple[int, int]) -> FiledDense:
-        """The delta of (m, n) = ``shape`` whose float32 numbers lie in a file.
-
-        Raises:
-            ValueError: the file has another size.
-        """
-        if file.stat().st_size != 4 * shape[0] * shape[1]:
-            raise ValueError(f"'{file}' has {file.stat().st_size} bytes: expected float32 numbers of shape {shape}")
-        delta = cls.__new__(cls)
-        object.__setattr__(delta, "file", file)
-        object.__setattr__(delta, "_shape", shape)
-        return delta
-
-    def moved(self, file: Path) -> FiledDense:
-        """The same delta, its file under another name on the same file system."""
-        self.file.replace(file)
-        return FiledDense.at(file, self.shape)
+    narrow: Tensor
 
     @property
     def W(self) -> Tensor:  # type: ignore[override]
-        """The (m, n) numbers, mapped from the file for as long as this tensor is held."""
-        m, n = self.shape
-        if not self.file.exists():
-            raise MergeError(
-                "this delta was kept on disk while a model was written, and is gone: expected to be read before; merge again to look at it"
-            )
-        return torch.from_file(str(self.file), size=m * n, dtype=torch.float32).view(m, n)
+        """The (m, n) numbers in float64, in new memory at each look."""
+        return self.narrow.to(torch.float64)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._shape  # type: ignore[attr-defined]
+        return self.narrow.shape[0], self.narrow.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return self.narrow.device
+
+    def rows(self, which: slice) -> Tensor:
+        return self.narrow[which].to(torch.float64)
+
+    def to(self, *args, **kwargs) -> Dense:
+        return Dense(self.narrow.to(*args, **kwargs))
+
+    def norm(self) -> float:
+        """Frobenius norm, to some digits: in float32 where that holds the squares."""
+        norm = float(torch.linalg.norm(self.narrow))
+        return norm if 1e-12 < norm < 1e15 else super().norm()
+
+    def weighted(self, weight: float) -> Tensor | None:
+        """``weight * dW`` in float32, as it is when a product in float64 is rounded; None where the weight is none of float32's, so
+        that one more rounding would come in between."""
+        exact = float(torch.tensor(weight, dtype=torch.float32)) == weight
+        return (self.narrow * weight).contiguous() if exact else None
+
+
+def widened(delta: Delta) -> Delta:
+    """The delta in float64; on a CPU not all of its numbers at once."""
+    if isinstance(delta, Dense) and delta.device.type == "cpu" and (W := delta.W).dtype == torch.float32:
+        return Widened(W)
+    return delta.to(torch.float64)
 
 
 Delta: TypeAlias = LowRank | Dense
@@ -223,9 +207,9 @@ def real_rank(delta: Delta, wanted: int) -> int:
     return delta.real_rank(wanted) if isinstance(delta, Dense) else len(delta.svd.S)
 
 
-def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    """The rows of an (m, n) matrix, about :data:`BLOCK` entries at a time."""
-    count = max(BLOCK // max(shape[1], 1), 1)
+def row_blocks(shape: tuple[int, int], entries: int | None = None) -> Iterator[slice]:
+    """The rows of an (m, n) matrix, about so many entries at a time; :data:`BLOCK` by default."""
+    count = max((entries or BLOCK) // max(shape[1], 1), 1)
     return (slice(start, start + count) for start in range(0, shape[0], count))
 
 
@@ -234,7 +218,20 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     lowranks = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(lowranks) == len(deltas):
         return concatenate([LowRank(task.B * weight, task.A) for task, weight in zip(lowranks, weights, strict=True)])
+    if all(isinstance(delta, Widened) for delta in deltas):
+        return _narrow_sum(deltas, weights)
     merged = torch.zeros_like(deltas[0].dense())
     for delta, weight in zip(deltas, weights, strict=True):
         merged.add_(delta.dense(), alpha=weight)
     return Dense(merged)
+
+
+def _narrow_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Widened:
+    """The sum of float32 deltas, added up in float64 and rounded once."""
+    merged = torch.empty(deltas[0].shape, dtype=torch.float32, device=deltas[0].device)
+    for rows in row_blocks(deltas[0].shape, CACHED):
+        total = deltas[0].rows(rows).mul_(weights[0])
+        for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+            total.add_(delta.rows(rows), alpha=weight)
+        merged[rows] = total
+    return Widened(merged)

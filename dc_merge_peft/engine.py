@@ -15,8 +15,9 @@ import torch
 from dc_merge_peft.batching import Stacker, batches
 from dc_merge_peft.budget import kept_bytes, workers
 from dc_merge_peft.completion import completed
-from dc_merge_peft.dense import Delta, Dense, FiledDense
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import MergeError, MergeWarning
+from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.base import ModuleMerge, ModuleTasks, stacked_merge

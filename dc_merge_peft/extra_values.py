@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dc_merge_peft.errors import SourceError
 from dc_merge_peft.extras import ExtrasPlan, PlannedExtra
+from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.sources.base import AdapterInfo, ExtraKind, ExtraSpec, Source
 
 
@@ -58,7 +59,7 @@ def merge_extras(plan: ExtrasPlan, sources: Sequence[Source]) -> MergedExtras:
 
 def _read(name: str, source: Source) -> Tensor:
     value = source.extra(name).detach()
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise SourceError(
             f"'{name}' in adapter '{source.info.name}' holds NaN or Inf: expected finite numbers; the training diverged, use an "
             "earlier checkpoint, or leave it out (extras='drop')"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.dense import Delta, Dense, widened
 from dc_merge_peft.errors import MergeError
 from dc_merge_peft.linalg import FLOAT32_EPS
 from dc_merge_peft.lowrank import LowRank, SharedSpace, measure
@@ -45,7 +45,7 @@ def seen_by(method: Method, module: ModuleTasks) -> tuple[ModuleTasks, SharedSpa
     """
     lowranks = [task for task in module.tasks if isinstance(task, LowRank)]
     space = SharedSpace.of(lowranks) if method.equivariant and len(lowranks) == len(module.tasks) else None
-    tasks = space.cores if space else [task.to(torch.float64) for task in module.tasks]
+    tasks = space.cores if space else [widened(task) for task in module.tasks]
     return dataclasses.replace(module, tasks=tasks, size=module.shape), space
 
 

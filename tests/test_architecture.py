@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "progress", "startup"),
     ("hub_errors", "memory", "sizes"),
     ("linalg", "frames"),
-    ("lowrank", "dense", "spanned", "stacked"),
+    ("lowrank", "dense", "filed_dense", "spanned", "stacked"),
     ("layout", "methods.*"),
     ("metrics.*",),
     ("layers", "own_forward", "offload", "sources.*"),

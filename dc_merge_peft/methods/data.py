@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, first_line
+from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.methods.base import Method, MethodConfig, ModuleMerge, ModuleTasks, Sweep
 from dc_merge_peft.methods.options import option
 
@@ -155,7 +156,7 @@ class DataMethod(Method):
             given = self.statistics[adapter]
             refuse_others(given, module.name, task)
             values = given.tensors[module.name].to(task.device)
-            if not bool(torch.isfinite(values).all()):
+            if not all_finite(values):
                 raise spoilt(given, module.name, "NaN or Inf", "finite numbers")
             low = values.diagonal() if self.kind == "gram" else values
             if bool((low < 0).any()):

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense, leading_svd, row_blocks
+from dc_merge_peft.dense import Delta, Dense, Widened, leading_svd, row_blocks
 from dc_merge_peft.linalg import SVD, alike
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import MethodConfig, ModelWideMethod, ModuleMerge, ModuleTasks, Sweep
@@ -176,6 +176,8 @@ def parameter_view(module: ModuleTasks, config: CoverConfig) -> View:
 
     def matrix(index: int) -> Tensor:
         task, weight = tasks[index], module.weights[index]
+        if isinstance(task, Widened) and (product := task.weighted(weight)) is not None:
+            return product
         X = torch.empty(task.shape, dtype=torch.float32, device=task.device)
         for rows in row_blocks(task.shape):
             X[rows] = task.rows(rows) * weight

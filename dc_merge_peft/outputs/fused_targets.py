@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import Place, place_of
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.lowrank import is_ordinary
+from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
 from dc_merge_peft.sources.base_model import elsewhere, path_in_model
 from dc_merge_peft.sources.ties import sharing
@@ -58,8 +57,7 @@ def refuse_unless_finite(weight: Tensor, name: str) -> None:
     Raises:
         OutputError: one of the numbers is NaN or infinite.
     """
-    finite = is_ordinary(weight) if weight.is_floating_point() else True
-    if not (finite or bool(torch.isfinite(weight).all())):
+    if weight.is_floating_point() and not all_finite(weight):
         raise OutputError(
             f"base weight and delta of '{name}' give NaN or Inf in {str(weight.dtype).removeprefix('torch.')}: expected finite base "
             "weights, and sums that this type can hold; look at the base model, or give smaller weights or alpha"

@@ -24,7 +24,7 @@ from dc_merge_peft.errors import (
 )
 from dc_merge_peft.layers import delta_shape, layer_layout, never_called
 from dc_merge_peft.linalg import compute_device, truncated_svd
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.lowrank import LowRank, all_finite
 from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
 from dc_merge_peft.sources.base import ModuleSpec, Source
 from dc_merge_peft.sources.base_model import BaseModel, injected_layer, path_in_model
@@ -116,7 +116,7 @@ class DoraSource(Source):
         self._refuse_zero(module, {"lora_A": lora.A, "lora_B": lora.B, "lora_magnitude_vector": magnitude})
         device = compute_device(self.reading.device or lora.B.device)
         delta = dora_delta(self._weight_of(module).to(device), lora.to(device), magnitude.to(device))
-        if not bool(torch.isfinite(delta).all()):
+        if not all_finite(delta):
             raise SourceError(
                 f"the DoRA delta of '{module}' in adapter '{self.info.name}' holds NaN or Inf: expected finite factors, "
                 "magnitudes and base weights, and no row of the weight that is all zero, for which DoRA has no direction"

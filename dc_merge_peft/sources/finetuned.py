@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError
+from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
 from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
@@ -165,7 +166,7 @@ def change(trained: Tensor, base: Tensor, kind: torch.dtype | None) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(trained.dtype, base.dtype), torch.float32)
     if trained.dtype in (kind, wide):
-        return trained.to(wide) - base
+        return trained.to(wide).sub_(base)  # which are new numbers, or those that were read
     return trained.to(wide).sub_(base).masked_fill_(base.to(trained.dtype) == trained, 0)
 
 
@@ -185,7 +186,7 @@ def check_finite(numbers: Tensor, key: str, whose: str) -> None:
     Raises:
         SourceError: the numbers hold NaN or Inf.
     """
-    if not bool(torch.isfinite(numbers).all()):
+    if not all_finite(numbers):
         raise SourceError(
             f"'{key}' of {whose} holds NaN or Inf: expected finite numbers; the training diverged or the file is damaged, use an "
             "earlier checkpoint"

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dc_merge_peft.dense import Delta, Dense, FiledDense
+from dc_merge_peft.dense import Delta, Dense
+from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.rescaling import AlphaFit, Rule
 from dc_merge_peft.plan import PlannedModule

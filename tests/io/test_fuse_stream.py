@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel, MixtralForCausalLM
 
 from dc_merge_peft import DCMergeAdapter, MergeError, OutputError
-from dc_merge_peft.dense import Dense, FiledDense
+from dc_merge_peft.dense import Dense
+from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.outputs import fused_stream
 from tests.support import models
 from tests.support.dora import save_dora

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dc_merge_peft import dense as dense_module
-from dc_merge_peft.dense import Dense, FiledDense, inner, leading_svd, row_blocks
+from dc_merge_peft import filed_dense as filed_module
+from dc_merge_peft.dense import Dense, Widened, inner, leading_svd, row_blocks, weighted_sum, widened
+from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.lowrank import LowRank
 
 from .test_no_dense import LargestTensor
@@ -84,6 +88,49 @@ def test_blocks_of_rows(shape: tuple[int, int], block: int, starts: list[int], m
     assert [row for rows in found for row in range(shape[0])[rows]] == list(range(shape[0]))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_widened_numbers_are_those_of_a_float64_copy(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, some rows, and everything that is made of them; a matrix that lies transposed, too."""
+    monkeypatch.setattr(dense_module, "CACHED", 10)
+    stored = matrix(7, 5).mT if transposed else matrix(5, 7)
+    found, copy = widened(Dense(stored)), Dense(stored.double())
+    assert isinstance(found, Widened) and (found.shape, found.rank, found.device) == (copy.shape, 5, copy.device)
+    assert found.dense().dtype == torch.float64 and torch.equal(found.dense(), copy.W)
+    assert torch.equal(found.rows(slice(1, 4)), copy.W[1:4]) and torch.equal(found.scaled(0.3).W, copy.scaled(0.3).W)
+    assert torch.equal(found.svd.S, copy.svd.S) and found.moments() == copy.moments()
+    assert torch.equal(found.to(torch.float32).W, stored) and torch.equal(found.to(torch.float64).W, copy.W)
+    assert found.norm() == pytest.approx(copy.norm(), rel=1e-6)
+    assert copy.norm() == pytest.approx(float(torch.linalg.norm(copy.W)), rel=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25, 0.0])
+def test_widened_sizes_that_float32_can_not_square(size: float) -> None:
+    """They are not taken for nothing, nor for infinite."""
+    assert Widened(matrix(5, 7) * size).norm() == pytest.approx(float(torch.linalg.norm(matrix(5, 7).double() * size)))
+
+
+@given(weight=st.floats(-3, 3, allow_subnormal=False))
+def test_weighted_as_in_float64(weight: float) -> None:
+    """To the last bit what the rounded product in float64 gives, or not at all."""
+    W = matrix(5, 7)
+    found = Widened(W.mT).weighted(weight)
+    if found is None:
+        assert float(torch.tensor(weight)) != weight
+    else:
+        assert found.is_contiguous() and torch.equal(found, (W.mT.double() * weight).float())
+
+
+def test_a_sum_that_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of numbers that cancel in float32: added up in float64, whatever the blocks."""
+    monkeypatch.setattr(dense_module, "CACHED", 14)
+    parts, weights = [matrix(5, 7) * 1e6, matrix(5, 7, 1), matrix(5, 7) * -1e6], [1.0, 0.1, 1.0]
+    found = weighted_sum([Widened(part) for part in parts], weights)
+    exact = weighted_sum([Dense(part.double()) for part in parts], weights)
+    assert isinstance(found, Widened) and torch.equal(found.narrow, exact.dense().float())
+    mixed = weighted_sum([Widened(parts[0]), LowRank(torch.ones(5, 1).double(), torch.ones(1, 7).double())], [1.0, 2.0])
+    assert torch.equal(mixed.dense(), parts[0].double() + 2)
+
+
 def test_a_file_that_takes_part_of_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a disk that is almost full: every byte gets there, and no more than a block of them is copied at a time."""
     asked: list[int] = []
@@ -95,8 +142,8 @@ def test_a_file_that_takes_part_of_what_it_is_given(tmp_path: Path, monkeypatch:
             asked.append(len(data))
             return super().write(data[:10])
 
-    monkeypatch.setattr(dense_module, "BLOCK", 9)
-    monkeypatch.setattr(dense_module, "open", lambda descriptor, mode, **_: Grudging(descriptor, mode), raising=False)
+    monkeypatch.setattr(filed_module, "CACHED", 9)
+    monkeypatch.setattr(filed_module, "open", lambda descriptor, mode, **_: Grudging(descriptor, mode), raising=False)
     W = matrix(7, 5)
     assert torch.equal(FiledDense(Dense(W), tmp_path).W, W)
     assert max(asked) == 4 * 9 and len(asked) > 7 * 5 * 4 / 10

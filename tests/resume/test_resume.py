@@ -10,8 +10,9 @@ import torch
 
 import dc_merge_peft
 from dc_merge_peft import DCMergeAdapter, MergeWarning, OptionError, OutputError, SourceError
-from dc_merge_peft.dense import Dense, FiledDense
+from dc_merge_peft.dense import Dense
 from dc_merge_peft.engine import run_merge
+from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.spanned import Spanned
