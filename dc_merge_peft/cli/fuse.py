@@ -39,7 +39,7 @@ def fuse(
     rename: shared.RenameName = None,
     svd_rank: Annotated[
         int | None,
-        typer.Option(help="Rank of what is added at most. Default: nothing is cut.", rich_help_panel=shared.RUN),
+        typer.Option(help="Maximum rank of what is added. Default: nothing is cut.", rich_help_panel=shared.RUN),
     ] = None,
     device: shared.Devices = None,
     max_memory: shared.MaxMemory = None,
@@ -61,7 +61,8 @@ def fuse(
 ) -> None:
     """Merge LoRA adapters and add the result to their base model: a full model that needs no PEFT.
 
-    The base model's files are read and written a few rows at a time; it is never in memory as a whole.
+    The base model's files are read and written a few rows at a time; most base
+    models are never in memory whole.
 
     Example: dc-merge fuse org/base org/lora-a ./lora-b -o fused
     """

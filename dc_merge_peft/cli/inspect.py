@@ -41,14 +41,17 @@ def inspect(
     merged: Annotated[
         str | None,
         typer.Option(
-            help="A merged adapter, to see what it keeps of each of these, by default of those it has recorded.",
+            help="A merged adapter, to see what it keeps of these adapters. Default: of those it recorded.",
             rich_help_panel=_MERGE,
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", "-m", help="Merge them with this method, write nothing, and see.", rich_help_panel=_MERGE
+            "--method",
+            "-m",
+            help="Merge with this method in memory, and see what is kept; nothing is written.",
+            rich_help_panel=_MERGE,
         ),
     ] = None,
     option: Annotated[
@@ -56,10 +59,10 @@ def inspect(
         typer.Option("--option", "-O", help="Any option of the method, as in -O rho=3.", rich_help_panel=_MERGE),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One number an adapter, as in 1,0.5,1.", rich_help_panel=_MERGE)
+        str | None, typer.Option(help="One number per adapter, as in 1,0.5,1.", rich_help_panel=_MERGE)
     ] = None,
     svd_rank: Annotated[
-        int | None, typer.Option(help="Rank of the merged adapter at most.", rich_help_panel=_MERGE)
+        int | None, typer.Option(help="Maximum rank of the merged adapter.", rich_help_panel=_MERGE)
     ] = None,
     config: Annotated[
         Path | None,
@@ -73,7 +76,8 @@ def inspect(
     dora_rank: shared.DoraRank = None,
     extras: shared.Extras = None,
     allow_different_bases: Annotated[
-        bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=_MERGE)
+        bool,
+        typer.Option("--allow-different-bases", help="Don't compare the names of base models.", rich_help_panel=_MERGE),
     ] = False,
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=_MERGE)
@@ -83,16 +87,17 @@ def inspect(
         Path | None, typer.Option(help="Folder for figures; needs the extra `plots`.", rich_help_panel=_OUT)
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Of the figures: png, svg or both.", rich_help_panel=_OUT)
+        str, typer.Option("--format", help="Format of the figures: png, svg or both.", rich_help_panel=_OUT)
     ] = "both",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every number of every module as JSON.", rich_help_panel=_OUT)
     ] = False,
 ) -> None:
-    """Look at adapters before merging them, and at what a merge keeps of each.
+    """Inspect adapters before merging them, and what a merge keeps of each.
 
-    Without any option: spectra, similarities, and the trouble to expect. With --merged, --method or --config also what the
-    merge keeps, layer by layer. An adapter that can't be merged is shown with the reason.
+    Without options it shows spectra, similarities, and the trouble to expect.
+    With --merged, --method or --config it also shows what the merge keeps, layer
+    by layer. An adapter that can't be merged is shown with the reason.
 
     Example: dc-merge inspect org/lora-a ./lora-b --method dc --plot figures
     """

@@ -53,7 +53,9 @@ def merge(
     report: Annotated[
         bool,
         typer.Option(
-            "--report", help="Put a report beside the model card, with pictures in it.", rich_help_panel=shared.OUT
+            "--report",
+            help="Put a report next to the model card, and its pictures in the card; needs the extra `plots`.",
+            rich_help_panel=shared.OUT,
         ),
     ] = False,
     overwrite: shared.Overwrite = False,

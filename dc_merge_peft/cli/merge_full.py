@@ -28,12 +28,14 @@ def merge_full(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="One number a model, as in 1,0.5,1. Default: all 1.", rich_help_panel=shared.METHOD),
+        typer.Option(help="One number per model, as in 1,0.5,1. Default: all 1.", rich_help_panel=shared.METHOD),
     ] = None,
     method: shared.MethodName = None,
     smoothing: Annotated[
         str | None,
-        typer.Option(help="Of singular values: linear, average or none. Default: none.", rich_help_panel=shared.METHOD),
+        typer.Option(
+            help="Smoothing of singular values: linear, average or none. Default: none.", rich_help_panel=shared.METHOD
+        ),
     ] = None,
     rho: shared.Rho = None,
     density: shared.Density = None,
@@ -42,7 +44,7 @@ def merge_full(
     average: Annotated[
         list[str] | None,
         typer.Option(
-            help="Average these parameters, too: the end of a name, or a regular expression. Repeatable.",
+            help="Average these parameters too: the end of a name, or a regular expression. May be repeated.",
             rich_help_panel=shared.RUN,
         ),
     ] = None,
@@ -68,9 +70,10 @@ def merge_full(
     dry_run: shared.DryRun = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Merge full fine-tuned models of one base model: a full model, or an extracted LoRA adapter.
+    """Merge full fine-tuned models of one base model into a full model, or into an extracted LoRA adapter.
 
-    Files are read one tensor of every model at a time; no model is ever in memory as a whole.
+    Files are read one tensor of every model at a time; no model is ever in
+    memory whole.
 
     Example: dc-merge merge-full org/base org/model-a ./model-b -o merged
     """

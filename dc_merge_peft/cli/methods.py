@@ -20,7 +20,7 @@ from dc_merge_peft.methods.spaces import SpaceConfig
 
 @reports_errors
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, to see its options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with all options.")] = False,
 ) -> None:
     """List the merging methods, or one method's options."""
@@ -34,7 +34,7 @@ def methods(
         rows = [(key, method["title"], method["peft"]) for key in EVERY_METHOD for method in [describe_method(key)]]
         out.print(table("", ("method", "what it does", "in PEFT"), rows))
         out.print()
-        out.print("The options of one: dc-merge methods NAME. Which one to take: docs/methods of the documentation.")
+        out.print("For a method's options: dc-merge methods NAME. To choose one: docs/methods in the documentation.")
         return
     method = describe_method(name)
     out.print(f"[bold]{name}[/bold]: {method['title']}")

@@ -23,15 +23,19 @@ Adapters = Annotated[
     typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="One number an adapter, as in 1,0.5,1. Default: all 1.", rich_help_panel=METHOD)
+    str | None, typer.Option(help="One number per adapter, as in 1,0.5,1. Default: all 1.", rich_help_panel=METHOD)
 ]
 MethodName = Annotated[
-    str | None, typer.Option("--method", "-m", help="See `dc-merge methods`. Default: dc.", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(
+        "--method", "-m", help="Merging method; `dc-merge methods` lists them. Default: dc.", rich_help_panel=METHOD
+    ),
 ]
 Smoothing = Annotated[
     str | None,
     typer.Option(
-        help="Of singular values: linear, average or none. Default: the method's, of dc linear.", rich_help_panel=METHOD
+        help="Smoothing of singular values: linear, average or none. Default: the method's (for dc: linear).",
+        rich_help_panel=METHOD,
     ),
 ]
 Rho = Annotated[
@@ -41,7 +45,7 @@ Rho = Annotated[
 Density = Annotated[
     str | None,
     typer.Option(
-        help="Share of entries that are kept, or auto. Default: the method's, of dc auto.", rich_help_panel=METHOD
+        help="Share of entries to keep, or auto. Default: the method's (for dc: auto).", rich_help_panel=METHOD
     ),
 ]
 Alpha = Annotated[
@@ -55,13 +59,13 @@ MethodOptions = Annotated[
 RenameName = Annotated[
     str | None,
     typer.Option(
-        help=f"Read the modules of an old layout under their names of today: {', '.join(RENAMES)}.", rich_help_panel=RUN
+        help=f"Read the modules of an old layout under today's names: {', '.join(RENAMES)}.", rich_help_panel=RUN
     ),
 ]
 SvdRank = Annotated[
     int | None,
     typer.Option(
-        help="Rank of the merged adapter at most. Default: that of the adapters together.", rich_help_panel=RUN
+        help="Maximum rank of the merged adapter. Default: the adapters' ranks added up.", rich_help_panel=RUN
     ),
 ]
 Dtype = Annotated[
@@ -69,7 +73,7 @@ Dtype = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(help="Base model (directory or Hub id): needed for DoRA adapters alone.", rich_help_panel=RUN),
+    typer.Option(help="Base model (directory or Hub id): needed only for DoRA adapters.", rich_help_panel=RUN),
 ]
 Device = Annotated[str | None, typer.Option(help="Where to compute, as in cuda:0. Default: cpu.", rich_help_panel=RUN)]
 Devices = Annotated[
@@ -84,27 +88,32 @@ DoraRank = Annotated[
 ]
 Extras = Annotated[
     str | None,
-    typer.Option(help="Trained values beside LoRA: average, first, drop or an adapter's name.", rich_help_panel=RUN),
+    typer.Option(
+        help="What to do with trained values that are not LoRA: average, first, drop or an adapter's name.",
+        rich_help_panel=RUN,
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file with these settings; what is given here wins.", rich_help_panel=RUN),
+    typer.Option(
+        "--config", help="YAML file with these settings; the command line takes precedence.", rich_help_panel=RUN
+    ),
 ]
 AllowDifferentBases = Annotated[
-    bool, typer.Option("--allow-different-bases", help="Don't compare base model names.", rich_help_panel=RUN)
+    bool, typer.Option("--allow-different-bases", help="Don't compare the names of base models.", rich_help_panel=RUN)
 ]
 AllowZero = Annotated[bool, typer.Option("--allow-zero", help="Accept all-zero factors.", rich_help_panel=RUN)]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code of the models' own.", rich_help_panel=RUN)
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the models.", rich_help_panel=RUN)
 ]
 MaxShardSize = Annotated[
-    str | None, typer.Option(help="Of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=OUT)
+    str | None, typer.Option(help="Maximum size of a weight file, as in 500MB. Default: 5GB.", rich_help_panel=OUT)
 ]
 PushTo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.", rich_help_panel=OUT)]
 Private = Annotated[
-    bool, typer.Option("--private", help="Make that repository private if it is new.", rich_help_panel=OUT)
+    bool, typer.Option("--private", help="Make the repository private if it is new.", rich_help_panel=OUT)
 ]
-CommitMessage = Annotated[str | None, typer.Option(help="Title of that commit or pull request.", rich_help_panel=OUT)]
+CommitMessage = Annotated[str | None, typer.Option(help="Title of the commit or pull request.", rich_help_panel=OUT)]
 CreatePr = Annotated[
     bool, typer.Option("--create-pr", help="Propose a pull request instead of committing.", rich_help_panel=OUT)
 ]
@@ -113,18 +122,20 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Check settings, configs and shapes, and say what would come out; nothing is merged or written.",
+        help="Check settings, configs and shapes, and show what would come out; merge and write nothing.",
         rich_help_panel=OUT,
     ),
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(help="Main memory at most, as in 8GB: fewer modules are merged side by side.", rich_help_panel=RUN),
+    typer.Option(
+        help="Limit on main memory, as in 8GB: fewer modules are merged at the same time.", rich_help_panel=RUN
+    ),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Keep finished modules, and go on where an earlier run stopped.", rich_help_panel=RUN
+        "--resume", help="Keep finished modules, and continue where an earlier run stopped.", rich_help_panel=RUN
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.", rich_help_panel=OUT)]

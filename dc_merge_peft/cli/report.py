@@ -23,12 +23,10 @@ from dc_merge_peft.report.write import check_place, write_report
 
 @reports_errors
 def report(
-    merged: Annotated[
-        str | None, typer.Argument(help="A merged adapter: a directory that dc-merge has written.")
-    ] = None,
+    merged: Annotated[str | None, typer.Argument(help="A merged adapter: a directory that dc-merge wrote.")] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(help="The adapters it was made from, in any order. Default: those it has recorded."),
+        typer.Argument(help="The adapters it was made from, in any order. Default: those it recorded."),
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The file, as in report.html.", rich_help_panel=shared.OUT)
@@ -36,7 +34,8 @@ def report(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of a merge: merge in memory, write no adapter, and report.", rich_help_panel=shared.RUN
+            help="YAML file of a merge: merge in memory and report, without writing an adapter.",
+            rich_help_panel=shared.RUN,
         ),
     ] = None,
     base: Annotated[
@@ -49,10 +48,10 @@ def report(
     overwrite: shared.Overwrite = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Write what is known of a merge as one HTML page, which needs no other file and no network.
+    """Write what is known about a merge as one HTML page, which needs no other file and no network.
 
-    Settings, sources, what is kept of each adapter layer by layer, singular values before and after, overlaps, truncation,
-    and warnings in words.
+    It shows settings, sources, what is kept of each adapter layer by layer,
+    singular values before and after, overlaps, truncation, and warnings.
 
     Example: dc-merge report merged -o report.html
     """

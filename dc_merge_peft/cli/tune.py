@@ -36,7 +36,7 @@ def tune(
     command: Annotated[
         str | None,
         typer.Option(
-            help="Program that evaluates a candidate, as in 'python evaluate.py {adapter}'. The last number that it prints counts.",
+            help="Program that evaluates a candidate, as in 'python evaluate.py {adapter}'. The last number it prints is the score.",
             rich_help_panel=_SEARCH,
         ),
     ] = None,
@@ -47,7 +47,7 @@ def tune(
         ),
     ] = None,
     minimize: Annotated[
-        bool, typer.Option("--minimize", help="Lower numbers are better, as of a loss.", rich_help_panel=_SEARCH)
+        bool, typer.Option("--minimize", help="Lower numbers are better, as for a loss.", rich_help_panel=_SEARCH)
     ] = False,
     alphas: Annotated[
         str | None,
@@ -57,7 +57,11 @@ def tune(
     ] = None,
     tried: Annotated[
         list[str] | None,
-        typer.Option("--try", help="Values of an option, as in --try smoothing=none,linear.", rich_help_panel=_SEARCH),
+        typer.Option(
+            "--try",
+            help="Values of an option, as in --try smoothing=none,linear. May be repeated.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     space: Annotated[
         Path | None,
@@ -66,18 +70,20 @@ def tune(
         ),
     ] = None,
     search: Annotated[
-        str, typer.Option(help="grid, optuna, or auto: a grid of at most 300 trials.", rich_help_panel=_SEARCH)
+        str,
+        typer.Option(help="grid, optuna, or auto: a grid up to 300 trials, optuna beyond.", rich_help_panel=_SEARCH),
     ] = "auto",
     trials: Annotated[
-        int | None, typer.Option(help="How many optuna may try. Default: 50.", rich_help_panel=_SEARCH)
+        int | None, typer.Option(help="Maximum number of trials for optuna. Default: 50.", rich_help_panel=_SEARCH)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of optuna.", rich_help_panel=_SEARCH)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for optuna.", rich_help_panel=_SEARCH)] = 0,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds that one evaluation may take. Default: any.", rich_help_panel=_SEARCH)
+        float | None,
+        typer.Option(help="Seconds that one evaluation may take. Default: no limit.", rich_help_panel=_SEARCH),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the finished trials of an earlier run.", rich_help_panel=_SEARCH),
+        typer.Option("--resume", help="Reuse the finished trials of an earlier run.", rich_help_panel=_SEARCH),
     ] = False,
     weights: shared.Weights = None,
     method: shared.MethodName = None,
@@ -96,7 +102,7 @@ def tune(
     allow_different_bases: shared.AllowDifferentBases = False,
     allow_zero: shared.AllowZero = False,
     save: Annotated[
-        str | None, typer.Option(help="Directory for the best merged adapter.", rich_help_panel=shared.OUT)
+        str | None, typer.Option(help="Directory to save the best merged adapter to.", rich_help_panel=shared.OUT)
     ] = None,
     plot: Annotated[
         Path | None,
@@ -107,14 +113,15 @@ def tune(
     overwrite: shared.Overwrite = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything, list the trials, run none.", rich_help_panel=shared.OUT),
+        typer.Option("--dry-run", help="Check everything and list the trials; run none.", rich_help_panel=shared.OUT),
     ] = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Try alphas and options of a merge against a program of yours, and write down the best.
+    """Try alphas and options of a merge, score each with your own program, and write down the best.
 
-    Each set of options is merged once and rescaled for every alpha. The program gets each candidate as an ordinary adapter
-    directory, in the place of {adapter} and in the environment variable DC_MERGE_ADAPTER, and prints one number.
+    Each set of options is merged once and rescaled for every alpha. The program
+    gets each candidate as an ordinary adapter directory, in place of {adapter}
+    and in the environment variable DC_MERGE_ADAPTER, and prints one number.
 
     Example: dc-merge tune org/lora-a ./lora-b --command "python evaluate.py {adapter}" --try smoothing=none,linear -o tuned.yaml
 

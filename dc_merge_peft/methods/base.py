@@ -12,7 +12,7 @@ from dc_merge_peft.dense import Delta
 from dc_merge_peft.methods.options import build_config, check_config, option
 from dc_merge_peft.stacked import StackedMerge
 
-ALPHA_HELP = "factor on the merged delta; 'auto' makes it as large as the tasks' deltas are, without data"
+ALPHA_HELP = "factor on the merged delta; 'auto' makes it as large as the tasks' deltas, without data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

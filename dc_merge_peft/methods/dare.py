@@ -13,8 +13,8 @@ from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
 from dc_merge_peft.methods.ties import REDUCE_HELP, Trim, sign_consensus
 
-DROP_HELP = "probability of an entry to be dropped; the others are divided by 1 - drop"
-SEED_HELP = "of the random numbers: the same seed gives the same result on every machine"
+DROP_HELP = "probability that an entry is dropped; the others are divided by 1 - drop"
+SEED_HELP = "seed of the random numbers: the same seed gives the same result on every machine"
 REFERENCE = (
     "Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, ICML 2024"
 )

@@ -87,7 +87,7 @@ class DataMethodConfig(MethodConfig):
 
     statistics: GivenStatistics = option(
         GivenStatistics(),
-        "of each adapter's own data, in the adapters' order: files that dc_merge_peft.statistics saved",
+        "statistics of each adapter's own data, in the adapters' order: files saved by dc_merge_peft.statistics",
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class DCMergeConfig(CoverConfig):
 
     alpha: float | Literal["auto"] = option("auto", ALPHA_HELP)
     smoothing: Smoothing = option(
-        "linear", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
+        "linear",
+        "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of the singular values stays the same",
     )
     aggregation: Literal["ties", "ta"] = option("ties", "element-wise merging in cover space: TIES, or the plain sum")
     density: float | Literal["auto"] = option(

@@ -26,8 +26,8 @@ class FisherConfig(DataMethodConfig):
     )
     floor: float = option(
         1e-6,
-        "smallest Fisher information of an entry, in units of its mean over tasks and entries of the module: where no task's "
-        "predictions depend on an entry its mean is plain",
+        "smallest Fisher information of an entry, in units of its mean over tasks and entries of the module; an entry on which no "
+        "task's predictions depend gets the plain mean",
         minimum=0,
     )
 

@@ -27,7 +27,7 @@ REFERENCE = (
     "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025"
 )
 LINK = "https://arxiv.org/abs/2502.04959"
-RANK_HELP = "directions in all are this many of each task, all of a task that has fewer, and never more than there are; none: the sum of the tasks' ranks"
+RANK_HELP = "directions counted per task, or all of a task that has fewer; their sum is the number of directions of the result, never more than there are; none: the sum of the tasks' ranks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class IsoCTSConfig(MethodConfig):
 
     rank: int | None = option(None, RANK_HELP, minimum=1)
     common_fraction: float = option(
-        0.8, "share of the directions that come from the sum; the tasks share the others", minimum=0, maximum=1
+        0.8, "share of the directions that come from the sum; the tasks share the rest", minimum=0, maximum=1
     )
 
 

@@ -27,7 +27,7 @@ class RegMeanConfig(DataMethodConfig):
     """Options of RegMean."""
 
     off_diagonal: float = option(
-        0.9, "factor on the entries of the Gram matrices off their diagonals; 0 leaves a mean weighted column by column",
+        0.9, "factor on the off-diagonal entries of the Gram matrices; 0 leaves a mean weighted column by column",
         minimum=0, maximum=1,
     )  # fmt: skip
 

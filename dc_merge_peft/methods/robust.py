@@ -25,7 +25,7 @@ class RobustMergeConfig(MethodConfig):
     )
     attenuation: float = option(
         0.2,
-        "share of a task's rank whose scales stand as they are, the largest; the others are lifted to the smallest of these",
+        "share of a task's scales, the largest, that stay as they are; the others are raised to the smallest of these",
         minimum=0,
         maximum=1,
     )

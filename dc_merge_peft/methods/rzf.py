@@ -27,18 +27,19 @@ class RZFConfig(SmoothingConfig):
 
     alpha: float | Literal["auto"] = option("auto", ALPHA_HELP)
     smoothing: Smoothing = option(
-        "linear", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
+        "linear",
+        "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of the singular values stays the same",
     )
     ridge: float = option(
         0.375,
-        "c: k directions in m dimensions get lambda = c k / m; near 0 no task's directions answer to another's, at any strength, "
-        "a large one leaves the sum of the tasks",
+        "c: k directions in m dimensions get lambda = c k / m; near 0 no task's directions respond to another's, whatever strength "
+        "that takes; a large one leaves the sum of the tasks",
         minimum=1e-6,
     )
 
 
 class RegularisedZeroForcing(Method):
-    """Directions of the tasks taken apart by regularised zero-forcing. Not published as a merging method: ours.
+    """Directions of the tasks separated by regularised zero-forcing. Not published as a merging method: ours.
 
     With ``U = [U_1 .. U_T]`` the leading directions of all tasks side by side, V likewise, and S their smoothed singular values,
     ``dW = Y_u diag([w_1 S_1 .. w_T S_T]) Y_v^T`` where ``Y_u = (1 + lambda_u) U (U^T U + lambda_u)^-1``, up to its factor the minimiser of
@@ -52,7 +53,7 @@ class RegularisedZeroForcing(Method):
     """
 
     name = "rzf"
-    title = "RZF: the tasks' directions taken apart by regularised zero-forcing"
+    title = "RZF: the tasks' directions separated by regularised zero-forcing"
     reference = (
         "regularised channel inversion as in Peel, Hochwald and Swindlehurst, A Vector-Perturbation Technique for Near-Capacity "
         "Multiantenna Multiuser Communication, Part I, IEEE Trans. Commun. 2005, with the energy smoothing of DC-Merge"

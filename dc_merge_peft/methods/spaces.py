@@ -29,7 +29,8 @@ class SmoothingConfig(MethodConfig):
     """Options of energy smoothing, and how much of each task takes part."""
 
     smoothing: Smoothing = option(
-        "none", "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of S stays"
+        "none",
+        "energy smoothing: 'linear' (Eq. 39-40), 'average' (Eq. 38) or 'none'; the sum of the singular values stays the same",
     )
     rho: float = option(
         5.0,
@@ -61,23 +62,23 @@ class CoverConfig(SmoothingConfig):
     )
     basis_steps: int = option(
         500,
-        "the most steps of basis=optimized; it ends earlier where it has converged",
+        "maximum number of steps of basis=optimized; it stops earlier on convergence",
         minimum=0,
         only={"basis": ("optimized",)},
     )
     basis_lr: float = option(
         0.5,
-        "length of the first step of basis=optimized; later ones find their own",
+        "length of the first step of basis=optimized; later ones adapt",
         minimum=1e-6,
         maximum=1e6,
         only={"basis": ("optimized",)},
     )
     mask: bool = option(
-        True, "in cover space, keep each task's own block of the merged core only (Eq. 11)", only={"cover": (True,)}
+        True, "in cover space, keep only each task's own block of the merged core (Eq. 11)", only={"cover": (True,)}
     )
     mask_size: int | None = option(
         None,
-        "squares of this size along the diagonal instead of the tasks' blocks (Figure 5)",
+        "keep squares of this size along the diagonal instead of the tasks' blocks (Figure 5)",
         minimum=1,
         only={"mask": (True,), "cover": (True,)},
     )

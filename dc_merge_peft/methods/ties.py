@@ -30,11 +30,9 @@ Trim = Callable[[View, int], Tensor]
 
 DENSITY_HELP = "share of the entries kept of each task, those of the largest magnitude"
 REDUCE_HELP = "'mean' or 'sum' of the entries that agree with the elected sign"
-TRIM_SCOPE_HELP = (
-    "which entries compete for being kept: those of the whole model (the official code), or of each module"
-)
+TRIM_SCOPE_HELP = "which entries compete to be kept: those of the whole model (the official code), or of each module"
 SCOPE_HELP = (
-    "which entries compete for being kept, and decide where tasks cancel: those of the whole model (the official code), or of "
+    "which entries compete to be kept, and decide where tasks cancel: those of the whole model (the official code), or of "
     "each module by itself"
 )
 

@@ -50,7 +50,7 @@ class WUDIConfig(MethodConfig):
     steps: int = option(300, "steps of Adam, from the sum of the tasks", minimum=0)
     lr: float = option(
         1e-5,
-        "Adam's learning rate: about what a step changes in each entry of dW, an absolute number",
+        "Adam's learning rate: roughly what a step changes in each entry of dW, in absolute terms",
         minimum=0,
         maximum=1,
     )
