@@ -118,7 +118,7 @@ def test_guide_takes_the_best_where_the_default_is_not() -> None:
 def test_guide_has_a_word_on_data() -> None:
     """What a method with inputs of the tasks kept beside the best without, on adapters; no word where it was not measured."""
     one, models = results("a", 0.05), results("c", 0.3, "model")
-    text = "it kept on [a](../a.md) 98.0 with 2 adapters (99.0); in brackets"
+    text = "it kept on [a](../a.md) 98.0 with 2 adapters (99.0); the best method"
     assert text in guide([one, models]) and "(../c.md)" not in guide([one, models])
     other = results("b", 0.05)
     other.data["merged"][:] = [row for row in other.data["merged"] if row["label"] != "regmean"]
@@ -246,4 +246,4 @@ def test_words_about_our_method() -> None:
     for found in one.data["merged"]:
         if (found["tasks"], found["label"], found["rule"]) == (8, "rzf", "auto"):
             found["normalized"]["value"] = 0.94
-    assert default_text([one]).endswith("by both ways to alpha. `rzf` reaches it.")
+    assert default_text([one]).endswith("with both ways to set alpha. `rzf` reaches it.")

@@ -39,11 +39,11 @@ def guide(found: Sequence[Found]) -> str:
     names = ", ".join(f"[{one.name}](../{one.name}.md)" for one in adapters)
     head = ["adapters", "alpha", "take", "kept most, normalized accuracy in %", f"`{REFERENCE}`", "measured on"]
     return (
-        f"**In short**, by the number of adapters. {short(found)} These are averages over few benchmarks of small models, ranked by their test examples, so that the "
+        f"**In short**, by the number of adapters. {short(found)} These are averages over a few benchmarks of small models, ranked by their test examples, so the "
         "winner's number is a little too high; differences of a point or two are noise ([intervals and everything else](../benchmarks.md)).\n\n"
         f"{with_inputs(adapters)}"
-        f"From {names}, averaged over the benchmarks that have so many tasks. `{REFERENCE}`, the default, where it is within {100 * WITHIN:g} point of the "
-        'best, and otherwise the best, of all that need no training data. Labels after a comma are options: `dc, none` is `smoothing="none"`, '
+        f"From {names}, averaged over the benchmarks with that many tasks, among all methods that need no training data: take `{REFERENCE}`, the default, if it is within {100 * WITHIN:g} point of "
+        'the best, and otherwise the best. Labels after a comma are options: `dc, none` is `smoothing="none"`, '
         '`ta, cover, smoothing` is `method="ta", cover=True, smoothing="linear"`.\n\n'
         + table(head, rows).replace("---:", "---")
     )
@@ -74,8 +74,8 @@ def with_inputs(found: Sequence[Found]) -> str:
     if not parts:
         return ""
     return (
-        f"**With some hundred training inputs of every task** there is also [`{INFORMED}`]({INFORMED}.md): with alpha by validation it kept {', '.join(parts)}; in "
-        "brackets what the best method without data kept.\n\n"
+        f"**With some hundred training inputs of every task** there is also [`{INFORMED}`]({INFORMED}.md). With alpha by validation it kept {', '.join(parts)}; the "
+        "best method without data kept the number in brackets.\n\n"
     )
 
 

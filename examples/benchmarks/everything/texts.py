@@ -14,43 +14,41 @@ DEFAULT_GOAL = 2.0  # points over the best published method, which a new default
 DEFAULT_COUNTS = (4, 8)  # at so many tasks
 
 DEFAULTS_TEXT = (
-    "What other options give, and in brackets how far they are from the default, with the interval of the paired difference. With eight adapters of rank 16 and "
-    'more `density="auto"` is the paper\'s 0.001.'
+    "Results with other options; in brackets the difference from the default, with the interval of the paired difference. With eight or more adapters of rank 16, "
+    '`density="auto"` is the paper\'s 0.001.'
 )
-METHODS_TEXT = (
-    "In brackets the 95 % interval. Fisher merging and RegMean look at training examples, the others at none."
-)
+METHODS_TEXT = "In brackets the 95 % interval. Only Fisher merging and RegMean use training examples."
 HEADINGS = {"auto": 'Without data: `alpha="auto"`', "validation": "Alpha picked on validation examples"}
-STUDY_TEXT = """LoRA merging keeps less than full fine-tuning does, and the more tasks there are, the less. Two families of rules
-that need no TIES and no mask were compared with DC-Merge, on **validation** examples alone:
+STUDY_TEXT = """Merging keeps less of LoRA adapters than of fully fine-tuned models, and less the more tasks there are. We compared two families of
+rules, which need no TIES and no mask, with DC-Merge, on **validation** examples only:
 
-- `dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T` with G the Gram matrices of the stacked bases: p is how far directions that tasks
-  share are taken apart. p = 0 is the sum, p = 1 orthogonal bases, which at tau = 1 is TSV-M, p = 2 the dual bases, in which no task answers
-  for another; tau below 1 smooths.
+- `dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T` with G the Gram matrices of the stacked bases: p says how far
+  directions that tasks share are separated. p = 0 is the sum, p = 1 orthogonal bases, which at tau = 1 is TSV-M, p = 2 the dual bases, in
+  which no task responds to another; tau below 1 smooths.
 - `dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T` with linearly smoothed S: `Y = U (G_u + lambda_u)^-1` minimises
-  `||Y^T U - I||^2 + lambda_u ||Y||^2`, so that each merged direction answers its own direction with 1 and all others with 0, at a small norm. It is what
-  radio calls regularised zero-forcing; lambda = 1 has the slope of p = 1 at an eigenvalue 1 of G, lambda = 1/2 that of p = 4/3. "lambda 0.25" is one number for
-  both sides, "load c" is lambda_u = c k / m and lambda_v = c k / n: k directions in m and n dimensions.
+  `||Y^T U - I||^2 + lambda_u ||Y||^2`, so each merged direction responds to its own direction with 1 and to all others with 0, at a small norm. In radio
+  this is called regularised zero-forcing; lambda = 1 has the slope of p = 1 at an eigenvalue 1 of G, lambda = 1/2 that of p = 4/3. "lambda 0.25" means one number for
+  both sides, "load c" means lambda_u = c k / m and lambda_v = c k / n: k directions in m and n dimensions.
 
-The second family became the method [`rzf`](methods/rzf.md). No one lambda is right everywhere: a small one keeps more of few tasks, a large one of
-many. In radio the best one grows with the load, and so it does here: `rzf` has load 0.375."""
+The second family became the method [`rzf`](methods/rzf.md). No single lambda is right everywhere: a small one keeps more of few tasks, a large
+one of many. In radio the best lambda grows with the load, and so it does here: `rzf` has load 0.375."""
 STUDY_TABLES_TEXT = """### On validation examples
 
-In brackets the difference from `dc` with its interval. Alpha is picked on the examples that are measured, which favours all rules alike, or is the data-free
-one."""
-COST_TEXT = """Hours of one processor of the machine on which it was made, beside a second one at work; the work is shared out to all of them. Study, figures and
-pages come on top. What is kept is not made again: after a change of the library merges are made again, and measured only where they came out differently."""
-ALPHA_STUDY_TEXT = """How the rule was chosen: what sizes in several norms lose on **validation** examples against the best alpha there, in points, mean over
-four and eight tasks and nine methods and options, seed 0. `rzf`, which takes directions apart, stands by itself. The library's rule was taken
-for its loss on the mean of the three."""
+In brackets the difference from `dc` with its interval. Alpha is picked on the measured examples themselves, which favours all rules alike, or is the
+data-free one."""
+COST_TEXT = """Hours of one processor of the machine on which this was made, while a second one was busy too; the work is spread over all processors. Study, figures and
+pages take additional time. Stored results are not made again: after a change of the library merges are made again, but measured only if they differ."""
+ALPHA_STUDY_TEXT = """How the rule was chosen: what rules by size in several norms lose on **validation** examples compared with the best alpha there, in points, averaged
+over four and eight tasks and nine methods and options, seed 0. `rzf`, which separates directions, is listed on its own. The library's rule was chosen
+for its mean loss over the three."""
 
 
 def glance_text(found: Sequence[Found]) -> str:
     """How to read the first tables."""
     seeds = ", ".join(f"{one.name} {seeds_text(one.data)}" for one in found)
     return (
-        f"Average normalized accuracy in % (Eq. 29) of `{REFERENCE}` at its defaults, of the best of all other published methods that look at no training examples, and how far `{REFERENCE}` is "
-        "ahead of it, with the 95 % interval of the paired difference; positive is better. The best of many others is picked on the "
+        f"Average normalized accuracy in % (Eq. 29) of `{REFERENCE}` at its defaults, of the best of all other published methods that use no training examples, and how far `{REFERENCE}` is "
+        "ahead of it, with the 95 % interval of the paired difference; positive is better. The best other method is picked on the "
         f"same test examples, which favours it. `{NEW}` is our own method. Measured: {seeds}."
     )
 
@@ -66,7 +64,7 @@ def losses_text(found: Sequence[Found]) -> str:
     ]
     won, lost_ = sum(high < 0 for *_, high in contests), sum(low > 0 for _, low, _ in contests)
     text = (
-        f"In {len(contests)} comparisons with a published method that looks at no training examples, at the same number of tasks and by the same rule for alpha, `{REFERENCE}` is ahead by more than "
+        f"In {len(contests)} comparisons with a published method that uses no training examples, at the same number of tasks and with the same rule for alpha, `{REFERENCE}` is ahead by more than "
         f"the interval in {won} and behind by more than the interval in {lost_}; the others are within it. Our own `{NEW}` is "
         "[compared below](#beyond-the-paper)."
     )
@@ -74,10 +72,10 @@ def losses_text(found: Sequence[Found]) -> str:
     if not behind:
         return text
     return (
-        f"{text}\n\nThe best other method is ahead on the mean in {behind} of {rows} rows. Below they are, with the mean directional "
-        "similarity (Eq. 6) of both merges to the tasks, first seed; of full models to each task's leading directions, as many as a merge takes. Where "
-        "the other's is higher, it keeps the tasks' directions better; where it is not, the loss has another reason: how strong directions come "
-        "out, and how they disturb each other, which DirSim does not see."
+        f"{text}\n\nThe best other method is ahead on the mean in {behind} of {rows} rows. They are listed below, with the mean directional "
+        "similarity (Eq. 6) of both merges to the tasks, first seed (for full models, to as many of each task's leading directions as a merge takes). If "
+        "the other method's is higher, it keeps the tasks' directions better; if not, the loss has another reason, such as how strong the directions "
+        "are in the merge and how they disturb each other, which DirSim does not see."
     )
 
 
@@ -91,8 +89,8 @@ def own_text(found: Sequence[Found]) -> str:
             ends = [f"{gain:+.1f} ({count} {one.kind}s)" for gain, count in dict.fromkeys((gains[0], gains[-1]))]
             parts.append(f"{one.name} {' to '.join(ends)}")
     return (
-        f"A method of our own, [`{NEW}`](docs/methods/{NEW}.md), is ahead of `{REFERENCE}` by these points of the last table, from the least to the most: "
-        f"{', '.join(parts)}; [measured beside all others](docs/benchmarks.md#beyond-the-paper)."
+        f"A method of our own, [`{NEW}`](docs/methods/{NEW}.md), is ahead of `{REFERENCE}` by these points in the table above, from least to most: "
+        f"{', '.join(parts)}; [compared with all others](docs/benchmarks.md#beyond-the-paper)."
     )
 
 
@@ -107,11 +105,11 @@ def default_text(found: Sequence[Found]) -> str:
     missed = [f"{name} with {count} ({gain:+.1f})" for (name, count), gain in ours.items() if gain < DEFAULT_GOAL]
     goal = (
         f"The goal for a new default was {DEFAULT_GOAL:g} points over the best published method on every benchmark at "
-        f"{' and '.join(map(str, DEFAULT_COUNTS))} tasks, by both ways to alpha."
+        f"{' and '.join(map(str, DEFAULT_COUNTS))} tasks, with both ways to set alpha."
     )
     if not missed:
         return f"{goal} `{NEW}` reaches it."
-    return f"{goal} By the worse of the two `{NEW}` misses it on {', '.join(missed)}, so that `{REFERENCE}` stays the default."
+    return f"{goal} With the worse of the two, `{NEW}` misses it on {', '.join(missed)}, so that `{REFERENCE}` stays the default."
 
 
 def beyond_text(found: Sequence[Found]) -> str:
@@ -120,8 +118,8 @@ def beyond_text(found: Sequence[Found]) -> str:
     gains = [ahead(line) for line in lines if line is not None]
     won, lost_ = sum(low > 0 for _, low, _ in gains), sum(high < 0 for *_, high in gains)
     return (
-        f"### On test examples\n\n`{NEW}` as it was chosen on validation examples, measured on test examples as all methods are: how far it is ahead of "
-        f"`{REFERENCE}`, with the 95 % interval of the paired difference, and of the best published method, which is picked on these very examples. In "
+        f"### On test examples\n\n`{NEW}`, chosen on validation examples, measured on test examples like all methods: how far it is ahead of "
+        f"`{REFERENCE}`, with the 95 % interval of the paired difference, and of the best published method, which is picked on these same examples. In "
         f"{len(gains)} comparisons with `{REFERENCE}` it is ahead by more than the interval in {won}, and behind in {lost_}. {default_text(found)}"
     )
 
@@ -131,10 +129,10 @@ def alpha_text(found: Sequence[Found]) -> str:
     gaps = [gap for one in found for count in one.counts for gap in lost(one, count).values()]
     near = sum(gap >= -GOAL for gap in gaps)
     return (
-        'What the data-free `alpha="auto"` ([how](concepts.md#alpha)) loses against the alpha that is best on validation examples, in points of '
-        f"normalized accuracy on test examples: of {len(gaps)} merges, averaged over seeds and groups, {near} lose less than {100 * GOAL:g} points or gain. "
-        f"On the mean of all rows it is {_mean_gain(found, REFERENCE)} points for `{REFERENCE}` and {_mean_gain(found, NEW)} for `{NEW}`, positive being better. The norm for adapters, and that `rzf` is looked at inside the tasks' directions, were chosen on validation "
-        "examples of text8, vision and language (first seed), by what nine methods lose there, and the fit for full models on those of text8-fft."
+        'What the data-free `alpha="auto"` ([how](concepts.md#alpha)) loses compared with the alpha that is best on validation examples, in points of '
+        f"normalized accuracy on test examples. Of {len(gaps)} merges, averaged over seeds and groups, {near} lose less than {100 * GOAL:g} points or gain. "
+        f"Averaged over all rows the difference is {_mean_gain(found, REFERENCE)} points for `{REFERENCE}` and {_mean_gain(found, NEW)} for `{NEW}`, positive being better. The norm for adapters, and the choice to measure `rzf` inside the tasks' directions, were made on validation "
+        "examples of text8, vision and language (first seed), by what nine methods lose there; the fit for full models was chosen on those of text8-fft."
     )
 
 
