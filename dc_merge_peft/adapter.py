@@ -44,7 +44,7 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
     def __init__(self, config: MethodConfig | None = None, *, method: str | None = None, **options: Any) -> None:
         """
         Args:
-            config: The config of a method, such as :class:`DCMergeConfig`; or else:
+            config: The config of a method, such as :class:`DCMergeConfig`; or instead:
             method: A method's name, ``"dc"`` by default; ``dc-merge methods`` lists them.
             **options: Fields of that method's config.
 
@@ -58,7 +58,7 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
 
     @property
     def config(self) -> MethodConfig:
-        """The method's options in force."""
+        """The method's options, with their current values."""
         return self.method.config
 
     def merge(
@@ -85,38 +85,38 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
 
         Args:
             sources: Directories, Hub ids (``org/name``, ``org/name@revision``, ``org/name/subfolder``) or a mix.
-            weights: One finite number an adapter; 1 for each by default. Not normalised.
-            svd_rank: Rank of the merged adapter at most, by optimal truncation. By default the sum of the adapters' ranks:
-                that is all of it, but for methods that work on the entries of dW, whose result has full rank.
-            dtype: Of the factors when they are written; the widest of the sources by default.
+            weights: One finite number per adapter; 1 for each by default. Not normalised.
+            svd_rank: Maximum rank of the merged adapter, by optimal truncation. By default the sum of the adapters' ranks,
+                which loses nothing, except for methods on the entries of dW, whose result has full rank.
+            dtype: Type of the written factors; by default the widest among the sources.
             device: Where to compute; by default where the factors are, which is the CPU for files. Several GPUs (``"cuda:0,cuda:1"``,
-                a list, ``"auto"`` for all) merge modules side by side.
+                a list, ``"auto"`` for all) merge modules in parallel.
             allow_different_bases: Merge adapters whose configs name different base models.
             allow_zero: Merge adapters with an all-zero factor.
             rename: For adapters of an old or foreign layout, as in ``"llava-hf"`` or ``"clip-vision-v5"``: read their modules
-                under the names that the base model has today. :data:`dc_merge_peft.sources.renames.RENAMES` has them all.
-            base: The base model, which the deltas of DoRA adapters depend on: a directory, a Hub id or a model in memory. It
-                is loaded only if an adapter is DoRA.
-            dora_rank: Rank at which the dense deltas of DoRA adapters are read, whole where it is no less than the smaller side
-                of a weight; by default twice the adapter's rank.
-            extras: What becomes of tensors that adapters hold outside B and A (fully trained modules and tokens, biases, base
-                weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values are kept; by
+                under today's names of the base model. :data:`dc_merge_peft.sources.renames.RENAMES` lists them all.
+            base: The base model, needed for DoRA adapters, whose deltas depend on it: a directory, a Hub id or a model in
+                memory. It is loaded only if an adapter is DoRA.
+            dora_rank: Rank at which the dense deltas of DoRA adapters are read; nothing is lost if it is at least the smaller
+                side of a weight. By default twice the adapter's rank.
+            extras: What to do with tensors that adapters hold outside B and A (fully trained modules and tokens, biases, base
+                weights): ``"average"``, ``"first"``, ``"drop"`` or the name of the adapter whose values to keep; by
                 default adapters that hold any are refused.
-            keep_dense: Leave the result of a method that works on the entries of dW dense and whole, to be added to full
-                weights, as :meth:`fuse` does; given a folder, its numbers lie in files there instead of in memory.
-            max_memory: Main memory that this process may take, as in ``"8GB"`` or in bytes: fewer modules are merged side by side,
-                with the same result. It is an estimate, on the safe side.
-            resume: A folder that keeps finished modules while the merge runs, made where there is none. The same merge goes on
-                there if it was interrupted; what was finished is not merged again. It is deleted in the end.
-            progress: Show a progress bar; by default on a terminal only.
-            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
+            keep_dense: Keep the result of a method on the entries of dW dense, without truncation, to be added to full
+                weights, as :meth:`fuse` does. With a folder, the numbers are in files there instead of in memory.
+            max_memory: Main memory that this process may use, as in ``"8GB"`` or in bytes: fewer modules are merged at the same
+                time, with the same result. It is a conservative estimate.
+            resume: A folder that keeps finished modules while the merge runs; created if needed. If the merge was interrupted,
+                running it again continues there, without merging finished modules again. The folder is deleted at the end.
+            progress: Show a progress bar; by default only on a terminal.
+            token: Token for the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
 
         Raises:
             SourceError: an adapter can't be read or holds bad numbers.
-            UnsupportedAdapterError: an adapter that is no plain LoRA, DoRA without a base model, or tensors outside B and A
+            UnsupportedAdapterError: an adapter that is not plain LoRA, DoRA without a base model, or tensors outside B and A
                 without ``extras``.
             IncompatibleAdaptersError: adapters that don't belong together.
-            OptionError: a wrong weight, rank, dtype, device or rename, or memory that is too little.
+            OptionError: a wrong weight, rank, dtype, device or rename, or too little memory.
             OutputError: ``resume`` is a folder of another merge, or can't be written.
         """
         with self.merging(
@@ -144,12 +144,12 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
         """:meth:`merge` for a result that is written and not kept: the merged factors are never all in memory.
 
         They are multiplied out one layer at a time while they are written, from the adapters' files, which stay open until the
-        ``with`` block ends. The files that come out are those of :meth:`merge` to the last bit.
+        ``with`` block ends. The written files are identical to those of :meth:`merge`.
 
         Args:
-            sources: As for :meth:`merge`, and so are all others. What ``resume`` keeps lasts until the block has ended well.
-            lazily: ``False`` multiplies them out at once.
-            out: Where the result will be written: refused before any work where there is no room for it.
+            sources: As for :meth:`merge`, and so are all others. What ``resume`` keeps is deleted when the block ends without an error.
+            lazily: ``False`` multiplies the factors out at once.
+            out: Where the result will be written; if there is no room for it, the merge is refused before any work.
             **merge_options: Everything else :meth:`merge` takes.
 
         Examples:

@@ -59,42 +59,42 @@ class FullModelMerger:
     ) -> FusedModel:
         """Merge full fine-tuned models of one base model, from and to safetensors files, one tensor of every model at a time.
 
-        The weights of linear layers, ``Conv1D``, convolutions and experts are merged as matrices, of which each of the T models gives
-        ``floor(min(m, n) / T)`` directions where the method works on directions. Embeddings, heads, tied weights, norms, biases and
-        everything else become the base's plus ``alpha`` times the weighted mean of the differences. What no model
+        The weights of linear layers, ``Conv1D``, convolutions and experts are merged as matrices, to which each of the T models contributes
+        ``floor(min(m, n) / T)`` directions if the method works on directions. Embeddings, heads, tied weights, norms, biases and
+        everything else become the base model's value plus ``alpha`` times the weighted mean of the differences. What no model
         changes is copied.
 
-        Where the method was given by its name, ``smoothing`` is ``"none"`` by default, as in the paper's setting; a config
+        If the method was given by its name, ``smoothing`` is ``"none"`` by default, as in the paper's setting; a config
         is taken as it is.
 
         Args:
             base: The base model: a directory or a Hub id (``org/name``, ``org/name@revision``).
             models: Directories or Hub ids of its fine-tuned models.
-            out: Where to write the result; only ``push_to`` may stand in its place.
-            weights: One finite number a model; 1 for each by default. Not normalised.
-            average: Parameters that are averaged, too: trailing parts of their names or of their layers', or regular expressions of
+            out: Where to write the result; may be omitted only with ``push_to``.
+            weights: One finite number per model; 1 for each by default. Not normalised.
+            average: More parameters to average: trailing parts of their names or of their layers', or regular expressions for
                 whole names.
             lora_rank: Write the leading components of the merged matrices as a PEFT adapter of this rank, instead of a full
                 model. What is averaged can't be in it, and is named in the remarks.
             device: Where to compute, as for :meth:`DCMergeAdapter.merge`; the CPU by default.
             allow_identical: Accept models that are equal to the base model.
             max_memory: As for :meth:`DCMergeAdapter.merge`.
-            max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
-            trust_remote_code: Run the Python code that the models bring along.
-            resume: ``True`` keeps finished matrices and weight files beside ``out`` while the merge runs, a folder keeps them there; the
-                same merge goes on with them if it was interrupted. They are deleted in the end.
-            progress: Show progress bars; by default on a terminal only.
+            max_shard_size: Maximum size of a weight file, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
+            trust_remote_code: Run the Python code that the models ship with.
+            resume: ``True`` keeps finished matrices and weight files next to ``out`` while the merge runs, a path keeps them in that
+                folder. If the merge was interrupted, running it again continues with them. They are deleted at the end.
+            progress: Show progress bars; by default only on a terminal.
             overwrite: Replace ``out`` if it exists.
-            push_to: A Hub repository to upload the result to, in one commit; ``private``, ``commit_message`` and
+            push_to: Hub repository to upload the result to, in one commit; ``private``, ``commit_message`` and
                 ``create_pr`` are as for :meth:`MergedAdapter.push_to_hub`.
-            token: For the Hub; by default that of the environment or login.
+            token: Token for the Hub; by default that of the environment or login.
 
         Raises:
             SourceError: a model can't be read tensor by tensor, or holds NaN or Inf.
             IncompatibleAdaptersError: models of another class, with other tensors or shapes, or equal to the base model.
-            UnsupportedAdapterError: quantised weights; layers that no adapter holds, with ``lora_rank``.
+            UnsupportedAdapterError: quantised weights; with ``lora_rank``, layers that no adapter can hold.
             OptionError: a method that needs LoRA factors (``"robust"``), a wrong weight, rank, pattern or device.
-            OutputError: nowhere to write, the result can't be written or pushed, or ``resume`` finds what another merge has left.
+            OutputError: nowhere to write, the result can't be written or pushed, or ``resume`` finds leftovers of another merge.
         """
         if out is None and push_to is None:
             raise OutputError("found no output: expected a directory, or a Hub repository to push to")

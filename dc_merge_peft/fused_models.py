@@ -54,14 +54,14 @@ class ModelFuser:
             out: Where to save it; nowhere by default.
             weights: As for :meth:`merge`.
             overwrite: Replace ``out`` if it exists.
-            push_to: A Hub repository to upload the model to, in one commit; ``private``, ``commit_message`` and
+            push_to: Hub repository to upload the model to, in one commit; ``private``, ``commit_message`` and
                 ``create_pr`` are as for :meth:`MergedAdapter.push_to_hub`.
-            token: For the Hub, to read and to push; by default that of the environment or login.
-            trust_remote_code: Run the Python code that the base model brings along.
+            token: Token for the Hub, to read and to push; by default that of the environment or login.
+            trust_remote_code: Run the Python code that the base model ships with.
             **merge_options: Everything else :meth:`merge` takes. Without an ``svd_rank`` nothing is truncated.
 
         Returns:
-            The fused model. Where it is not needed, :meth:`fuse_to_disk` takes less memory and time.
+            The fused model. If you only need the files, :meth:`fuse_to_disk` takes less memory and time.
 
         Raises:
             OutputError: a module is missing from the base, has another shape or shares its weight with another one, or
@@ -99,17 +99,17 @@ class ModelFuser:
         """What :meth:`fuse` makes, written straight from the base model's safetensors files, a few rows of a tensor at a time.
 
         Tensors that no adapter changes, and the config, are those of the base model, byte for byte. A base model whose files
-        don't allow this (pickles, conversions that can't be turned round) is fused in memory, with a warning.
+        don't allow this (pickles, conversions that can't be reversed) is fused in memory, with a warning.
 
         Args:
             base: A model directory or a Hub id.
             sources: As for :meth:`merge`.
-            out: Where to write it; only ``push_to`` may stand in its place.
+            out: Where to write it; may be omitted only with ``push_to``.
             weights: As for :meth:`merge`.
-            max_shard_size: Size of a weight file at most, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
-            trust_remote_code: Run the Python code that the base model brings along.
-            progress: Show progress bars; by default on a terminal only.
-            overwrite: As for :meth:`fuse`, and so are all others; ``resume=True`` keeps finished modules and files beside ``out``.
+            max_shard_size: Maximum size of a weight file, in bytes or as in ``"500MB"``; ``"5GB"`` by default.
+            trust_remote_code: Run the Python code that the base model ships with.
+            progress: Show progress bars; by default only on a terminal.
+            overwrite: As for :meth:`fuse`, and so are all others; ``resume=True`` keeps finished modules and files next to ``out``.
         """
         sources = listed(sources)
         destination = Destination(

@@ -32,10 +32,10 @@ class MergedAdapter(MergeResult):
 
         Args:
             directory: Where.
-            overwrite: Replace what stands there, if it is an adapter or a model.
-            report: Put a report beside the model card, as in :func:`dc_merge_peft.report_merge`, with pictures in the card; needs
+            overwrite: Replace what is there, if it is an adapter or a model.
+            report: Put a report next to the model card, as in :func:`dc_merge_peft.report_merge`, with pictures in the card; needs
                 the extra ``plots``, and adapters from disk or the Hub, which are read again.
-            progress: Show a progress bar, or (None) on a terminal only.
+            progress: Show a progress bar; None shows it only on a terminal.
 
         Raises:
             OutputError: the directory exists (pass ``overwrite=True``), or can't be written.
@@ -56,13 +56,13 @@ class MergedAdapter(MergeResult):
         overwrite: bool = False,
         progress: bool | None = None,
     ) -> Path:
-        """Write one HTML page about this merge: :func:`dc_merge_peft.report_merge`, which says more.
+        """Write one HTML page about this merge; see :func:`dc_merge_peft.report_merge`.
 
         Args:
             path: The file.
-            sources: The adapters, in their order; by default they are read again from where they were.
+            sources: The adapters, in their order; by default they are read again from their original location.
             overwrite: Replace an earlier report.
-            progress: Show progress bars; by default on a terminal only.
+            progress: Show progress bars; by default only on a terminal.
         """
         from dc_merge_peft.report import report_merge
 
@@ -82,15 +82,15 @@ class MergedAdapter(MergeResult):
 
         Args:
             repo_id: ``owner/name``, or a name under the user's own account; created if need be.
-            private: Of a new repository; by default as the account has it. ``True`` refuses one that exists and is public.
-            token: For the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
+            private: Whether a new repository is private; by default as set for the account. ``True`` refuses an existing public one.
+            token: Token for the Hub; by default that of the environment (``HF_TOKEN``) or of the login.
             commit_message: Title of the commit or pull request.
             create_pr: Propose a pull request instead of committing to the main branch.
             report: As for :meth:`save_pretrained`.
 
         Raises:
             OutputError: the Hub refuses, fails or can't be reached. No file is published then; a repository that was
-                created for it stays, empty, which the error says.
+                created for it stays, empty, and the error says so.
         """
         beside = None
         if report:

@@ -52,21 +52,21 @@ def inspect_adapters(
     allow_different_bases: bool = False,
     allow_zero: bool = False,
 ) -> Inspection:
-    """Look at adapters before merging them: what they are, how they lie to each other, and what may go wrong.
+    """Inspect adapters before merging them: what they are, how similar they are, and what may go wrong.
 
-    Nothing m x n is formed but of DoRA adapters. An adapter that can't be merged is no error: its config is shown, with the reason. Neither are
-    adapters that don't belong together; the findings say so.
+    No m x n matrix is formed, except for DoRA adapters. An adapter that can't be merged is not an error: its config is shown, with the
+    reason. Nor are adapters that don't belong together; the findings say so.
 
     Args:
         sources: Directories, Hub ids or open sources, as for :meth:`DCMergeAdapter.merge`; the same one twice is fine.
-        base: The base model of DoRA adapters, which are not measured without: a directory, a Hub id or a model in memory.
+        base: The base model of DoRA adapters, which can't be measured without it: a directory, a Hub id or a model in memory.
         dora_rank: As for :meth:`DCMergeAdapter.merge`.
         device: Where to compute; by default where the factors are.
-        progress: Show a progress bar; by default on a terminal only.
-        rename: Look at the modules of directories and Hub ids under their names of today, as :meth:`DCMergeAdapter.merge` reads them.
-        extras: As for :meth:`DCMergeAdapter.merge`; with any policy trained values beside LoRA are no refusal.
-        allow_different_bases: Different base models are none.
-        allow_zero: All-zero factors are none, and count as a delta of zero.
+        progress: Show a progress bar; by default only on a terminal.
+        rename: Read the modules of directories and Hub ids under today's names, as :meth:`DCMergeAdapter.merge` does.
+        extras: As for :meth:`DCMergeAdapter.merge`; if given, trained values that are not LoRA are not reported as refused.
+        allow_different_bases: Don't report different base models as refused.
+        allow_zero: Don't report all-zero factors as refused; they count as a delta of zero.
 
     Raises:
         OptionError: no adapters, no rank of DoRA adapters, or an unknown device or rename.

@@ -46,15 +46,15 @@ def inspect_merge(
     progress: bool | None = None,
     rename: str | None = None,
 ) -> MergeInspection:
-    """Look at what a merge keeps of each adapter, from factors.
+    """Inspect what a merge keeps of each adapter, from factors.
 
     Args:
-        merged: What :meth:`DCMergeAdapter.merge` gave, or a merged adapter's directory or Hub id.
-        sources: The adapters it was made from; for a merge in memory by default those it was made from, read again.
-        base: The base model of DoRA adapters; by default the one that the merge has recorded.
+        merged: The result of :meth:`DCMergeAdapter.merge`, or a merged adapter's directory or Hub id.
+        sources: The adapters it was made from; by default, for a merge in memory, the original ones, read again.
+        base: The base model of DoRA adapters; by default the one that the merge recorded.
         dora_rank: As for :meth:`DCMergeAdapter.merge`; by default as recorded.
         device: Where to compute; by default where the factors are.
-        progress: Show a progress bar; by default on a terminal only.
+        progress: Show a progress bar; by default only on a terminal.
         rename: As for :meth:`DCMergeAdapter.merge`; by default as recorded.
 
     Raises:

@@ -39,31 +39,31 @@ def tune(
     progress: bool | None = None,
     **merge_options: Any,
 ) -> TuneResult:
-    """Merge adapters with many settings, evaluate each, and say which were best.
+    """Merge adapters with many settings, evaluate each, and return the best.
 
     Each set of options is merged once; other values of alpha rescale that merge, which is exact for every method.
 
     Args:
         sources: As for :meth:`DCMergeAdapter.merge`; with a ``PeftModel`` also names of its adapters.
-        evaluate: Gives a finite number for a candidate: for a :class:`MergedAdapter`, or with ``model`` for the ``PeftModel``
+        evaluate: Returns a finite number for a candidate: for a :class:`MergedAdapter`, or with ``model`` for the ``PeftModel``
             in which the candidate is the active adapter. The same candidate is never evaluated twice.
-        space: What is searched beside alpha: for each option of the method, ``svd_rank`` or ``weights`` a list of values, or a
+        space: What to search besides alpha: for each option of the method, ``svd_rank`` or ``weights`` a list of values, or a
             range ``{"min": 0.5, "max": 2.0}`` with a ``"step"`` or ``"log": True``. ``weights`` takes a list of whole lists, a
-            range for every adapter, or values by an adapter's name. ``alpha`` may stand here, too.
+            range for every adapter, or values under an adapter's name. ``alpha`` may be here too.
         merger: The method, and the options that are not searched; DC-Merge with its defaults by default. Its alpha is not used.
         alphas: Values of alpha, of which one may be ``"auto"``; the paper's 0.1, 0.2 .. 3.0 by default.
-        weights: Where they are not searched: one finite number an adapter, 1 for each by default.
-        svd_rank: Where it is not searched: rank of the merged adapter at most.
-        minimize: Whether lower scores are better, as those of a loss.
-        search: ``"grid"`` for all settings, ``"optuna"`` for those that its seeded sampler asks for, or ``"auto"``: a grid of
-            at most 300 trials (or ``trials``), else optuna, which is the extra ``tune``.
-        trials: How many optuna may try; 50 by default.
-        seed: Of optuna.
-        model: A ``PeftModel`` or a base model in memory, into which each candidate is put; in the end it is as before.
-        journal: A file for finished trials, a JSON line each. Without one nothing is written.
-        resume: Go on with the trials of a journal of the same inputs and settings.
+        weights: If not searched: one finite number per adapter, 1 for each by default.
+        svd_rank: If not searched: maximum rank of the merged adapter.
+        minimize: Whether lower scores are better, as for a loss.
+        search: ``"grid"`` for all settings, ``"optuna"`` for those that its seeded sampler picks, or ``"auto"``: a grid of
+            at most 300 trials (or ``trials``), otherwise optuna, which needs the extra ``tune``.
+        trials: Maximum number of trials for optuna; 50 by default.
+        seed: Seed for optuna.
+        model: A ``PeftModel`` or a base model in memory, into which each candidate is put; at the end it is as before.
+        journal: A file for finished trials, one JSON line each. Without it nothing is written.
+        resume: Reuse the trials of a journal of the same inputs and settings.
         overwrite: Replace a journal.
-        progress: Show a progress bar; by default on a terminal only.
+        progress: Show a progress bar; by default only on a terminal.
         **merge_options: ``dtype``, ``device``, ``max_memory``, ``allow_different_bases``, ``allow_zero``, ``rename``, ``base``, ``dora_rank``,
             ``extras`` and ``token``, as for :meth:`DCMergeAdapter.merge`.
 
@@ -72,9 +72,9 @@ def tune(
 
     Raises:
         OptionError: a wrong argument, or a setting that the method does not take.
-        EvaluationError: ``evaluate`` gives no finite number. What it raises itself passes through. The journal keeps the
-            trials before.
-        OutputError: the journal is of another search, or there against expectation; a candidate does not fit into the model.
+        EvaluationError: ``evaluate`` returns no finite number. Errors that it raises pass through. The journal keeps the
+            earlier trials.
+        OutputError: the journal belongs to another search, or exists unexpectedly; a candidate does not fit into the model.
         MergeError: adapters that can't be merged, as for :meth:`DCMergeAdapter.merge`, or not with one of the settings.
 
     Examples:
