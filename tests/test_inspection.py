@@ -241,6 +241,10 @@ def test_refusals(tmp_path: Path) -> None:
         inspect_adapters([])
     with refused(OptionError, "expected a list of adapters"):
         inspect_adapters(str(one))
+    with refused(OptionError, "found a dict of adapters", "expected a list"):
+        inspect_adapters({one: 1.0})  # type: ignore[arg-type]
+    with refused(OptionError, "found a LowRank among the adapters"):
+        inspect_adapters([LowRank(*factors(6, 5, 2)[::-1])])  # type: ignore[list-item]
     with refused(OptionError, "device 'moon'"):
         inspect_adapters([one], device="moon")
     with refused(OptionError, "expected those it was made from"):

@@ -27,6 +27,15 @@ def test_cosines_over_all_modules_are_cosines() -> None:
         assert angles == pytest.approx([0.0, math.pi, math.pi], abs=1e-6)
 
 
+def test_iterators_are_looked_at_whole() -> None:
+    """Adapters that can be gone through once, as a generator gives them, are looked at as a list of them is."""
+    sources = memory_sources({"layers.0.q": random_tasks(4, (9, 8), (2, 3))})
+    found = inspect_adapters(iter(sources), progress=False)  # type: ignore[arg-type]
+    assert len(found.adapters) == 2 and found.to_dict() == inspect_adapters(sources, progress=False).to_dict()
+    kept = inspect_merge(DCMergeAdapter().merge(sources), iter(sources), progress=False)  # type: ignore[arg-type]
+    assert kept.adapters == ("task0", "task1")
+
+
 def test_untouched_modules_are_in_no_mean() -> None:
     """An all-zero delta has nothing to keep: no zero in the means by kind and layer, and none is lost where the merge lacks it."""
     first, second = random_tasks(3, (9, 8), (2, 2))

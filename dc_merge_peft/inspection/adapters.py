@@ -36,6 +36,7 @@ from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.sources import Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading
+from dc_merge_peft.sources.opening import listed_adapters
 
 
 @torch.no_grad()
@@ -73,16 +74,17 @@ def inspect_adapters(
         SourceError: an adapter without a readable ``adapter_config.json``, or a base model that can't be loaded.
     """
     where = checked_device(device)
+    given = listed_adapters(sources)
     opened = open_leniently(
-        sources, BaseModel.of(base, None), DoraReading(dora_rank, where, allow_zero=allow_zero), rename
+        given, BaseModel.of(base, None), DoraReading(dora_rank, where, allow_zero=allow_zero), rename
     )
     try:
         adapters, pairs, cover = _measure_all(opened, where, progress, allow_zero)
         found = findings_before(opened, adapters, pairs, allow_different_bases=allow_different_bases, extras=extras)
         return Inspection(adapters=adapters, pairs=pairs, cover=cover, findings=tuple(found))
     finally:
-        for adapter, given in zip(opened, sources, strict=True):
-            if adapter.source is not None and not isinstance(given, Source):
+        for adapter, one in zip(opened, given, strict=True):
+            if adapter.source is not None and not isinstance(one, Source):
                 adapter.source.close()
 
 

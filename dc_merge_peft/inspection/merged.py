@@ -28,7 +28,7 @@ from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.hub import locate
-from dc_merge_peft.sources.opening import sources_opened
+from dc_merge_peft.sources.opening import listed, sources_opened
 from dc_merge_peft.together import uniquely_named
 
 NOTHING = Kept(projected_dir_sim=0.0, projected_cos_sim=0.0, retained_energy=0.0, strength=0.0)
@@ -63,7 +63,7 @@ def inspect_merge(
         IncompatibleAdaptersError: a module of the merge has another shape than an adapter's.
     """
     where = checked_device(device)
-    given = sources_of(merged) if sources is None else sources
+    given = sources_of(merged) if sources is None else listed(sources)
     if not given:
         raise OptionError("found no adapters to compare the merge with: expected at least one")
     made_by = settings_of(merged)

@@ -36,11 +36,9 @@ def open_leniently(
     """Open adapters under unique names and a rename, DoRA ones with their base model where there is one.
 
     Raises:
-        OptionError: no list, an empty one, or an unknown rename.
+        OptionError: an empty list, or an unknown rename.
         SourceError: an adapter without a readable config, of which nothing is known, or a base model that can't be loaded.
     """
-    if isinstance(sources, (str, Path)):
-        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
     if not sources:
         raise OptionError("found no adapters to inspect: expected at least one")
     if rename is not None:

@@ -25,13 +25,7 @@ def open_sources(
 ) -> list[Source]:
     """Sources as they are, directories and Hub ids opened under short names that tell them apart; all of them renamed
     where that is asked for, but for open ones that are read under that rename already."""
-    sources = listed(sources)
-    strangers = [type(source).__name__ for source in sources if not isinstance(source, (str, Path, Source))]
-    if strangers:
-        raise OptionError(
-            f"found a {strangers[0]} among the adapters: expected directories and Hub ids; adapters of a model in "
-            "memory are merged by its add_weighted_adapter"
-        )
+    sources = listed_adapters(sources)
     names = short_names([str(source) for source in sources if not isinstance(source, Source)])
     if rename is not None:
         rename_named(rename)  # before anything is opened or downloaded
@@ -64,6 +58,22 @@ def sources_opened(
     finally:
         for source in ours:
             source.close()
+
+
+def listed_adapters(sources: Iterable[str | Path | Source]) -> list[str | Path | Source]:
+    """Adapters as :func:`listed`, each a directory, a Hub id or an open source.
+
+    Raises:
+        OptionError: other things, or what :func:`listed` refuses.
+    """
+    given = listed(sources)
+    strangers = [type(source).__name__ for source in given if not isinstance(source, (str, Path, Source))]
+    if strangers:
+        raise OptionError(
+            f"found a {strangers[0]} among the adapters: expected directories and Hub ids; adapters of a model in "
+            "memory are merged by its add_weighted_adapter"
+        )
+    return given
 
 
 def listed(things: Iterable[S], what: str = "adapter") -> list[S]:
