@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -104,6 +104,8 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     """
     if device is None:
         return None
+    if not isinstance(device, (str, torch.device)):
+        raise OptionError(f"device is {device!r}: expected a name, as in 'cuda:0', or a torch.device")
     try:
         found_device = torch.empty(0, device=device.strip().lower() if isinstance(device, str) else device).device
         if found_device.type == "meta":
@@ -137,7 +139,7 @@ def checked_devices(devices: Devices) -> tuple[torch.device, ...]:
     if isinstance(devices, str) and devices.strip().lower() == "auto":
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     named = devices.split(",") if isinstance(devices, str) else devices
-    several = [named] if isinstance(named, torch.device) else list(named)
+    several = list(named) if isinstance(named, Iterable) else [named]
     if not several:
         raise OptionError("found an empty list of devices: expected one at least, as in cuda:0, or none")
     found = list(map(checked_device, several))

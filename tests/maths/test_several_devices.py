@@ -108,5 +108,8 @@ def test_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked_devices("auto") == (CPU,)
     with refused(OptionError, "device 'cuda:77' can't be used", "expected one of cpu"):
         checked_devices("cpu,cuda:77")
+    for number in (0, [0]):
+        with refused(OptionError, "device is 0", "'cuda:0'"):
+            checked_devices(number)  # type: ignore[arg-type]
     with refused(OptionError, "an empty list of devices"):
         checked_devices([])
