@@ -12,7 +12,7 @@ from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.methods.base import ModuleTasks
 from dc_merge_peft.methods.spaces import CoverConfig, cover_view
-from dc_merge_peft.metrics.decomposition import in_float64, refuse_not_finite
+from dc_merge_peft.metrics.decomposition import in_float64, refuse_not_finite, refuse_strangers
 
 Basis: TypeAlias = Literal["whitening", "optimized"]
 
@@ -35,6 +35,7 @@ def cover_representation(
     Raises:
         OptionError: no deltas, different shapes, NaN or Inf, or another basis.
     """
+    refuse_strangers(*deltas)
     shapes = {tuple(delta.shape) for delta in deltas}
     if len(shapes) != 1:
         raise OptionError(f"found deltas of shapes {sorted(shapes)}: expected at least one delta, all of one module")

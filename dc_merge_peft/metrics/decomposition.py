@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dc_merge_peft.dense import Delta
+from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
@@ -29,8 +29,19 @@ def in_float64(delta: Delta) -> Delta:
     return delta if _dtypes(delta) == {torch.float64} else delta.to(torch.float64)
 
 
+def refuse_strangers(*deltas: object) -> None:
+    """Raise :class:`OptionError` for what is no delta, such as a matrix by itself."""
+    for delta in deltas:
+        if not isinstance(delta, (LowRank, Dense)):
+            raise OptionError(
+                f"found a {type(delta).__name__} in the place of a delta: expected a LowRank, as merged.lowrank(module) gives it; put a "
+                "matrix (m, n) in dc_merge_peft.dense.Dense"
+            )
+
+
 def refuse_not_finite(*deltas: Delta) -> None:
-    """Raise :class:`OptionError` for NaN and Inf, of which there is no measure."""
+    """Raise :class:`OptionError` for NaN and Inf, of which there is no measure, and for what is no delta."""
+    refuse_strangers(*deltas)
     for delta in deltas:
         parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.W,)
         if not all(bool(torch.isfinite(part).all()) for part in parts):

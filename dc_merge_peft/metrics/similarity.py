@@ -14,7 +14,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Delta, inner
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD, null_threshold
-from dc_merge_peft.metrics.decomposition import refuse_not_finite, triplets
+from dc_merge_peft.metrics.decomposition import refuse_not_finite, refuse_strangers, triplets
 
 
 class Overlap(NamedTuple):
@@ -188,11 +188,13 @@ def dyadic_coefficients(
     They are the least-squares coefficients of ``dW ~ U diag(c) V^T``: the squared residual is ``||dW||^2 - ||c||^2``
     (Eq. 20), and ``CosSim(dW, U V^T) = sum(c) / (||dW|| sqrt(k))`` (Eq. 22).
     """
+    refuse_strangers(delta)
     return delta.project(U.to(torch.float64), V.to(torch.float64)).diagonal()
 
 
 def _refuse_shapes(first: Delta, second: Delta) -> None:
     """Raise :class:`OptionError` for deltas of two modules."""
+    refuse_strangers(first, second)
     if first.shape != second.shape:
         raise OptionError(
             f"found deltas of shapes {tuple(first.shape)} and {tuple(second.shape)}: expected two deltas of one module"

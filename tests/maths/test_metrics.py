@@ -263,6 +263,9 @@ def test_accuracies_by_hand() -> None:
         (lambda a, b: metrics.cover_block_map([a], basis="other"), "option 'basis'"),  # type: ignore[arg-type]
         (lambda a, b: metrics.cumulative_energy(a, power=3), "power is 3: expected 1 for S or 2"),
         (lambda a, b: metrics.energy_retention(a, -1), "rank is -1: expected 0 or more"),
+        (lambda a, b: metrics.effective_rank(a.dense()), "found a Tensor in the place of a delta: expected a LowRank"),  # type: ignore[arg-type]
+        (lambda a, b: metrics.dir_sim(a, a.dense()), "found a Tensor"),  # type: ignore[arg-type]
+        (lambda a, b: metrics.sign_conflict(a.dense().numpy(), a), "found a ndarray"),
         (lambda a, b: metrics.average_normalized_accuracy([1.0], []), "1 merged and 0 individual"),
         (lambda a, b: metrics.average_normalized_accuracy([1.0], [0.0]), "none of the individual ones 0"),
         (lambda a, b: metrics.normalized_accuracy_improvement(0.5, 0.4, 0.4), "both 0.4: expected a task that was"),
