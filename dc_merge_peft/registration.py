@@ -18,10 +18,11 @@ from typing import Any
 
 import wrapt
 
-from dc_merge_peft.combination_types import combination_types
+from dc_merge_peft.combination_types import PEFT_TYPES, combination_types
 from dc_merge_peft.errors import unknown_name
 
 _ORIGINAL = "__dc_merge_peft_original__"
+_STRANGE_OPTION = "add_weighted_adapter() got an unexpected keyword argument"
 _state = {"wanted": False, "hooked": False}
 
 
@@ -93,10 +94,15 @@ def _with_door(original: Callable[..., None]) -> Callable[..., None]:
             return
         try:
             original(self, *args, **kwargs)
-        except ValueError as error:  # a name that neither PEFT nor this library knows
-            if not (isinstance(kind, str) and str(error) == f"Invalid combination_type: {kind}"):
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # a name that neither PEFT nor this library knows, with or without options
+            unknown = f"Invalid combination_type: {kind}" == str(error) or _STRANGE_OPTION in str(error)
+            if not isinstance(kind, str) or kind in PEFT_TYPES or not unknown:
                 raise
-            raise ValueError(f"{error}; of dc_merge_peft: {unknown_name('type', kind, combination_types())}") from error
+            kinds = unknown_name("type", kind, combination_types())
+            raise type(error)(f"{error}; of dc_merge_peft: {kinds}") from error
 
     setattr(add_weighted_adapter, _ORIGINAL, original)
     return add_weighted_adapter

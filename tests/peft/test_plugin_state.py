@@ -230,6 +230,10 @@ def test_default_and_unknown_types_are_pefts(model: Any) -> None:
     assert max(difference(scaled[module], 0.5 * each[module]) for module in each) < 1e-5
     with pytest.raises(ValueError, match=r"^Invalid combination_type: dcc; of dc_merge_peft: .* did you mean 'dc'\?"):
         model.add_weighted_adapter(NAMES, [1.0, 1.0], "new", combination_type="dcc")
+    with pytest.raises(TypeError, match=r"argument 'rho'; of dc_merge_peft: unknown type 'dcc': did you mean 'dc'\?"):
+        model.add_weighted_adapter(NAMES, [1.0, 1.0], "new", combination_type="dcc", rho=5.0)
+    with pytest.raises(TypeError, match=r"argument 'rho'$"):
+        model.add_weighted_adapter(NAMES, [1.0, 1.0], "new", combination_type="svd", rho=5.0)
     with pytest.raises(ValueError, match="nobody") as caught:  # no word of ours in other errors
         model.add_weighted_adapter(["nobody"], [1.0], "new", combination_type="linear")
     assert "dc_merge_peft" not in str(caught.value)
