@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from dc_merge_peft.batching import Stacker, batches
 from dc_merge_peft.budget import kept_bytes, workers
 from dc_merge_peft.completion import completed
 from dc_merge_peft.dense import Delta, Dense
-from dc_merge_peft.errors import MergeError, MergeWarning
+from dc_merge_peft.errors import MergeError, warn
 from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods import Method
@@ -116,7 +115,7 @@ def run_merge(
     result = completed(result, plan, sources)
     remarks = (*result.remarks, *_left_out(result))
     for remark in remarks:
-        warnings.warn(remark, MergeWarning, stacklevel=2)
+        warn(remark)
     return dataclasses.replace(result, remarks=remarks)
 
 

@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 
 HIDDEN = "<hidden>"
+_BETWEEN = {"dc_merge_peft", "torch", "contextlib"}  # what may stand between a warning and the line of its user
 
 # What gives access in a text: user and password of a URL, its query (signatures of storage addresses), tokens of the Hub.
 _SECRETS = (
@@ -91,6 +94,15 @@ class MergeWarning(UserWarning):
 
     def __init__(self, text: object = "") -> None:
         super().__init__(message(text))
+
+
+def warn(text: str) -> None:
+    """A :class:`MergeWarning` at the line that called the library. Python shows the same one once a line: said at a line of torch's
+    decorators it would be shown for the first merge alone."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, MergeWarning, stacklevel=level)
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:

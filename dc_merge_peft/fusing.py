@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dc_merge_peft.errors import MergeWarning, OptionError, OutputError, SourceError, preview
+from dc_merge_peft.errors import OptionError, OutputError, SourceError, preview, warn
 from dc_merge_peft.outputs.directory import check_target, hidden_beside, tidy_up
 from dc_merge_peft.outputs.room import check_room, scratch
 from dc_merge_peft.plan import MergePlan
@@ -181,7 +180,7 @@ def fuse_to_disk(
             reason = _in_memory(base, found)
         whole = BaseModel(base, token=destination.token, trust_remote_code=trust_remote_code)
         _, merged, url = fuse_in_memory(merge, whole, destination, **options)
-    warnings.warn(reason, MergeWarning, stacklevel=3)  # now that it could be loaded
+    warn(reason)  # now that it could be loaded
     path = None if destination.out is None else Path(destination.out).expanduser()
     return FusedModel(path, url, merged, (*merged.remarks, reason))
 

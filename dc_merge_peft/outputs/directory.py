@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dc_merge_peft.errors import MergeWarning, OutputError, first_line
+from dc_merge_peft.errors import OutputError, first_line, warn
 from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
 from dc_merge_peft.work.place import unfinished
@@ -213,7 +212,7 @@ def tidied(path: str | Path) -> list[str]:
 def tidy_up(path: str | Path) -> None:
     """The same, said by warnings."""
     for line in tidied(path):
-        warnings.warn(line, MergeWarning, stacklevel=3)
+        warn(line)
 
 
 def _failed_to_write(error: RuntimeError) -> bool:

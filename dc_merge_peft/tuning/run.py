@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.adapter import DCMergeAdapter
-from dc_merge_peft.errors import MergeWarning, OptionError
+from dc_merge_peft.errors import OptionError, warn
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.sources import Source
 from dc_merge_peft.tuning.evaluation import Evaluate
@@ -96,5 +95,5 @@ def tune(
     with journal_of(prepared, evaluate, journal, resume=resume, overwrite=overwrite) as opened:
         result = prepared.run(evaluate, progress_bar(progress, "trial"), opened, model)
     for remark in result.remarks:
-        warnings.warn(remark, MergeWarning, stacklevel=2)
+        warn(remark)
     return result

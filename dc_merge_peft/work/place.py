@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.errors import MergeError, MergeWarning, OptionError, OutputError, first_line
+from dc_merge_peft.errors import MergeError, OptionError, OutputError, first_line, warn
 from dc_merge_peft.methods import Method
 from dc_merge_peft.work.finished import WorkFolder, tidy
 from dc_merge_peft.work.locks import locked
@@ -185,7 +184,7 @@ def work_place(
     """
     if not resume:
         if out is not None and (left := unfinished(out)):
-            warnings.warn(left, MergeWarning, stacklevel=4)
+            warn(left)
         return nullcontext()
     if isinstance(resume, WorkPlace):
         return nullcontext(resume)
