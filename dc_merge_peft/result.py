@@ -17,6 +17,7 @@ from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.extra_values import MergedExtras
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.methods.options import plain
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.together import is_finite
 
@@ -120,8 +121,10 @@ class MergeResult:
         """The merged delta of a module as factors in float32 or another dtype, ``alpha`` applied.
 
         Raises:
-            OptionError: no such module was merged.
+            OptionError: no such module was merged, or a dtype that holds no such numbers.
         """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise OptionError(f"dtype is {dtype!r}: expected a torch.dtype of floating-point numbers, as torch.float16")
         return as_lowrank(self._module(module).delta).scaled(self.alpha).to(dtype)
 
     def delta(self, module: str) -> Tensor:
@@ -154,6 +157,7 @@ class MergeResult:
         Raises:
             OptionError: alpha is no finite number.
         """
+        alpha = plain(alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not is_finite(alpha):
             raise OptionError(f"alpha is {alpha!r}: expected a finite number")
         return dataclasses.replace(self, alpha=float(alpha), options={**self.options, "alpha": float(alpha)})

@@ -128,6 +128,8 @@ def prepare(
         MergeError: as :func:`tune`.
     """
     merger = DCMergeAdapter() if merger is None else merger
+    if not isinstance(merger, DCMergeAdapter):
+        raise OptionError(f"merger is {merger!r}: expected a DCMergeAdapter, as in DCMergeAdapter(method='ta')")
     _refuse_unknown(merge_options)
     token = merge_options.get("token")
     options = {**merge_options, "base": BaseModel.of(merge_options.get("base"), token)}

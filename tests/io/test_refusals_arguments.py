@@ -95,11 +95,17 @@ def test_a_tensor_of_weights(tmp_path: Path) -> None:
 
 
 def test_results_with_strange_arguments(tmp_path: Path) -> None:
-    """Another alpha that is no number, or too large for one, and a model by its name."""
+    """Another alpha that is no number, or too large for one, a dtype that holds none, and a model by its name."""
     merged = DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "one")])
     with refused(OptionError, "alpha is 'auto'", "expected a finite number"):
         merged.with_alpha("auto")  # type: ignore[arg-type]
     with refused(OptionError, "alpha is 1000", "expected a finite number"):
         merged.with_alpha(10**400)
+    assert merged.with_alpha(torch.tensor(0.5)).alpha == 0.5  # type: ignore[arg-type]
+    with refused(OptionError, "alpha is [0.5]", "expected a finite number"):
+        merged.with_alpha([0.5])  # type: ignore[arg-type]
+    for dtype in ("float16", torch.int8):
+        with refused(OptionError, f"dtype is {dtype!r}", "a torch.dtype of floating-point numbers"):
+            merged.lowrank(next(iter(merged.modules)), dtype)  # type: ignore[arg-type]
     with refused(OptionError, "found a str to add the adapter to", "expected a PeftModel or a base model"):
         merged.add_to("base")  # type: ignore[arg-type]

@@ -173,6 +173,9 @@ def test_refused(workspace: Path) -> None:
         tune(NAMES, lambda found: 0.0, model=models.gpt2())
     with refused(OptionError, "found the single adapter 'math-lora': expected a list of adapters"):
         tune("math-lora", lambda found: 0.0)
+    for merger in ("ta", DCMergeAdapter):
+        with refused(OptionError, f"merger is {merger!r}", "expected a DCMergeAdapter"):
+            tune(NAMES, lambda found: 0.0, merger=merger)  # type: ignore[arg-type]
     assert os.path.isdir("math-lora")
 
 
