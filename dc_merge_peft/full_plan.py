@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -39,12 +39,12 @@ class FullPlan:
     """A merge of full models that has passed every check that needs no arithmetic."""
 
     base: FiledModel
-    models: tuple[FullModel, ...]
+    models: tuple[FullModel, ...] = field(repr=False)
     merge: MergePlan
-    sources: tuple[FullModelSource, ...]
-    matrices: Mapping[str, tuple[StoredMatrix, ...]]  # by stored tensor
-    averaged: Mapping[str, AveragedTensor]
-    copied: tuple[str, ...]  # stored tensors that no model changes
+    sources: tuple[FullModelSource, ...] = field(repr=False)
+    matrices: Mapping[str, tuple[StoredMatrix, ...]] = field(repr=False)  # by stored tensor
+    averaged: Mapping[str, AveragedTensor] = field(repr=False)
+    copied: tuple[str, ...] = field(repr=False)  # stored tensors that no model changes
     record: FullRecord
 
     @property

@@ -58,7 +58,7 @@ class PlannedModule:
 class MergePlan:
     """A merge that has passed every check that needs no factors."""
 
-    modules: tuple[PlannedModule, ...]
+    modules: tuple[PlannedModule, ...] = field(repr=False)
     adapters: tuple[AdapterInfo, ...]
     weights: tuple[float, ...]
     svd_rank: int | None

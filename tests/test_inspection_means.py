@@ -13,6 +13,7 @@ from dc_merge_peft.inspection.data import fixed
 from dc_merge_peft.inspection.pairs import pair_numbers
 from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
 from dc_merge_peft.lowrank import SharedSpace
+from dc_merge_peft.methods.data import Statistics
 
 from .support.strategies import memory_sources, random_tasks, zero_task
 
@@ -34,6 +35,16 @@ def test_iterators_are_looked_at_whole() -> None:
     assert len(found.adapters) == 2 and found.to_dict() == inspect_adapters(sources, progress=False).to_dict()
     kept = inspect_merge(DCMergeAdapter().merge(sources), iter(sources), progress=False)  # type: ignore[arg-type]
     assert kept.adapters == ("task0", "task1")
+
+
+def test_a_notebook_shows_no_modules() -> None:
+    """Of which a model has hundreds, each with all its singular values: a result at the end of a cell would be a megabyte of text."""
+    sources = memory_sources({f"layers.{index}.q": random_tasks(index, (9, 8), (2, 2)) for index in range(3)})
+    found = inspect_adapters(sources, progress=False)
+    kept = inspect_merge(DCMergeAdapter().merge(sources), sources, progress=False)
+    grams = Statistics(kind="gram", tensors={"layers.0.q": torch.eye(2)}, examples=1)
+    for shown in map(repr, (found, kept, DCMergeAdapter().plan(sources), grams)):
+        assert "layers." not in shown and "tensor(" not in shown
 
 
 def test_untouched_modules_are_in_no_mean() -> None:

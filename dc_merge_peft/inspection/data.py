@@ -62,7 +62,7 @@ class AdapterReport:
     patterns: tuple[str, ...]  # "rank_pattern", "alpha_pattern", where set
     target_modules: str | tuple[str, ...] | None
     dtype: str | None  # the widest stored
-    modules: Mapping[str, ModuleSpectrum]
+    modules: Mapping[str, ModuleSpectrum] = field(repr=False)  # a model has hundreds, of many numbers each
     problem: str | None = None
 
     @property
@@ -137,7 +137,7 @@ class PairReport:
     first: int  # indices into Inspection.adapters
     second: int
     overall: PairNumbers | None  # CosSim of all shared modules as one vector, the others averaged; None without any
-    modules: Mapping[str, PairNumbers]
+    modules: Mapping[str, PairNumbers] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class Inspection:
 
     adapters: tuple[AdapterReport, ...]
     pairs: tuple[PairReport, ...]
-    cover: Mapping[str, CoverReport]
+    cover: Mapping[str, CoverReport] = field(repr=False)
     findings: tuple[Finding, ...]
 
     @property
@@ -217,9 +217,10 @@ class MergeInspection:
     adapters: tuple[str, ...]
     # DirSim and CosSim averaged over the adapter's modules, the other two over its energy
     overall: Mapping[str, Kept]
-    modules: Mapping[str, Mapping[str, Kept]]  # module: adapter that changes it: numbers
+    modules: Mapping[str, Mapping[str, Kept]] = field(repr=False)  # module: adapter that changes it: numbers
     findings: tuple[Finding, ...]
-    spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict)  # of the merged delta itself, by module
+    # of the merged delta itself, by module
+    spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; docs/inspect.md has the shape."""

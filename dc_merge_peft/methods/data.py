@@ -12,7 +12,7 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,7 +44,8 @@ class Statistics:
     """
 
     kind: Kind
-    tensors: Mapping[str, Tensor]  # by the path of the layer in the base model, float32; of a file read when looked at
+    # by the path of the layer in the base model, float32; of a file read when looked at
+    tensors: Mapping[str, Tensor] = field(repr=False)
     examples: int  # how many they are from
     rule: str = ""  # in words, how exactly they were collected
     location: str | None = None  # the file they are in
