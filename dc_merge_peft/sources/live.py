@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, unknown_name
@@ -42,16 +44,17 @@ class LiveSource(Source):
     def __init__(self, tuner: nn.Module, adapter: str, seen: LiveModel | None = None) -> None:
         """
         Args:
-            tuner: A ``LoraModel`` or ``MixedModel``: what a ``PeftModel`` has as ``base_model``.
+            tuner: A ``LoraModel`` or ``MixedModel``: what a ``PeftModel`` has as ``base_model``; or that ``PeftModel``.
             adapter: The adapter's name.
             seen: What ``LiveModel.of(tuner.model)`` has found, where several adapters of one model share the walk.
 
         Raises:
-            OptionError: the model has no such adapter.
+            OptionError: the model has no such adapter, or is none of these.
             SourceError: the adapter is no LoRA, or is merged into the base weights at the moment.
             UnsupportedAdapterError: a LoRA whose delta is neither ``scaling * B @ A`` nor DoRA's, or whose factors are sharded or
                 lost.
         """
+        tuner = _tuner_of(tuner)
         configs: dict[str, Any] = tuner.peft_config  # type: ignore[assignment]
         if adapter not in configs:
             raise OptionError(unknown_name("adapter", adapter, configs))
@@ -201,6 +204,22 @@ class LiveSource(Source):
                     f"{factor} of '{name}' in adapter '{self._adapter}' {reason}: expected whole factors; load all adapters "
                     "before the model is offloaded or sharded, or merge them from disk (DCMergeAdapter().merge([...]))"
                 )
+
+
+def _tuner_of(model: nn.Module) -> BaseTuner:
+    """The tuner itself, or that of a ``PeftModel``. The base model in it knows its adapters, too, but not its own place in their paths.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    model = getattr(model, "_orig_mod", model)  # inside of what torch.compile makes
+    tuner = model.base_model if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    if not isinstance(tuner, BaseTuner):
+        raise OptionError(
+            f"found a {type(model).__name__} in the place of a tuner: expected a PeftModel, or its base_model, from whose modules the names "
+            "of the merged ones come"
+        )
+    return tuner
 
 
 def _config_values(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dc_merge_peft import DCMergeAdapter, OptionError, OutputError
+from dc_merge_peft.sources.live import LiveSource
 from tests.support import models
 from tests.support.refused import refused
 
@@ -30,6 +31,17 @@ def test_add_to_refuses_a_bare_model_with_adapters(saved: tuple[Any, list[Path]]
     with refused(OptionError, "holds adapters already", "pass the PeftModel", "load_adapter"):
         merged.add_to(model.get_base_model(), "math")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_adapters_are_read_from_a_peft_model_or_its_tuner(saved: tuple[Any, list[Path]]) -> None:
+    """Not from the base model in it, whose modules would lose the first part of their names: nothing would load the result."""
+    model, folders = saved
+    names = set(DCMergeAdapter(method="ta").merge(folders).modules)
+    for given in (model, model.base_model, torch.compile(model, backend="eager")):
+        assert set(LiveSource(given, "math").modules) == names
+    for given in (model.get_base_model(), models.gpt2(), "base-model"):
+        with refused(OptionError, f"found a {type(given).__name__} in the place of a tuner", "expected a PeftModel"):
+            LiveSource(given, "math")
 
 
 def test_fuse_refuses_a_model_with_adapters(saved: tuple[Any, list[Path]]) -> None:
