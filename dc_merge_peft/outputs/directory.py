@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from dc_merge_peft.errors import OutputError, first_line, warn
 from dc_merge_peft.outputs.beside import FOLDER
+from dc_merge_peft.outputs.companions import following
 from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
 from dc_merge_peft.work.place import unfinished
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
@@ -80,7 +81,8 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
             f"the output '{path}' already exists: expected a new or empty directory; choose another path, or overwrite it "
             "(overwrite=True, --overwrite)"
         )
-    folders = [child.name for child in target.iterdir() if child.is_dir() and child.name not in _OWN_FOLDERS]
+    own = _OWN_FOLDERS | {folder.name for folder in following(target)}
+    folders = [child.name for child in target.iterdir() if child.is_dir() and child.name not in own]
     if folders or not any((target / mark).is_file() for mark in _MARKS) or is_at_work_in(target):
         raise OutputError(
             f"the output '{path}' holds more than an adapter or a model, and is not overwritten: expected an earlier "

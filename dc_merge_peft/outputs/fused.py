@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.offload import Offloaded, Offloading, unreadable
+from dc_merge_peft.outputs.companions import copy_companions
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_changes
-from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
+from dc_merge_peft.outputs.fused_papers import write_papers
 from dc_merge_peft.outputs.fused_targets import Target, find_targets, refuse_unless_finite
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS

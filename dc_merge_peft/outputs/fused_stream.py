@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.outputs.companions import copy_companions
 from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.files import write_at
 from dc_merge_peft.outputs.full_means import Mean
 from dc_merge_peft.outputs.fused_changes import Changes, Edit, Group
-from dc_merge_peft.outputs.fused_papers import copy_companions, write_papers
+from dc_merge_peft.outputs.fused_papers import write_papers
 from dc_merge_peft.outputs.fused_targets import Target, refuse_unless_finite
 from dc_merge_peft.outputs.shards import Shard, plan_shards, write_headers, write_index
 from dc_merge_peft.outputs.written import Written

@@ -15,10 +15,12 @@ from dc_merge_peft.sources.hub import HubId, fetch_files
 from dc_merge_peft.sources.stored import CHANGED, StoredTensor, Unreadable, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What belongs to a model beside its weights and its config: how to generate, tokenizers, processors and terms.
+# What belongs to a model beside its weights and its config: how to generate, tokenizers, processors and terms; of sentence-transformers
+# what follows the model, such as its pooling, in numbered folders.
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "sentencepiece*.model", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
+    "modules.json", "*sentence*.json", "[0-9]_[A-Z]*/*",
 )  # fmt: skip
 
 
