@@ -13,7 +13,7 @@ from dc_merge_peft.errors import OutputError, first_line, warn
 from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.companions import following
 from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
-from dc_merge_peft.work.place import unfinished
+from dc_merge_peft.work.place import unfinished, work_folder_around
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
 # One of these says that a directory is an adapter, a model or a demo's outcome, which --overwrite may replace.
@@ -62,7 +62,7 @@ def resolved(path: str | Path) -> Path:
     """Where an output lies; anything above it that exists is a directory.
 
     Raises:
-        OutputError: it is an empty name, or below a file.
+        OutputError: it is an empty name, below a file, or in a folder that will be deleted.
         OSError, RuntimeError, ValueError: it is no path here.
     """
     if not str(path).strip():
@@ -72,6 +72,11 @@ def resolved(path: str | Path) -> Path:
     holder = next(parent for parent in target.parents if parent.exists())
     if not holder.is_dir():
         raise OutputError(f"the output '{path}': '{holder}' is a file, expected a directory; choose another path")
+    if (work := work_folder_around(target)) is not None:
+        raise OutputError(
+            f"the output '{path}' lies in '{work}', a folder of finished modules, which is deleted when its merge is done: expected "
+            "another place"
+        )
     return target
 
 

@@ -180,7 +180,7 @@ def work_place(
     open already stays its owner's.
 
     Raises:
-        OptionError: there is no output to be beside.
+        OptionError: there is no output to be beside, or it and the folder are one, or one in the other.
     """
     if not resume:
         if out is not None and (left := unfinished(out)):
@@ -189,12 +189,25 @@ def work_place(
     if isinstance(resume, WorkPlace):
         return nullcontext(resume)
     if resume is not True:
-        return WorkPlace(Path(resume).expanduser(), resume=True).opened()
+        folder = Path(resume).expanduser()
+        _refuse_nested(folder, out)
+        return WorkPlace(folder, resume=True).opened()
     if out is None:
         raise OptionError(
             "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
         )
     return WorkPlace.beside(out, resume=True).opened()
+
+
+def _refuse_nested(folder: Path, out: str | Path | None) -> None:
+    if out is None:
+        return
+    target, place = (Path(os.path.realpath(Path(path).expanduser())) for path in (out, folder))
+    if target.is_relative_to(place) or place.is_relative_to(target):
+        raise OptionError(
+            f"the folder '{folder}' for finished modules and the output '{out}' lie in each other: expected a folder of its own, which is "
+            "deleted in the end; choose another, or leave it to be made beside the output (resume=True)"
+        )
 
 
 def _delete(folder: Path) -> None:
@@ -216,6 +229,11 @@ def _delete(folder: Path) -> None:
         if not folder.exists() or (folder.is_symlink() and not any(folder.iterdir())):
             return
         time.sleep(0.05)
+
+
+def work_folder_around(target: Path) -> Path | None:
+    """The folder of finished modules that a path is, or lies in: it is deleted with all it holds when its merge is done."""
+    return next((folder for folder in (target, *target.parents) if (folder / _MANIFEST).is_file()), None)
 
 
 def unfinished(out: str | Path) -> str | None:

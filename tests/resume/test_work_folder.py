@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dc_merge_peft import DCMergeAdapter, MergeError, OutputError
+from dc_merge_peft import DCMergeAdapter, MergeError, OptionError, OutputError
 from dc_merge_peft.work import place, team
 from dc_merge_peft.work.team import Team
 from tests.support import models
@@ -126,6 +126,37 @@ def test_a_link_to_a_folder(tmp_path: Path) -> None:
     for method in ("dc", "ta"):
         DCMergeAdapter(method=method).merge(sources, resume=work)
         assert not list(behind.iterdir()) and work.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("out", "work"), [("work/out", "work"), ("new/../work/out", "work"), ("out", "out"), ("out", "out/work")]
+)
+def test_outputs_in_it(tmp_path: Path, out: str, work: str) -> None:
+    """They were written, and deleted with the folder; the path that came back led nowhere."""
+    base, folders = saved(tmp_path / "in", models.bert(), BERT)
+    before, words = listing(tmp_path), "lie in each other"
+    with refused(OptionError, words, "choose another"):
+        DCMergeAdapter().fuse_to_disk(base, folders, tmp_path / out, resume=tmp_path / work)
+    with refused(OptionError, words):
+        DCMergeAdapter().fuse(base, folders, tmp_path / out, resume=tmp_path / work)
+    with refused(OptionError, words):
+        DCMergeAdapter().merge_full(base, [base], tmp_path / out, resume=tmp_path / work)
+    assert listing(tmp_path) == before
+
+
+def test_saved_into_it(tmp_path: Path) -> None:
+    """The same in the block of a merge, which does not know before where its result goes. It goes on with another place."""
+    sources, work = many_modules(tmp_path, 2), tmp_path / "work"
+    merger = DCMergeAdapter()
+    with (
+        refused(OutputError, f"lies in '{work}'", "deleted when its merge is done", "expected another place"),
+        merger.merging(sources, resume=work) as merged,
+    ):
+        merged.save_pretrained(work / "deep" / "out")
+    assert sorted(work.glob("*.module"))
+    with merger.merging(sources, resume=work) as merged:
+        merged.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").is_file() and not work.exists()
 
 
 @pytest.mark.parametrize(("text", "words"), [("null", "its format"), ("[" * 200_000, "can't be read")])
