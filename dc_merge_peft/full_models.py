@@ -16,6 +16,7 @@ from dc_merge_peft.fusing import Destination, FusedModel
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method, method_named
+from dc_merge_peft.methods.data import statistics_places
 from dc_merge_peft.outputs.directory import hidden_beside, tidy_up
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.progress import progress_bar
@@ -101,7 +102,7 @@ class FullModelMerger:
         models = listed(models, "model")
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *models],
+            create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *models, *statistics_places(self.method.config.to_dict())],
         )  # fmt: skip
         if out is not None:
             tidy_up(out)  # now: what is left there may be as large as the model

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dc_merge_peft.fusing import Destination, FusedModel, FusePlan, fuse_in_memory, fuse_to_disk, plan_fused
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.merged import MergedAdapter
+from dc_merge_peft.methods import Method
+from dc_merge_peft.methods.data import statistics_places
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.sources import Source
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 class ModelFuser:
     """Adds what :class:`DCMergeAdapter` merges to a base model's own weights."""
 
+    method: Method
     merge: Callable[..., MergedAdapter]
     merging: Callable[..., AbstractContextManager[MergedAdapter]]
     plan: Callable[..., MergePlan]
@@ -71,7 +74,7 @@ class ModelFuser:
         sources = listed(sources)
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token, inputs=[base, *sources],
+            create_pr=create_pr, token=token, inputs=[base, *sources, *statistics_places(self.method.config.to_dict())],
         )  # fmt: skip
         merge = partial(self.merge, sources, weights, token=token)
         found = BaseModel(base, token=token, trust_remote_code=trust_remote_code)
@@ -114,7 +117,7 @@ class ModelFuser:
         sources = listed(sources)
         destination = Destination(
             out=out, overwrite=overwrite, push_to=push_to, private=private, commit_message=commit_message,
-            create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *sources],
+            create_pr=create_pr, token=token, max_shard_size=max_shard_size, inputs=[base, *sources, *statistics_places(self.method.config.to_dict())],
         )  # fmt: skip
         return fuse_to_disk(
             partial(self.merge, sources, weights, token=token, progress=progress),

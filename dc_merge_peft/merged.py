@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_merge_peft.outputs.adapter import push_adapter, write_adapter
+from dc_merge_peft.outputs.adapter import inputs_of, push_adapter, write_adapter
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.outputs.publish import check_repository
 from dc_merge_peft.progress import progress_bar
@@ -44,7 +44,7 @@ class MergedAdapter(MergeResult):
         if report:
             from dc_merge_peft.report.card import beside_card
 
-            check_target(directory, overwrite=overwrite, inputs=[info.location for info in self.adapters])
+            check_target(directory, overwrite=overwrite, inputs=inputs_of(self))
             beside = beside_card(self, progress=progress)
         return write_adapter(self, directory, overwrite=overwrite, beside=beside, progress=progress_bar(progress))
 

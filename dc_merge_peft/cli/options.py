@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dc_merge_peft.errors import OptionError, printable
+from dc_merge_peft.methods.data import statistics_places
 from dc_merge_peft.outputs.directory import check_target, tidied
 from dc_merge_peft.outputs.publish import check_repository
 from dc_merge_peft.reading import checked_devices
@@ -155,7 +156,7 @@ def checked_output(
 
 def inputs_of(run: RunConfig) -> list[str]:
     """What an output is made from, as users name it."""
-    return [*run.adapters, *run.models, *([run.base] if run.base else [])]
+    return [*run.adapters, *run.models, *([run.base] if run.base else []), *statistics_places(run.options)]
 
 
 def tidied_output(output: str | Path, *, dry_run: bool = False) -> None:

@@ -97,6 +97,12 @@ class DataMethodConfig(MethodConfig):
         return {**values, "statistics": [str(part) for part in self.statistics.parts]}
 
 
+def statistics_places(options: Mapping[str, Any]) -> list[str]:
+    """The files of statistics among a method's options, as users name them."""
+    given = GivenStatistics.parsed(options.get("statistics"))
+    return [] if given is None else [str(part) for part in given.parts]
+
+
 class DataMethod(Method):
     """A method that gets statistics beside the deltas. The engine opens them and hands them over by :meth:`informed`."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from dc_merge_peft.methods.data import statistics_places
 from dc_merge_peft.outputs.beside import FOLDER, Beside
 from dc_merge_peft.outputs.card import adapter_card
 from dc_merge_peft.outputs.card_facts import base_facts
@@ -45,10 +46,15 @@ def write_adapter(
         OutputError: the directory exists and is not to be overwritten, can't be written, or the dtype can't hold the
             numbers.
     """
-    inputs = [info.location for info in result.adapters]
-    with whole_directory(directory, overwrite=overwrite, inputs=inputs) as building:
+    with whole_directory(directory, overwrite=overwrite, inputs=inputs_of(result)) as building:
         _write_files(result, building, base=base_facts(result), beside=beside, progress=progress)
     return Path(directory).expanduser()
+
+
+def inputs_of(result: MergeResult) -> list[str]:
+    """What a merge is made from, as users name it."""
+    bases = [result.dora.base] if result.dora is not None and result.dora.base is not None else []
+    return [*(info.location for info in result.adapters), *bases, *statistics_places(result.options)]
 
 
 def push_adapter(

@@ -113,7 +113,7 @@ def _check_rights(path: str | Path, target: Path) -> None:
 
 
 def refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse an output in whose place an input stands, or a directory of inputs.
+    """Refuse an output in whose place an input stands, or a directory that holds some.
 
     Args:
         path: The output as the user calls it.
@@ -124,14 +124,15 @@ def refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) 
         OutputError: it would replace one.
     """
     for name in inputs:
-        held = False
+        held, what = False, "is"
         with suppress(OSError, RuntimeError, ValueError):  # no path at all
             place = Path(name).expanduser().resolve()
-            held = place == target or (place.is_dir() and place.is_relative_to(target))
+            held = place == target or (place.exists() and place.is_relative_to(target))
+            what = "is" if place == target else "holds"
         if held:
             kind = "directory" if target.is_dir() else "file"
             raise OutputError(
-                f"the output '{path}' is '{name}', of which it is to be made: expected another {kind}, so that the original stays"
+                f"the output '{path}' {what} '{name}', of which it is to be made: expected another {kind}, so that the original stays"
             )
 
 

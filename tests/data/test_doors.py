@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dc_merge_peft.outputs.public import public_copy
 from dc_merge_peft.runconfig import RunConfig, run_record
 from tests.data.conftest import Prepared
 from tests.support import models
+from tests.support.refused import listing, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")
 every_data_method = pytest.mark.parametrize("name", DATA_METHODS)
@@ -120,6 +122,36 @@ def test_what_is_recorded(prepared: Prepared) -> None:
         DCMergeAdapter(method="regmean", statistics=run_record(merged)["options"]["statistics"]).merge(
             prepared.adapters
         )
+
+
+def test_statistics_are_not_overwritten(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they lie beside an earlier output, it is not replaced: they went with it."""
+    monkeypatch.chdir(tmp_path)
+    merger, base = DCMergeAdapter(method="regmean", statistics=prepared.files["regmean"]), tmp_path / "base"
+    merger.merge(prepared.adapters).save_pretrained("out")
+    models.bert().save_pretrained(base)
+    files = [shutil.copy(file, "out") for file in prepared.files["regmean"]]
+    before, words = listing(tmp_path), f"the output 'out' holds '{files[0]}', of which it is to be made"
+    merger = DCMergeAdapter(method="regmean", statistics=files)
+    for write in (
+        lambda: merger.merge(prepared.adapters).save_pretrained("out", overwrite=True),
+        lambda: merger.fuse_to_disk(base, prepared.adapters, "out", overwrite=True),
+        lambda: merger.fuse(base, prepared.adapters, "out", overwrite=True),
+        lambda: merger.merge_full(base, [base], "out", overwrite=True),
+    ):
+        with refused(OutputError, words, "another directory"):
+            write()
+    options = ["-m", "regmean", "-O", f"statistics={','.join(files)}", "--overwrite"]
+    tuning = ["tune", *prepared.adapters, "--command", "true {adapter}", "-o", "tuned.yaml", "--save", "out", *options]
+    for command in (
+        ["merge", *prepared.adapters, "-o", "out", *options],
+        ["fuse", str(base), *prepared.adapters, "-o", "out", *options],
+        ["merge-full", str(base), str(base), "-o", "out", *options],
+        [*tuning, "--dry-run"],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert (done.exit_code, words in done.output) == (2, True), done.output
+    assert listing(tmp_path) == before
 
 
 def test_tuned_from_files(prepared: Prepared) -> None:

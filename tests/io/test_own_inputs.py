@@ -17,6 +17,7 @@ from dc_merge_peft.cli import app
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.together import another_base
 from tests.support import models
+from tests.support.dora import MODELS, save_dora
 from tests.support.fused import BERT, saved
 from tests.support.models import write_checkpoint
 from tests.support.refused import listing, refused
@@ -51,6 +52,18 @@ def test_base_models_are_not_overwritten(tmp_path: Path) -> None:
         TA.fuse(base, folders, folders[0], overwrite=True)
     with refused(OutputError, "of which it is to be made"):
         TA.merge_full(base, [base], base, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* is DoRA")
+def test_base_models_of_dora_are_not_overwritten(tmp_path: Path) -> None:
+    """They are what the merge was read with, and are asked for when it is made again."""
+    folders = save_dora(tmp_path, *MODELS["linear"])
+    models.bert().save_pretrained(tmp_path / "base")
+    before = listing(tmp_path)
+    merged = TA.merge(folders, base=tmp_path / "base")
+    with refused(OutputError, "of which it is to be made"):
+        merged.save_pretrained(tmp_path / "base", overwrite=True)
     assert listing(tmp_path) == before
 
 
