@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -71,6 +71,19 @@ def reports_errors(command: F) -> F:
 
 def _left(standing: Standing, *, resume: bool) -> str:
     """What a stopped command has left."""
+    return "; ".join([_left_here(standing, resume=resume), *_left_there(standing)])
+
+
+def _left_there(standing: Standing) -> Iterator[str]:
+    """What it has left on the Hub, which may have done what it was asked without a word of it yet."""
+    for repository, url in standing.uploads.items():
+        if url is not None:
+            yield f"uploaded: {url}"
+        else:
+            yield f"the upload to '{repository}' had begun: look there whether it has arrived, as a whole or not at all"
+
+
+def _left_here(standing: Standing, *, resume: bool) -> str:
     complete = standing.found()
     if not complete:
         return "what is finished is kept for the next run" if resume else "nothing unfinished was left"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.hub_errors import causes, connection_broke, harmless, http_status, in_words, patiently, retry_after
 from dc_merge_peft.hub_errors import secrets as tokens_in_use
+from dc_merge_peft.work.standing import note_upload
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -56,6 +57,7 @@ def publish(
     known = tokens_in_use(token)
     api = huggingface_hub.HfApi(token=token)
     created = False
+    note_upload(repo_id)
     try:
         repo, created = patiently(lambda: _open_repository(api, repo_id, private))
         if private and not created and not patiently(lambda: api.model_info(repo)).private:
@@ -87,7 +89,9 @@ def publish(
         raise OutputError(_reason(error, repo_id, known, created=created, create_pr=create_pr)) from harmless(
             error, known
         )
-    return commit.pr_url or commit.commit_url
+    url = commit.pr_url or commit.commit_url
+    note_upload(repo_id, url)
+    return url
 
 
 def _operations(files: Mapping[str, Path | bytes], gone: Iterable[str]) -> list[CommitOperation]:

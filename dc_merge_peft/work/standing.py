@@ -1,4 +1,4 @@
-"""What a program has put in its place, for whoever has to say so where it is stopped just then.
+"""What a program has put in its place or uploaded, for whoever has to say so where it is stopped just then.
 
 It is noted before the step and looked at afterwards: an interrupt may come right behind the step itself.
 """
@@ -14,10 +14,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Standing:
-    """Outputs that were about to get their places."""
+    """Outputs that were about to get their places, and uploads."""
 
     # The place of an output, that of its file which gets there last, and this one's inode.
     _noted: list[tuple[Path, Path, int]] = field(default_factory=list)
+    uploads: dict[str, str | None] = field(default_factory=dict)  # by repository: the commit's URL, once it is known
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -51,6 +52,18 @@ def about_to_stand(target: Path, new: Path, last: Path) -> None:
     standing = _HERE.get()
     if standing is not None:
         standing.note(target, new, last)
+
+
+def note_upload(repository: str, url: str | None = None) -> None:
+    """An upload begins, or its commit was made: note it, where somebody wants to know.
+
+    Args:
+        repository: Where it goes.
+        url: Of the commit.
+    """
+    standing = _HERE.get()
+    if standing is not None:
+        standing.uploads[repository] = url
 
 
 def _inode(file: Path) -> int | None:

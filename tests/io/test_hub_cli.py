@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from typer.testing import CliRunner, Result
 
 from dc_merge_peft.cli import app
@@ -47,6 +52,33 @@ def test_every_flag(server: HubServer) -> None:
     assert outcome["url"] == f"{server.endpoint}/{MERGED}/discussions/1" and outcome["output"] is None
     assert server.pull_requests(MERGED)[0].title == "Try"
     assert server.files(MERGED) != server.files(MERGED, "refs/pr/1")
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("output", [[], ["-o", "out"]])
+def test_stopped(server: HubServer, monkeypatch: pytest.MonkeyPatch, output: list[str], made: bool) -> None:
+    """Just before the commit or right behind it, which nobody here can tell apart; and where the Hub has answered."""
+    original = HfApi.create_commit
+
+    def stop(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    def stopped_commit(api: HfApi, *arguments: Any, **named: Any) -> None:
+        if made:
+            original(api, *arguments, **named)
+        stop()
+
+    monkeypatch.setattr(HfApi, "create_commit", stopped_commit)
+    done = run("--push-to", MERGED, *output)
+    here = f"'{Path('out').absolute()}' is complete" if output else "nothing unfinished was left"
+    there = f"the upload to '{MERGED}' had begun: look there whether it has arrived, as a whole or not at all"
+    assert (done.exit_code, done.stderr) == (143, f"stopped by SIGTERM: {here}; {there}\n")
+    assert len(server.commits(MERGED, "main")) == 1 + made
+    monkeypatch.setattr(HfApi, "create_commit", original)
+    monkeypatch.setattr(sys.modules["dc_merge_peft.cli.merge"], "print_outcome", stop)
+    done = run("--push-to", MERGED)
+    assert done.exit_code == 143 and f"left; uploaded: {server.endpoint}/{MERGED}/commit/" in done.stderr
 
 
 @pytest.mark.parametrize(
