@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,10 @@ def check_adapters(path: str | Path, found: Mapping[Any, Any], adapters: Sequenc
     if not isinstance(marks, dict):
         return
     for place in adapters:
-        mark, folder = marks.get(place), Path(place).expanduser()
-        own = fingerprint(folder) if folder.is_dir() else None
+        mark, own = marks.get(place), None
+        with suppress(OSError, RuntimeError):  # what can't be looked at is left for the source to refuse
+            folder = Path(place).expanduser()
+            own = fingerprint(folder) if folder.is_dir() else None
         if None not in (mark, own) and own != mark:
             raise SourceError(
                 f"adapter '{place}' is not the one that '{path}' was made from: its weights are others. Paths there are relative to the "

@@ -124,8 +124,9 @@ def another_base(base: str, infos: Sequence[AdapterInfo]) -> Iterator[str]:
 
 def _same_model(base: str, info: AdapterInfo) -> bool:
     ours, theirs = (base_place(dataclasses.replace(info, base_model=name)) for name in (base, info.base_model))
-    if ours == theirs or (Path(ours).is_dir() and Path(theirs).is_dir()):
-        return ours == theirs
+    with suppress(OSError):  # a directory of somebody else's, who lets nobody look at it
+        if ours == theirs or (Path(ours).is_dir() and Path(theirs).is_dir()):
+            return ours == theirs
     if HubId.parse(ours) and HubId.parse(theirs):
         return ours.partition("@")[0].lower() == theirs.partition("@")[0].lower()
     return _short(ours) == _short(theirs)

@@ -12,7 +12,7 @@ from torch import nn
 
 from dc_merge_peft import metrics
 from dc_merge_peft.dense import Delta
-from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, first_line
 from dc_merge_peft.inspection.data import Finding, Kept, MergedSpectrum, MergeInspection
 from dc_merge_peft.inspection.findings import findings_after
 from dc_merge_peft.linalg import compute_device
@@ -113,9 +113,18 @@ def settings_of(merged: MergeResult | str | Path | Source) -> RunConfig:
 
 
 def record_file(merged: str | Path) -> Path | None:
-    """The record of a merged adapter in a directory or on the Hub, if it came with one."""
+    """The record of a merged adapter in a directory or on the Hub, if it came with one.
+
+    Raises:
+        SourceError: there is no such adapter, or it can't be looked at.
+    """
     file = locate(merged).directory / FILE_NAME
-    return file if file.is_file() else None
+    try:
+        return file if file.is_file() else None
+    except OSError as error:
+        raise SourceError(
+            f"adapter '{merged}' can't be looked at ({first_line(error)}): expected a directory that you may read"
+        ) from error
 
 
 def _inspect(

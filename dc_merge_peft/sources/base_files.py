@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,28 @@ class BaseFiles:
         (folder / CONFIG).write_bytes(content)
 
 
+def is_directory(model: str | Path, what: str = "the base model") -> bool:
+    """Whether a model is a directory here, rather than one of the Hub.
+
+    Args:
+        model: As it is named.
+        what: How errors call it.
+
+    Raises:
+        SourceError: it can't be looked at.
+    """
+    try:
+        folder = Path(model).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            (folder / CONFIG).stat()  # which says whether one may look into it
+        return folder.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise SourceError(
+            f"{what} {str(model)[:200]!r} can't be looked at ({first_line(error)}): expected a directory that you may read, or a Hub id "
+            "such as 'org/name'"
+        ) from error
+
+
 def open_base_files(base: str | Path, token: str | bool | None = None, *, what: str = "the base model") -> BaseFiles:
     """Find a base model's files, downloading them from the Hub where need be, and read their headers.
 
@@ -104,9 +127,10 @@ def open_base_files(base: str | Path, token: str | bool | None = None, *, what: 
         )
     if sys.byteorder != "little":
         raise NotStreamable("this machine stores numbers the other way round than safetensors files do")
+    here = is_directory(base, what)
     folder = Path(base).expanduser()
-    hub_id = None if folder.is_dir() else HubId.parse(str(base))
-    if hub_id is None and not folder.is_dir():
+    hub_id = None if here else HubId.parse(str(base))
+    if hub_id is None and not here:
         raise NotThere(f"there is no directory '{base}'")
     if hub_id is not None:
         folder = _fetched(hub_id, (CONFIG, SINGLE, INDEX, *COMPANIONS), token)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layout import Layout
+from dc_merge_peft.sources.base_files import is_directory
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 from dc_merge_peft.sources.renames import fitting_rename
 
@@ -86,12 +87,14 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     """
     import transformers
 
-    folder = Path(base).expanduser()
-    hub_id = None if folder.is_dir() else HubId.parse(str(base))
+    here = is_directory(base)
+    hub_id = None if here else HubId.parse(str(base))
     options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
     if hub_id is not None and hub_id.revision:
         options["revision"] = hub_id.revision
-    place = hub_id.repo if hub_id is not None and not hub_id.subfolder else str(folder if folder.is_dir() else base)
+    place = (
+        hub_id.repo if hub_id is not None and not hub_id.subfolder else str(Path(base).expanduser() if here else base)
+    )
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
         model, found = model_class(config).from_pretrained(place, dtype="auto", output_loading_info=True, **options)

@@ -14,7 +14,7 @@ from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError
 from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
-from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, open_base_files
+from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, is_directory, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.cards import base_card, read_card
 from dc_merge_peft.sources.full_kinds import StoredMatrix
@@ -45,7 +45,8 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
     Raises:
         SourceError: it can't be found, or its files don't allow to read it tensor by tensor.
     """
-    if isinstance(place, (str, Path)) and (Path(place).expanduser() / CONFIG_FILE).is_file():
+    here = isinstance(place, (str, Path)) and is_directory(place, what)
+    if here and (Path(place).expanduser() / CONFIG_FILE).is_file():
         raise SourceError(
             f"{what} '{place}' is an adapter: expected full models; merge adapters with dc-merge merge, or into their base model "
             "with dc-merge fuse"
