@@ -69,7 +69,7 @@ def resolved(path: str | Path) -> Path:
         raise OutputError("the output is an empty name: expected a path")
     str(path).encode()
     target = Path(path).expanduser().resolve()
-    holder = next(parent for parent in target.parents if parent.exists())
+    holder = next((parent for parent in target.parents if parent.exists()), target)  # of the root itself
     if not holder.is_dir():
         raise OutputError(f"the output '{path}': '{holder}' is a file, expected a directory; choose another path")
     if (work := work_folder_around(target)) is not None:

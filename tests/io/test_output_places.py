@@ -12,6 +12,7 @@ import pytest
 from dc_merge_peft import DCMergeAdapter, OutputError
 from dc_merge_peft.outputs import directory
 from dc_merge_peft.outputs.directory import check_target, whole_directory
+from dc_merge_peft.outputs.single import check_file
 from tests.support.many import many_modules
 from tests.support.refused import listing, refused
 
@@ -46,6 +47,16 @@ def test_mount_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_target("volume")
     write(Path("volume/merged"))
     assert listing(tmp_path) == {"volume/": b"", "volume/merged/": b"", "volume/merged/config.json": b"{}"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("out", ["/", "//", "/.."])
+def test_the_root(out: str, overwrite: bool) -> None:
+    """Nothing is above it; it ended in a bare StopIteration."""
+    with refused(OutputError, f"the output '{out}'", "not overwritten" if overwrite else "already exists"):
+        check_target(out, overwrite=overwrite)
+    with refused(OutputError, f"the output '{out}' is a directory", "expected a file"):
+        check_file(out, overwrite=overwrite, mark="mark", example="report.html")
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
