@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +42,7 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
         if target.is_dir() and any(target.iterdir()):
             _check_overwrite(path, target, overwrite)
             refuse_inputs(path, target, inputs)
+            _check_owners(path, target)
         _check_rights(path, target)
         return target
 
@@ -110,6 +112,20 @@ def _check_rights(path: str | Path, target: Path) -> None:
                 f"the output '{path}': nothing can be written to '{folder}' (no permission, or a read-only disk): expected a directory "
                 "that may be written to; choose another path"
             )
+
+
+def _check_owners(path: str | Path, target: Path) -> None:
+    """Out of a directory such as /tmp nobody moves what is somebody else's."""
+    holder = target.parent.stat()
+    if (
+        os.name == "posix"
+        and holder.st_mode & stat.S_ISVTX
+        and os.geteuid() not in (0, holder.st_uid, target.stat().st_uid)
+    ):
+        raise OutputError(
+            f"the output '{path}' is another user's, and can't be replaced in '{target.parent}', where each may move only what is "
+            "their own: expected a new directory; choose another path"
+        )
 
 
 def refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:

@@ -49,6 +49,19 @@ def test_mount_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert listing(tmp_path) == {"volume/": b"", "volume/merged/": b"", "volume/merged/config.json": b"{}"}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there are no users here")
+def test_an_output_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory such as /tmp it can't be moved away, whatever its own rights; that was found out after the merge."""
+    write(tmp_path / "out")
+    tmp_path.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with refused(OutputError, "the output", f"can't be replaced in '{tmp_path}'", "choose another path"):
+        check_target(tmp_path / "out", overwrite=True)
+    check_target(tmp_path / "new", overwrite=True)
+    tmp_path.chmod(0o777)
+    check_target(tmp_path / "out", overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("out", ["/", "//", "/.."])
 def test_the_root(out: str, overwrite: bool) -> None:
