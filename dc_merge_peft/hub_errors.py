@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -44,6 +45,20 @@ def causes(error: BaseException) -> list[BaseException]:
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
     return chain
+
+
+def own_file(error: BaseException) -> str | None:
+    """Which file here the client could not read or write, its token or its cache, in words and with what to do; None where it was
+    nothing of the kind."""
+    failed = (e for e in causes(error) if isinstance(e, OSError) and e.filename is not None and http_status(e) is None)
+    return next(
+        (
+            f"the Hub's client can't use '{e.filename}' ({e.strerror}): expected its token and its cache to be yours to read and to write, "
+            "and room there; see to that, or name another folder in the environment variable HF_HOME"
+            for e in failed
+        ),
+        None,
+    )
 
 
 def http_status(error: BaseException) -> int | None:
@@ -93,8 +108,10 @@ def secrets(token: str | bool | None) -> tuple[str, ...]:
     """The tokens in use, to be kept out of texts: the one given, and that of the environment or login."""
     import huggingface_hub
 
-    found = (token, huggingface_hub.get_token())
-    return tuple(secret for secret in found if isinstance(secret, str) and secret.strip())
+    stored = None
+    with suppress(OSError):  # one that nobody here can read is not in use; the client says so where it needs it
+        stored = huggingface_hub.get_token()
+    return tuple(secret for secret in (token, stored) if isinstance(secret, str) and secret.strip())
 
 
 def in_words(error: BaseException, known: tuple[str, ...]) -> str:

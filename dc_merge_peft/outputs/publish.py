@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_merge_peft.errors import OutputError
-from dc_merge_peft.hub_errors import causes, connection_broke, harmless, http_status, in_words, patiently, retry_after
+from dc_merge_peft.hub_errors import (
+    causes,
+    connection_broke,
+    harmless,
+    http_status,
+    in_words,
+    own_file,
+    patiently,
+    retry_after,
+)
 from dc_merge_peft.hub_errors import secrets as tokens_in_use
 from dc_merge_peft.work.standing import note_upload
 
@@ -138,7 +147,8 @@ def _reason(error: Exception, repo_id: str, known: tuple[str, ...], *, created: 
     left = "; the new repository was created and stays empty: push again to fill it, or delete it" if created else ""
     if create_pr and connection_broke(error):
         left += "; look whether the pull request is there before you try again"
-    return f"can't push to '{repo_id}': {in_words(error, known)}; {_remedy(error)}{left}"
+    why = own_file(error) or f"{in_words(error, known)}; {_remedy(error)}"
+    return f"can't push to '{repo_id}': {why}{left}"
 
 
 def _remedy(error: Exception) -> str:

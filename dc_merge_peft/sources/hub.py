@@ -14,6 +14,7 @@ from dc_merge_peft.hub_errors import (
     harmless,
     http_status,
     in_words,
+    own_file,
     patiently,
     retry_after,
     secrets,
@@ -206,6 +207,8 @@ def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]
             return f"the Hub refuses {wanted} {words}: log in with `hf auth login`, with a token that may read it"
         wait = retry_after(error)
         return f"the Hub could not deliver {wanted} {words}: try again {f'in {wait:.0f} seconds' if wait else 'later'}"
+    if (reason := own_file(error)) is not None:
+        return f"the Hub repository {wanted} can't be read: {reason}"
     if any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):
         return (
             f"found no directory '{place}', and {wanted} is not in the local cache while the Hub can't be reached: check the "

@@ -128,6 +128,29 @@ def test_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(server.requests) == count
 
 
+def test_a_token_of_somebody_else(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a cache that several users share: it can't be read, which ended in a traceback, or in talk of temporary files."""
+    merged = merge(REPO)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))  # root may read what it likes, but no folder
+    words = (f"the Hub's client can't use '{tmp_path}' (Is a directory)", "yours to read and to write", "HF_HOME")
+    with refused(SourceError, "the Hub repository 'org/two' can't be read", *words):
+        merge("org/two")
+    with refused(OutputError, "can't push to 'org/merged'", *words):
+        merged.push_to_hub("org/merged")
+    assert merge(str(tmp_path / "made")).delta("enc.q").equal(merged.delta("enc.q"))
+
+
+def test_a_cache_that_can_not_be_written(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The Hub has delivered, and may be asked as often as one likes."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with refused(
+        SourceError, "the Hub repository 'org/one' can't be read", f"can't use '{tmp_path / 'file'}", "HF_HOME"
+    ):
+        merge(REPO)
+
+
 PUSHES: dict[str, tuple[str, dict[str, Any]]] = {
     "401 on creating": ("/api/repos/create", {"status": 401}),
     "403 on creating": ("/api/repos/create", {"status": 403}),
