@@ -1,7 +1,7 @@
 """The benchmark's tasks in their fixed order; those of the demo as they are there, and eight more.
 
-Classes are prompts for the base encoder. They were written down before anything was measured, and compared on validation texts
-with the base model alone where a wording was open.
+Classes are prompts for the base encoder. The new ones were written down before anything was measured, and compared on validation
+texts with the base model alone where a wording was open. docs/demo.md says how the demo's were chosen.
 """
 
 from __future__ import annotations
