@@ -11,10 +11,10 @@ from everything import command
 from everything.command import BENCHMARKS, main, pages, parse
 from everything.drawn import figures_page, figures_text
 from everything.found import Found, saved
-from everything.guide import guide, with_guide
+from everything.guide import caution, guide, with_guide
 from everything.page import section, with_section
 from everything.tables import beyond, costs, losses
-from everything.texts import default_text, losses_text, own_text
+from everything.texts import alike_text, default_text, losses_text, own_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -78,6 +78,28 @@ def test_losses_are_shown() -> None:
     assert losses([results("text8", -0.005)], {}) == "" and "ahead on the mean" not in losses_text(
         [results("text8", -0.005)]
     )
+
+
+def test_one_merge_by_two_names_shows_noise() -> None:
+    """How far the sum and the mean of adapters are apart, by both rules; full models are left out, since alpha also multiplies their vectors."""
+    one, models = results("text8", 0.05), results("other", 0.0, "model")
+    assert alike_text([results("text8", 0.05)]) == ""
+    for found in (one, models):
+        found.data["merged"] += [
+            line(2, "average", "validation", 0.92, (0.0, 0.0, 0.0)),
+            line(2, "average", "auto", 0.956, (0.0, 0.0, 0.0)),
+        ]
+    text = alike_text([one, models])
+    assert "only rounding differs, and they are 0.6 points (text8 with 2) apart at most" in text
+    assert "are few: there they are 3.0 points (text8 with 2) apart at most" in text
+    assert text in section([one, models], {}) and alike_text([models]) == ""
+
+
+def test_what_to_take_says_what_it_rests_on() -> None:
+    """It names the numbers of adapters that one benchmark decides, and none if several do."""
+    only = "of the tables; 2 adapters were measured on one benchmark only. Differences of a point or two"
+    assert only in caution([results("a", 0.05), results("c", 0.3, "model")])
+    assert "only" not in caution([results("a", 0.05), results("b", 0.05)])
 
 
 def test_page_counts_contests(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from everything.check import Checked, check, checked_tasks, table
 from everything.directions import saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page
 from everything.found import Found, saved
-from everything.guide import short, with_guide
+from everything.guide import caution, short, with_guide
 from everything.page import section, with_section
 from everything.tables import glance
 from everything.texts import glance_text, own_text
@@ -151,7 +151,7 @@ def pages(docs: Path) -> dict[Path, str]:
 
 def in_readme(found: Sequence[Found]) -> list[str]:
     """The paragraphs of the README: the first table, our own method, and what to take."""
-    take = f"**What to take**, by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)). {short(found)}"
+    take = f"**What to take**, by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)). {short(found)} {caution(found)}"
     return [glance_text(found), glance(found, "auto"), own_text(found), take]
 
 

@@ -60,6 +60,17 @@ def short(found: Sequence[Found]) -> str:
     return f"Without validation data: {_in_words(takes['auto'])}. With alpha picked on validation data: {_in_words(takes['validation'])}."
 
 
+def caution(found: Sequence[Found]) -> str:
+    """How little :func:`short` rests on."""
+    adapters = [one for one in found if one.kind == "adapter"]
+    single = [str(count) for count in _counts(adapters) if sum(count in one.counts for one in adapters) == 1]
+    only = f"; {_enumerated(single)} adapters were measured on one benchmark only" if single else ""
+    return (
+        f"Methods are ranked by their mean over a few benchmarks of small models, on the test examples of the tables{only}. Differences of a point or two, "
+        "which put some methods first, are noise."
+    )
+
+
 def with_inputs(found: Sequence[Found]) -> str:
     """What a method that looks at inputs of every task keeps beside the best that looks at none; nothing where it was not measured."""
     parts = []
@@ -94,9 +105,13 @@ def _in_words(takes: Mapping[str, Sequence[str]]) -> str:
     """Methods with their numbers of adapters."""
     parts = []
     for method, counts in takes.items():
-        *most, last = counts
-        parts.append(f"{method} for {', '.join(most)}{' and ' if most else ''}{last}")
+        parts.append(f"{method} for {_enumerated(counts)}")
     return ", ".join(parts)
+
+
+def _enumerated(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)}{' and ' if most else ''}{last}"
 
 
 def averages(found: Sequence[Found], count: int, rule: str) -> dict[str, float]:

@@ -20,6 +20,7 @@ from everything.texts import (
     METHODS_TEXT,
     STUDY_TABLES_TEXT,
     STUDY_TEXT,
+    alike_text,
     alpha_text,
     beyond_text,
     glance_text,
@@ -57,7 +58,7 @@ def section(
         parts += [f"### {HEADINGS[rule]}", glance(found, rule)]
     for kind, title in (("adapter", "LoRA adapters (Table 1)"), ("model", "Models fine-tuned in full (Table 2)")):
         if these := [one for one in found if one.kind == kind]:
-            parts += [f"## {title}", METHODS_TEXT]
+            parts += [f"## {title}", METHODS_TEXT, alike_text(these)]
             for one in these:
                 for rule in RULES:
                     parts += [f"### {one.name}, {RULE_NAMES[rule]}", all_methods(one, rule)]
