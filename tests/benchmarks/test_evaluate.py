@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import kinds, plan
+from accuracy.bench import Bench
 from accuracy.contenders import CONTENDERS, TABLES, WITH_DATA, Contender, groups
 from accuracy.evaluate import Rows, evaluate
 from accuracy.merging import Merge, by_method
@@ -71,6 +72,15 @@ def test_hits_are_the_models_own(tmp_path: Path) -> None:
         assert row["hits"]["validation"][task] == "".join(str(int(hit)) for hit in hits)
     assert row["auto"] == pytest.approx(DCMergeAdapter().merge([suite.adapter(task, 1) for task in "cd"]).alpha)
     assert max(row["scores"].values()) == row["scores"][str(row["best"])]
+
+
+def test_an_adapter_that_is_never_right_does_not_decide_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its task counts as if half a validation example were right: with next to nothing it would weigh a billion times the others."""
+    bench = Bench(small_suite(tmp_path / "suite"), "float32")
+    found = {"a": "1110", "b": "0100"}
+    monkeypatch.setattr(bench, "hits", lambda task, part, count: found[task])
+    assert bench.score(Merge({}, 1.0), 1.0, {"a": 0.75, "b": 0.0}, 4) == pytest.approx((1.0 + 2.0) / 2)
+    assert bench.score(Merge({}, 1.0), 1.0, {"a": 0.75, "b": 0.25}, 4) == 1.0
 
 
 @pytest.mark.usefixtures("few")

@@ -175,7 +175,7 @@ def _accuracies(bench: FigureBench, job: Job, merge: Merge) -> Row:
 
     def score(alpha: float) -> float:
         found = [share(hits) for hits in looked_at(alpha, job.picking).values()]
-        return average_normalized_accuracy(found, [max(own, 1e-9) for own in job.own.values()])
+        return average_normalized_accuracy(found, [max(own, 0.5 / job.picking) for own in job.own.values()])
 
     best, scores = best_alpha(score, merge.auto)
     hits = {"validation": looked_at(best, job.examples)}
