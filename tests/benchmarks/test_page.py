@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import statistics
@@ -42,6 +43,22 @@ def test_how_far_alpha_is_off() -> None:
             losses.append(100 * (float(picked["normalized"]) - float(auto["normalized"])))
     assert len(times) == 5 * len(methods)
     assert [f"{min(times):.1f}", f"{max(times):.1f}", f"{max(losses):.0f}"] == list(said.groups()[1:])
+
+
+def test_how_far_seeds_are_apart() -> None:
+    """What the docs say beside how far another processor is off: the mean over the methods at eight tasks, and over pairs of seeds."""
+    words = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    said = re.search(r"between two seeds, which is (\d\.\d) and (\d\.\d) on average", words)
+    assert said is not None
+    for suite, number, left_out in (("text8", said[1], ()), ("vision", said[2], ("fisher", "regmean"))):
+        lines = json.loads((DOCS / suite / "results.json").read_text(encoding="utf-8"))["merged"]
+        those = [
+            line["by_seed"]
+            for line in lines
+            if line["tasks"] == 8 and line["rule"] and "," not in line["label"] and line["label"] not in left_out
+        ]
+        apart = [100 * abs(a - b) for seeds in those for a, b in itertools.combinations(seeds, 2)]
+        assert f"{statistics.mean(apart):.1f}" == number
 
 
 def mean_alpha(line: dict[str, str]) -> float:
