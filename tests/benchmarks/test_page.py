@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from accuracy.alphas import GRID
 from accuracy.report import with_tables
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -43,6 +44,21 @@ def test_how_far_alpha_is_off() -> None:
             losses.append(100 * (float(picked["normalized"]) - float(auto["normalized"])))
     assert len(times) == 5 * len(methods)
     assert [f"{min(times):.1f}", f"{max(times):.1f}", f"{max(losses):.0f}"] == list(said.groups()[1:])
+
+
+def test_how_often_alpha_is_at_an_end_of_the_grid() -> None:
+    """What the docs say of it."""
+    words = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    said = re.search(r"Of (\d+) alphas picked, (\d+) are at an end", words)
+    assert said is not None
+    picked = [
+        alpha
+        for suite in ("text8", "vision", "language", "text8-fft")
+        for line in json.loads((DOCS / suite / "results.json").read_text(encoding="utf-8"))["merged"]
+        if line["rule"] == "validation"
+        for alpha in line["alpha"]
+    ]
+    assert (len(picked), sum(alpha in (GRID[0], GRID[-1]) for alpha in picked)) == (int(said[1]), int(said[2]))
 
 
 def test_how_far_seeds_are_apart() -> None:
