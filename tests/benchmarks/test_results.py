@@ -69,6 +69,14 @@ def test_numbers_are_those_of_the_rows(out: Path) -> None:
     assert unseen["dc", "auto"]["unseen"]["value"] == pytest.approx(mean, abs=1e-4)
 
 
+def test_cost_is_of_what_is_in_the_tables(out: Path) -> None:
+    """Rows of an earlier run that the settings don't ask for any more are not counted: here those of pairs."""
+    before = json.loads((out / "cost.json").read_text(encoding="utf-8"))
+    arguments = ["report", "--cache", str(out.parent), "--seeds", "0", "1", "--counts", "8", "--precision", "float32"]
+    assert run(BENCHMARK, arguments) == 0
+    assert (before["merges"], json.loads((out / "cost.json").read_text(encoding="utf-8"))["merges"]) == (20, 4)
+
+
 def test_csv_has_every_line(out: Path) -> None:
     """The same numbers as the JSON, an interval as three columns."""
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))["merged"]

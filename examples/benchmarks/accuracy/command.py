@@ -128,7 +128,7 @@ def _run_stage(
     results = results_of(suite, settings, rows.found)
     out = options.out or results_folder(options.cache, options.brief)
     write(results, out)
-    write_cost(suite, rows.found, out)
+    write_cost(suite, settings, rows.found, out)
     if options.page:
         options.page.write_text(with_tables(options.page.read_text(encoding="utf-8"), results), encoding="utf-8")
         return f"results.json and results.csv in {out}, the tables in {options.page}"
