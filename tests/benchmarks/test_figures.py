@@ -172,6 +172,22 @@ def test_a_caption_follows_its_numbers(drawn: Path, tmp_path: Path) -> None:
         assert cut.verdict == verdict_then and "by +10.0 points" in cut.seen
 
 
+def test_an_accuracy_within_the_interval_does_not_rise() -> None:
+    """Figure 4: below whitening by more than the interval at first, and near it at the end; in between nobody can tell."""
+    whitening = {"basis": "whitening", "step": "", "alignment": 0.7, "normalized": 0.8}
+    last = {"above_whitening": -0.01, "above_low": -0.05, "above_high": 0.03}
+    for low, high, expected in ((-0.09, -0.01, AGREES), (-0.07, 0.01, PARTLY), (0.01, 0.09, PARTLY)):
+        first = {"basis": "optimized", "step": 0.0, "alignment": 0.1, "normalized": 0.77}
+        lines = [
+            {**first, "above_whitening": (low + high) / 2, "above_low": low, "above_high": high},
+            {**first, "step": 100.0, "alignment": 0.7, "normalized": 0.79, **last},
+            whitening,
+        ]
+        found = NAMED["figure-04-basis"].caption(lines)
+        assert found.verdict == expected
+        assert f"({100 * low:+.1f} to {100 * high:+.1f}) points from it" in found.seen
+
+
 def test_verdicts() -> None:
     """Of two halves, and of intervals."""
     assert [verdict(*two) for two in ((True, True), (True, False), (False, False))] == [AGREES, PARTLY, DIFFERS]

@@ -11,7 +11,7 @@ from dc_merge_peft.methods.basis import alignment_score, optimized_basis
 from dc_merge_peft.methods.cover import cover_basis, leading_svds
 from dc_merge_peft.plots.style import new_figure
 from figures.bank import Bank
-from figures.kind import AGREES, DIFFERS, PARTLY, Caption, Kind, Lines, chosen, sign
+from figures.kind import AGREES, DIFFERS, PARTLY, Caption, Kind, Line, Lines, chosen, sign
 from figures.look import COLOURS, tidy
 from figures.scope import Scope
 from figures.trials import Merged, Trial, dc
@@ -114,12 +114,20 @@ def caption(lines: Lines) -> Caption:
     seen = (
         f"Alignment goes from {100 * first['alignment']:.1f} to {100 * last['alignment']:.1f} % of its bound in {last['step']:.0f} steps "
         f"(whitening: {100 * white['alignment']:.1f} %), average normalized accuracy from {100 * first['normalized']:.1f} to "
-        f"{100 * last['normalized']:.1f} % (whitening: {100 * white['normalized']:.1f} %; the optimized basis is "
-        f"{100 * last['above_whitening']:+.1f} points from it, {100 * last['above_low']:+.1f} to {100 * last['above_high']:+.1f})."
+        f"{100 * last['normalized']:.1f} % (whitening: {100 * white['normalized']:.1f} %; the first basis is {_apart(first)} points from it, the "
+        f"optimized one {_apart(last)})."
     )
     near = abs(last["alignment"] - white["alignment"]) <= NEAR and sign(last["above_low"], last["above_high"]) == 0
-    rises = last["alignment"] > first["alignment"] and last["normalized"] > first["normalized"]
-    return Caption(seen, AGREES if near and rises else PARTLY if near or rises else DIFFERS)
+    aligned, start = last["alignment"] > first["alignment"], sign(first["above_low"], first["above_high"])
+    # If the start is already within the interval of whitening, accuracy neither rises nor falls.
+    rises, undecided = aligned and start < 0, aligned and start == 0
+    return Caption(seen, AGREES if near and rises else PARTLY if near or rises or undecided else DIFFERS)
+
+
+def _apart(line: Line) -> str:
+    """How many points a basis is from whitening, with the interval."""
+    value, low, high = (100 * line[f"above_{name}"] for name in ("whitening", "low", "high"))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 KINDS = (
