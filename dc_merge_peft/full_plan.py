@@ -12,7 +12,7 @@ import torch
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, preview
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import without_effect
-from dc_merge_peft.plan import MergePlan, PlannedModule, check_weights, uniquely_named
+from dc_merge_peft.plan import MergePlan, PlannedModule
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import FullRecord
 from dc_merge_peft.sources.base_names import FiledModel
@@ -21,6 +21,7 @@ from dc_merge_peft.sources.full_doubts import odd_models
 from dc_merge_peft.sources.full_kinds import Kinds, StoredMatrix, tensors_of
 from dc_merge_peft.sources.stored import FLOATS, StoredTensor, same
 from dc_merge_peft.statistics.opening import with_statistics
+from dc_merge_peft.together import check_weights, uniquely_named
 
 # Of batch norm with its usual momentum nothing depends on this count, and models trained for different times differ in it.
 _COUNT = "num_batches_tracked"

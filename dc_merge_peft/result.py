@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.options import plain
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.together import is_finite
-
-R = TypeVar("R", bound="MergeResult")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import GRAM_CONDITION_LIMIT
-from dc_merge_peft.linalg import alike, null_thresholds
+from dc_merge_peft.linalg import WELL_CONDITIONED, alike, null_thresholds
 from dc_merge_peft.lowrank import LowRank
 
 
@@ -178,7 +178,7 @@ def polar_factors(
 ) -> tuple[Tensor, Tensor]:  # (b, k, r), and (b,) bool
     """:func:`dc_merge_peft.linalg.polar_factor` of each, and where it is well conditioned: elsewhere it is no solution."""
     eigenvalues, Q = torch.linalg.eigh(X.mT @ X)
-    fine = eigenvalues[:, 0] > 1e-8 * eigenvalues[:, -1]
+    fine = eigenvalues[:, 0] > WELL_CONDITIONED * eigenvalues[:, -1]
     eigenvalues = eigenvalues.where(fine[:, None], 1.0)
     return X @ (Q * eigenvalues.rsqrt()[:, None, :]) @ Q.mT, fine
 

@@ -6,10 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from dc_merge_peft.sources.patterns import LONGEST_PATTERN
-from dc_merge_peft.sources.targeting import Targets
-
-# PEFT's word for every linear layer but the head, which only the model can spell out.
-ALL_LINEAR = "all-linear"
+from dc_merge_peft.sources.targeting import ALL_LINEAR, Targets
 
 # From a specification to the modules that it wraps, found one by one: the first wrong one is enough to refuse it.
 Resolve = Callable[[Targets], Iterable[str]]

@@ -18,13 +18,12 @@ from torch import nn
 from dc_merge_peft.errors import OptionError, UnsupportedAdapterError
 from dc_merge_peft.layers import layer_layout
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
+from dc_merge_peft.own_forward import CONVOLUTIONS, multiplies_by_its_weight, own_pass
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.stored import StoredTensor
 from dc_merge_peft.sources.targeting import ends_in
 from dc_merge_peft.sources.ties import sharing_parameters
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # PEFT refuses LoRA on layers of these names in models of these types.
 _MAMBA, _MAMBA_REFUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}, {"conv1d", "out_proj"}
 
@@ -158,7 +157,7 @@ class Kinds:
             return _Map(Layout())
         if type(owner).__name__ == "Conv1D" and len(shape) == 2:  # of transformers: (in, out)
             return _Map(Layout(), transposed=True)
-        if isinstance(owner, _CONVOLUTIONS) and owner.groups == 1:
+        if isinstance(owner, CONVOLUTIONS) and owner.groups == 1:
             return _Map(Layout("conv", tuple(owner.kernel_size)))
         return None
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from dc_merge_peft.sources.patterns import fits, layer_number
 
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer, which it writes out where it has seen the model
+ALL_LINEAR = (
+    "all-linear"  # PEFT's word for every linear layer but the head, which it writes out where it has seen the model
+)
 
 
 def _named(names: str | frozenset[str] | None, module: str) -> bool:
