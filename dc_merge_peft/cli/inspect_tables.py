@@ -12,6 +12,7 @@ from dc_merge_peft.cli.show import table
 from dc_merge_peft.errors import message
 from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, MergeInspection, fixed
 from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
+from dc_merge_peft.outputs.rows import from_to
 
 # More rows than this push what matters off the screen.
 PAIRS_SHOWN = 15
@@ -100,8 +101,8 @@ def _adapter_row(adapter: AdapterReport) -> tuple[Any, ...]:
     landmarks, effective = adapter.landmarks, adapter.effective_rank
     return (
         adapter.name,
-        _range(adapter.ranks),
-        _range([f"{scaling:.3g}" for scaling in adapter.scalings]),
+        from_to(adapter.ranks),
+        from_to([f"{scaling:.3g}" for scaling in adapter.scalings]),
         adapter.dtype or "?",
         len(adapter.modules) or "?",
         f"{adapter.norm:.3g}" if adapter.measured else "?",
@@ -117,11 +118,6 @@ def _made_for(adapter: AdapterReport) -> str:
     where = ", ".join((*named, *sorted(adapter.info.target_parameters))) or "unknown modules"
     kind = adapter.peft_type or "no peft_type"
     return f"{kind} on {where} of {adapter.info.base_model or 'an unnamed base model'}"
-
-
-def _range(values: Sequence[Any]) -> str:
-    """``8``, or ``4-16`` of several ascending ones."""
-    return "-".join(dict.fromkeys((str(values[0]), str(values[-1])))) if values else "?"
 
 
 def _grouped(

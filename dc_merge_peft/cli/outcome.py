@@ -13,7 +13,7 @@ from rich.console import Console
 from dc_merge_peft.cli.show import bytes_in_words, console, say, table
 from dc_merge_peft.fusing import FusedModel, FusePlan
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.outputs.rows import group_columns, grouped_modules, things_of
+from dc_merge_peft.outputs.rows import from_to, group_columns, grouped_modules, things_of
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import RunConfig, run_record
@@ -107,20 +107,13 @@ def outcome_record(
 
 
 def _print_adapters(out: Console, plan: MergePlan) -> None:
-    counts = [sum(index in module.tasks for module in plan.modules) for index in range(len(plan.adapters))]
     ranks = [
-        sorted({module.ranks[module.tasks.index(i)] for module in plan.modules if i in module.tasks})
+        sorted(module.ranks[module.tasks.index(i)] for module in plan.modules if i in module.tasks)
         for i in range(len(plan.adapters))
     ]
     rows = [
-        (
-            info.name,
-            info.base_model or "?",
-            count,
-            "-".join(str(r) for r in dict.fromkeys((rank[0], rank[-1]))),
-            f"{weight:g}",
-        )
-        for info, count, rank, weight in zip(plan.adapters, counts, ranks, plan.weights, strict=True)
+        (info.name, info.base_model or "?", len(own), from_to(own), f"{weight:g}")
+        for info, own, weight in zip(plan.adapters, ranks, plan.weights, strict=True)
     ]
     columns = ("adapter", "base model", "modules", "rank", "weight")
     out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))

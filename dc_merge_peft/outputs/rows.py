@@ -8,6 +8,11 @@ from typing import Any
 from dc_merge_peft.result import MergeResult, common_truncation_error
 
 
+def from_to(ascending: Sequence[object], unknown: str = "?") -> str:
+    """``8``, or ``4-16`` of several values; ``unknown`` of none."""
+    return "-".join(dict.fromkeys((str(ascending[0]), str(ascending[-1])))) if ascending else unknown
+
+
 def things_of(result: MergeResult) -> str:
     """What was merged, in a word that heads a column."""
     return "models" if result.full else "adapters"
@@ -25,15 +30,12 @@ def grouped_modules(result: MergeResult) -> Iterator[tuple[object, ...]]:
         path = result.modules[row["module"]].layout.base_path(row["module"])
         groups.setdefault((path.rpartition(".")[2], tuple(row["shape"])), []).append(row)
     for (name, (m, n)), rows in groups.items():
-        ranks = dict.fromkeys((min(row["rank"] for row in rows), max(row["rank"] for row in rows)))
-        full = max(row["full_rank"] for row in rows)
-        adapters = dict.fromkeys((min(len(row["adapters"]) for row in rows), max(len(row["adapters"]) for row in rows)))
         yield (
             name,
             len(rows),
             f"{m} x {n}",
-            "-".join(map(str, adapters)),
-            f"{'-'.join(map(str, ranks))} of {full}",
+            from_to(sorted(len(row["adapters"]) for row in rows)),
+            f"{from_to(sorted(row['rank'] for row in rows))} of {max(row['full_rank'] for row in rows)}",
             f"{max(row['truncation_error'] for row in rows):.2%}",
         )
 

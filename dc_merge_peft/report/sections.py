@@ -9,6 +9,7 @@ from dc_merge_peft.inspection.data import AdapterReport, fixed
 from dc_merge_peft.inspection.summary import by_kind, group_means
 from dc_merge_peft.outputs.card_facts import HUB, hub_page
 from dc_merge_peft.outputs.public import is_hub_id
+from dc_merge_peft.outputs.rows import from_to
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.heat import heat_map
 from dc_merge_peft.report.html import Child, Html, element
@@ -90,8 +91,8 @@ def _source(adapter: AdapterReport, weight: float | None) -> tuple[Child, ...]:
         element("a", location, href=page, rel="noreferrer") if page else element("span", location),
         element("code", info.revision[:12]) if info.revision else UNKNOWN,
         UNKNOWN if weight is None else f"{weight:g}",
-        _range(adapter.ranks),
-        _range([f"{scaling:.3g}" for scaling in adapter.scalings]),
+        from_to(adapter.ranks, UNKNOWN),
+        from_to([f"{scaling:.3g}" for scaling in adapter.scalings], UNKNOWN),
         adapter.dtype or UNKNOWN,
         len(adapter.modules) or UNKNOWN,
     )
@@ -188,8 +189,3 @@ def configuration(report: MergeReport) -> Html:
         element("pre", element("code", lines), tabindex="0", role="region", aria_label="Configuration"),
         what("Only the beginning is shown.") if cut else None,
     )
-
-
-def _range(values: Sequence[object]) -> str:
-    """``8``, or ``4-16`` of several ascending ones."""
-    return "-".join(dict.fromkeys((str(values[0]), str(values[-1])))) if values else UNKNOWN

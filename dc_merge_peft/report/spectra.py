@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dc_merge_peft.inspection.data import ModuleSpectrum, landmarks, median
+from dc_merge_peft.outputs.rows import from_to
 from dc_merge_peft.report.chart import Curve, line_chart, swatch
 from dc_merge_peft.report.colours import LINES
 from dc_merge_peft.report.data import MergeReport
@@ -88,10 +89,9 @@ def _legend(names: Sequence[str], *, merged: bool) -> Html:
 
 def _numbers(name: str, modules: Sequence[ModuleSpectrum], norm: float) -> tuple[Child, ...]:
     marks, effective = landmarks(modules), median(module.effective_rank for module in modules)
-    ranks = sorted({len(module.S) for module in modules})
     return (
         name,
-        "-".join(dict.fromkeys((str(ranks[0]), str(ranks[-1])))) if ranks else UNKNOWN,
+        from_to(sorted(len(module.S) for module in modules), UNKNOWN),
         f"{norm:.3g}" if modules else UNKNOWN,
         *([f"{value:.3g}" for value in marks] if marks else [UNKNOWN] * 3),
         UNKNOWN if effective is None else f"{effective:.1f}",
@@ -104,7 +104,6 @@ def truncation(report: MergeReport) -> Html:
     columns = ("kind", "modules", "shape", "rank", "rank before", "median error", "largest error")
     rows = []
     for (kind, (m, n)), modules in kinds_of(merged).items():
-        ranks = sorted({module.rank for module in modules})
         errors = [module.truncation_error for module in modules if module.truncation_error is not None]
         full = max((module.full_rank for module in modules if module.full_rank is not None), default=UNKNOWN)
         middle = median(errors)
@@ -113,7 +112,7 @@ def truncation(report: MergeReport) -> Html:
                 kind,
                 len(modules),
                 f"{m} \N{MULTIPLICATION SIGN} {n}",
-                "-".join(dict.fromkeys((str(ranks[0]), str(ranks[-1])))),
+                from_to(sorted(module.rank for module in modules)),
                 full,
                 UNKNOWN if middle is None else f"{middle:.2%}",
                 f"{max(errors):.2%}" if errors else UNKNOWN,
