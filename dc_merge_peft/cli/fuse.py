@@ -11,7 +11,7 @@ import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
-from dc_merge_peft.cli.outcome import print_fuse_plan, print_fused
+from dc_merge_peft.cli.outcome import print_fuse_plan, print_outcome
 from dc_merge_peft.cli.processes import work_place
 from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
@@ -117,7 +117,8 @@ def fuse(
                 run.base, run.adapters, run.output, run.weights, device=here.device, max_memory=run.max_memory,
                 allow_zero=run.allow_zero, overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
             )  # fmt: skip
-    print_fused(fused, run.output, time.perf_counter() - start, as_json=as_json)
+    seconds = time.perf_counter() - start
+    print_outcome(fused.merged, run.output, fused.url, fused.remarks, seconds, full_model=True, as_json=as_json)
 
 
 def _check_dtype(run: RunConfig, config: Path | None) -> None:

@@ -122,7 +122,8 @@ def merge(
             if run.output is not None:
                 merged.save_pretrained(run.output, overwrite=overwrite, report=report, progress=None)
             url = _push(merged, push_to, run.output, report=report, **push) if push_to is not None else None
-    print_outcome(merged, run.output, url, time.perf_counter() - start, as_json=as_json)
+    seconds = time.perf_counter() - start
+    print_outcome(merged, run.output, url, merged.remarks, seconds, full_model=False, as_json=as_json)
 
 
 def _push(merged: MergedAdapter, repo_id: str, output: str | None, **options: Any) -> str:

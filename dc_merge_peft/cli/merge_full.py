@@ -10,7 +10,7 @@ import typer
 
 from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
-from dc_merge_peft.cli.full_outcome import print_full, print_full_plan
+from dc_merge_peft.cli.outcome import print_full_plan, print_outcome
 from dc_merge_peft.cli.processes import work_place
 from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
@@ -118,8 +118,9 @@ def merge_full(
             print_full_plan(merger.plan_full(run.base, run.models, run.weights, **settings), run, as_json=as_json)
             return
         with work_place(run, resume=resume) as (place, here):
-            merged = merger.merge_full(
+            done = merger.merge_full(
                 run.base, run.models, run.output, run.weights, device=here.device, max_memory=run.max_memory,
                 overwrite=overwrite, push_to=push_to, resume=place, **push, **settings,
             )  # fmt: skip
-    print_full(merged, run.output, time.perf_counter() - start, as_json=as_json)
+    seconds, as_model = time.perf_counter() - start, run.lora_rank is None
+    print_outcome(done.merged, run.output, done.url, done.remarks, seconds, full_model=as_model, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What ``dc-merge merge`` and ``dc-merge fuse`` say when they are done, or would do: for people, or as one JSON object."""
+"""What ``dc-merge merge``, ``fuse`` and ``merge-full`` say when they are done, or would do: for people, or as one JSON object."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from dc_merge_peft.cli.show import bytes_in_words, console, say, table
-from dc_merge_peft.fusing import FusedModel, FusePlan
-from dc_merge_peft.merged import MergedAdapter
+from dc_merge_peft.full_plan import FullPlan
+from dc_merge_peft.fusing import FusePlan
 from dc_merge_peft.outputs.rows import from_to, group_columns, grouped_modules, things_of
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import MergeResult
@@ -55,32 +55,55 @@ def print_fuse_plan(plan: FusePlan, run: RunConfig, *, as_json: bool) -> None:
     out.print("dry run: nothing was merged or written")
 
 
-def print_outcome(merged: MergedAdapter, output: str | None, url: str | None, seconds: float, *, as_json: bool) -> None:
-    """The summary: modules by kind, ranks, truncation error, time, and how to go on."""
+def print_full_plan(plan: FullPlan, run: RunConfig, *, as_json: bool) -> None:
+    """What would become of each tensor."""
+    summary = plan.summary()
     if as_json:
-        typer.echo(json.dumps(outcome_record(merged, output, url, merged.remarks, seconds)))
+        sources = [{"name": info.name, "location": info.location} for info in plan.merge.adapters]
+        typer.echo(
+            json.dumps({"dry_run": True, **run.to_dict(), "sources": sources, **summary, "remarks": plan.remarks})
+        )
         return
     out = console()
-    print_merged(out, merged, seconds)
-    print_remarks(out, merged.remarks)
+    rows = [(info.name, f"{weight:g}") for info, weight in zip(plan.merge.adapters, plan.merge.weights, strict=True)]
+    out.print(table("Models", ("model", "weight"), rows, right=("weight",)))
+    out.print()
+    say(
+        out,
+        f"{len(plan.base.files.tensors)} tensors of {summary['base']} ({bytes_in_words(summary['total_bytes'])}): {summary['merged']} "
+        f"merged, {summary['averaged']} averaged, {summary['copied']} copied",
+    )
+    print_remarks(out, plan.remarks)
+    out.print("dry run: nothing was merged or written")
+
+
+def print_outcome(
+    merged: MergeResult,
+    output: str | None,
+    url: str | None,
+    remarks: Sequence[str],
+    seconds: float,
+    *,
+    full_model: bool,
+    as_json: bool,
+) -> None:
+    """The summary: modules by kind, ranks, truncation error, what became of full models' other tensors, time, and how to go on."""
+    if as_json:
+        typer.echo(json.dumps(_record(merged, output, url, remarks, seconds)))
+        return
+    out = console()
+    _print_merged(out, merged, seconds)
+    if (full := merged.full) is not None:
+        others = "" if full.lora else f", {full.averaged} averaged, {full.copied} as in the base model"
+        say(out, f"{full.merged} tensors merged{others}")
+    print_remarks(out, remarks)
     if output is not None:
-        say(out, f"written to {output} ({size_of(output)}): PeftModel.from_pretrained(base, '{output}')")
+        how = f"PeftModel.from_pretrained(base, '{output}')"
+        if full_model:
+            how = "a full model, which transformers loads by its path"
+        say(out, f"written to {output} ({_size_of(output)}): {how}")
     if url is not None:
         say(out, f"uploaded: {url}")
-
-
-def print_fused(fused: FusedModel, output: str | None, seconds: float, *, as_json: bool) -> None:
-    """The same of a full model."""
-    if as_json:
-        typer.echo(json.dumps(outcome_record(fused.merged, output, fused.url, fused.remarks, seconds)))
-        return
-    out = console()
-    print_merged(out, fused.merged, seconds)
-    print_remarks(out, fused.remarks)
-    if output is not None:
-        say(out, f"written to {output} ({size_of(output)}): a full model, which transformers loads by its path")
-    if fused.url is not None:
-        say(out, f"uploaded: {fused.url}")
 
 
 def _modules(count: int) -> str:
@@ -92,7 +115,7 @@ def _planned(plan: MergePlan, run: RunConfig) -> dict[str, Any]:
     return {"dry_run": True, **run.to_dict(), "sources": adapters}
 
 
-def outcome_record(
+def _record(
     merged: MergeResult, output: str | None, url: str | None, remarks: Sequence[str], seconds: float
 ) -> dict[str, Any]:
     """Plain values of a finished merge."""
@@ -119,7 +142,7 @@ def _print_adapters(out: Console, plan: MergePlan) -> None:
     out.print(table("Adapters", columns, rows, right=("modules", "rank", "weight")))
 
 
-def print_merged(out: Console, merged: MergeResult, seconds: float) -> None:
+def _print_merged(out: Console, merged: MergeResult, seconds: float) -> None:
     """The table of modules, and the merge in a line."""
     columns, things = group_columns(merged), things_of(merged)
     merged_things = things.removesuffix("s") if len(merged.adapters) == 1 else things
@@ -138,7 +161,7 @@ def print_remarks(out: Console, remarks: Sequence[str]) -> None:
         say(out, f"note: {remark}")
 
 
-def size_of(folder: str) -> str:
+def _size_of(folder: str) -> str:
     """Of its files, in words."""
     files = Path(folder).expanduser().rglob("*")
     return bytes_in_words(sum(file.stat().st_size for file in files if file.is_file()))
