@@ -9,14 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_fuse_plan, print_outcome
 from dc_merge_peft.cli.processes import work_place
-from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, merger_of, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError
-from dc_merge_peft.methods import method_named
 from dc_merge_peft.runconfig import RunConfig, read_record
 
 
@@ -97,7 +95,7 @@ def fuse(
     push = shared.checked_destination(
         run, push_to, private=private, commit_message=commit_message, create_pr=create_pr, overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
-    merger = DCMergeAdapter(method_named(run.method, run.options).config)
+    merger = merger_of(run)
     settings: dict[str, Any] = {
         "max_shard_size": max_shard_size,
         "trust_remote_code": trust_remote_code,

@@ -8,15 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.outcome import print_outcome, print_plan
 from dc_merge_peft.cli.processes import work_place
-from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, merger_of, numbers, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.errors import MergeWarning, OptionError, OutputError
 from dc_merge_peft.merged import MergedAdapter
-from dc_merge_peft.methods import method_named
 from dc_merge_peft.plots import require_matplotlib
 
 
@@ -96,7 +94,7 @@ def merge(
     )  # fmt: skip
     if report:
         require_matplotlib()
-    merger = DCMergeAdapter(method_named(run.method, run.options).config)
+    merger = merger_of(run)
     settings: dict[str, Any] = {
         "svd_rank": run.svd_rank,
         "dtype": run.dtype,

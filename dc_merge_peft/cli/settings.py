@@ -15,6 +15,7 @@ from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
+from dc_merge_peft.methods.options import OF_THE_MERGE
 from dc_merge_peft.runconfig import RunConfig, check_adapters, read_record
 from dc_merge_peft.sources.base_model import BaseModel
 
@@ -77,24 +78,20 @@ def check_kind(run: RunConfig, *, adapters: bool) -> None:
         )
 
 
-def merged_in_memory(
-    run: RunConfig, *, base: str | BaseModel | None = None, device: str | None = None
-) -> MergedAdapter:
+def merger_of(run: RunConfig) -> DCMergeAdapter:
+    """The method of a configuration with its options."""
+    return DCMergeAdapter(method_named(run.method, run.options).config)
+
+
+def of_the_merge(run: RunConfig) -> dict[str, Any]:
+    """What merging takes beside the adapters and their method."""
+    return {name: getattr(run, name) for name in OF_THE_MERGE}
+
+
+def merged_in_memory(run: RunConfig, *, base: str | BaseModel | None, device: str | None = None) -> MergedAdapter:
     """The merge of a configuration, written nowhere."""
-    return DCMergeAdapter(method_named(run.method, run.options).config).merge(
-        run.adapters,
-        run.weights,
-        svd_rank=run.svd_rank,
-        dtype=run.dtype,
-        device=device or run.device,
-        max_memory=run.max_memory,
-        allow_different_bases=run.allow_different_bases,
-        allow_zero=run.allow_zero,
-        rename=run.rename,
-        base=base or run.base,
-        dora_rank=run.dora_rank,
-        extras=run.extras,
-    )
+    settings = {**of_the_merge(run), "base": base or run.base, "device": device or run.device}
+    return merger_of(run).merge(run.adapters, **settings)
 
 
 def _note(text: str) -> None:

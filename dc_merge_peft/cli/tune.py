@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dc_merge_peft.adapter import DCMergeAdapter
 from dc_merge_peft.cli import options as shared
 from dc_merge_peft.cli.processes import one_process
-from dc_merge_peft.cli.settings import assignments, check_kind, numbers, run_settings
+from dc_merge_peft.cli.settings import assignments, check_kind, merger_of, numbers, of_the_merge, run_settings
 from dc_merge_peft.cli.show import reports_errors
 from dc_merge_peft.cli.tune_outcome import print_search, print_tuned
 from dc_merge_peft.errors import OptionError
-from dc_merge_peft.methods import method_named
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.outputs.single import check_file
 from dc_merge_peft.plots import MARK, figure_kind, require_matplotlib
 from dc_merge_peft.progress import progress_bar
-from dc_merge_peft.runconfig import RunConfig, loaded_yaml, with_exponents
-from dc_merge_peft.tuning import CommandEvaluation, Search, TuneResult, prepare
+from dc_merge_peft.runconfig import loaded_yaml, with_exponents
+from dc_merge_peft.tuning import CommandEvaluation, TuneResult, prepare
 from dc_merge_peft.tuning.journal import Journal
 from dc_merge_peft.tuning.outcome import check_place
 from dc_merge_peft.tuning.search import journal_of
@@ -156,9 +154,10 @@ def tune(
     if save is not None:
         shared.checked_output(save, overwrite=replace, dry_run=dry_run, inputs=shared.inputs_of(run))
     _check_outputs(output, plot, files, overwrite=replace, dry_run=dry_run)
-    prepared = _prepared(
-        run, _space(space, tried or []), alphas=[alpha.strip() for alpha in alphas.split(",")] if alphas is not None else None, minimize=minimize,
-        search=search, trials=trials, seed=seed,
+    prepared = prepare(
+        run.adapters, _space(space, tried or []), merger=merger_of(run),
+        alphas=[alpha.strip() for alpha in alphas.split(",")] if alphas is not None else None, minimize=minimize, search=search,
+        trials=trials, seed=seed, **of_the_merge(run),
     )  # fmt: skip
     if dry_run or evaluate is None or output is None:
         print_search(prepared, as_json=as_json)
@@ -205,18 +204,6 @@ def _space(path: Path | None, tried: list[str]) -> dict[str, Any]:
             raise OptionError(f"'{name}' is given by --try and by --space: expected it once")
         space[name] = values.split(",")
     return space
-
-
-def _prepared(run: RunConfig, space: Mapping[str, Any], **asked: Any) -> Search:
-    settings = {
-        name: getattr(run, name)
-        for name in (
-            "weights", "svd_rank", "dtype", "device", "rename", "base", "dora_rank", "extras", "max_memory",
-            "allow_different_bases", "allow_zero",
-        )
-    }  # fmt: skip
-    merger = DCMergeAdapter(method_named(run.method, run.options).config)
-    return prepare(run.adapters, space, merger=merger, **settings, **asked)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def without_effect(config: Any) -> Iterator[str]:
 
 
 # What a merge takes beside its method, and what is often looked for among the method's options: 'svd_rank' is not its 'rank'.
-_OF_THE_MERGE = frozenset(
+OF_THE_MERGE = frozenset(
     ("weights", "svd_rank", "dtype", "device", "rename", "base", "dora_rank", "extras", "max_memory", "allow_different_bases", "allow_zero")
 )  # fmt: skip
 
@@ -60,7 +60,7 @@ def build_config(config_type: type[C], values: Mapping[str, Any], *, method: str
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, config_type))}
     for name in values:
-        if name not in fields and name.replace("-", "_") in _OF_THE_MERGE:
+        if name not in fields and name.replace("-", "_") in OF_THE_MERGE:
             setting = name.replace("-", "_")
             raise OptionError(
                 f"'{name}' is a setting of the merge, no option of method '{method}': expected it beside the method, as in "
