@@ -11,7 +11,7 @@ from rich.text import Text
 from dc_merge_peft.cli.show import table
 from dc_merge_peft.errors import message
 from dc_merge_peft.inspection.data import AdapterReport, Finding, Inspection, MergeInspection, fixed
-from dc_merge_peft.inspection.summary import by_kind, by_layer, group_means
+from dc_merge_peft.inspection.summary import KEPT_COLUMNS, by_kind, by_layer, group_means, kept_rows
 from dc_merge_peft.outputs.rows import from_to
 
 # More rows than this push what matters off the screen.
@@ -59,19 +59,9 @@ def print_inspection(out: Console, inspection: Inspection) -> None:
 
 def print_merge(out: Console, merge: MergeInspection) -> None:
     """What is kept: over all, by kind of module, by layer."""
-    rows = [
-        (
-            name,
-            fixed(kept.projected_dir_sim, 3),
-            fixed(kept.projected_cos_sim, 3),
-            f"{kept.retained_energy:.1%}",
-            fixed(kept.strength, 2),
-        )
-        for name, kept in merge.overall.items()
-    ]
-    columns = ("adapter", "projected DirSim", "projected CosSim", "retained energy", "strength")
+    title = f"What {merge.merged} keeps of each adapter"
     out.print()
-    out.print(table(f"What {merge.merged} keeps of each adapter", columns, rows, right=columns[1:]))
+    out.print(table(title, KEPT_COLUMNS, kept_rows(merge), right=KEPT_COLUMNS[1:]))
     both = len(merge.adapters) <= TWO_NUMBERS
     cells = "projected DirSim and retained energy" if both else "projected DirSim"
     for word, grouped in (("kind", by_kind(merge)), ("layer", by_layer(merge))):

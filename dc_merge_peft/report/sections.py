@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dc_merge_peft.errors import message
-from dc_merge_peft.inspection.data import AdapterReport, fixed
-from dc_merge_peft.inspection.summary import by_kind, group_means
+from dc_merge_peft.inspection.data import AdapterReport
+from dc_merge_peft.inspection.summary import KEPT_COLUMNS, by_kind, group_means, kept_rows
 from dc_merge_peft.outputs.card_facts import HUB, hub_page
 from dc_merge_peft.outputs.public import is_hub_id
 from dc_merge_peft.outputs.rows import from_to
@@ -101,17 +101,6 @@ def _source(adapter: AdapterReport, weight: float | None) -> tuple[Child, ...]:
 def kept(report: MergeReport) -> Html:
     """What the merge keeps of each adapter: over all, by layer, by kind of module."""
     merge = report.after
-    columns = ("adapter", "projected DirSim", "projected CosSim", "retained energy", "strength")
-    rows = [
-        (
-            name,
-            fixed(numbers.projected_dir_sim, 3),
-            fixed(numbers.projected_cos_sim, 3),
-            f"{numbers.retained_energy:.1%}",
-            fixed(numbers.strength, 2),
-        )
-        for name, numbers in merge.overall.items()
-    ]
     layers, kinds = layers_by_adapter(merge), group_means(merge, by_kind(merge))
     return section(
         "kept",
@@ -121,7 +110,7 @@ def kept(report: MergeReport) -> Html:
             "with the lowest is the first to lose accuracy. Retained energy: the share of its squared singular values inside "
             "the merged delta's spaces. Strength: the factor at which it acts."
         ),
-        data_table("What is kept of each adapter", columns, rows, right=columns[1:]),
+        data_table("What is kept of each adapter", KEPT_COLUMNS, kept_rows(merge), right=KEPT_COLUMNS[1:]),
         element(
             "div",
             heat_map(
