@@ -145,9 +145,8 @@ def check_adapters(path: str | Path, found: Mapping[Any, Any], adapters: Sequenc
     Raises:
         SourceError: one has other weights.
     """
-    record = found.get("record")
-    marks = record.get("fingerprints") if isinstance(record, dict) else None
-    if not isinstance(marks, dict):
+    marks = recorded(found, "fingerprints")
+    if not isinstance(marks, Mapping):
         return
     for place in adapters:
         mark, own = marks.get(place), None
@@ -168,6 +167,12 @@ def read_record(path: str | Path) -> dict[Any, Any]:
         SourceError: the file is missing or no YAML mapping.
     """
     return loaded_yaml(path, "configuration", "method: dc")
+
+
+def recorded(found: Mapping[Any, Any], name: str) -> Any:
+    """What an output's ``record`` in such a file says under a name; None where it says nothing. It may be a stranger's."""
+    record = found.get("record")
+    return record.get(name) if isinstance(record, Mapping) else None
 
 
 def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:

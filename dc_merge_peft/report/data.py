@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dc_merge_peft.inspection.data import Finding, Inspection, MergeInspection
+from dc_merge_peft.runconfig import recorded
 
 _ORDER = ("refused", "warning", "note")
 
@@ -45,9 +46,8 @@ class MergeReport:
         return tuple(sorted(every, key=lambda finding: _ORDER.index(finding.level)))
 
     def _outcome(self, name: str) -> float | None:
-        """A number of the record, which may be a stranger's file."""
-        outcome = self.record.get("record")
-        found = outcome.get(name) if isinstance(outcome, Mapping) else None
+        """A number of the record."""
+        found = recorded(self.record, name)
         if not isinstance(found, (int, float)) or isinstance(found, bool):
             return None
         return float(found) if math.isfinite(found) else None

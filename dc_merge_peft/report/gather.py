@@ -22,7 +22,7 @@ from dc_merge_peft.reading import checked_device
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.weights import assigned, recorded_adapters
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME, RunConfig, check_adapters, read_record, run_record
+from dc_merge_peft.runconfig import FILE_NAME, RunConfig, check_adapters, read_record, recorded, run_record
 from dc_merge_peft.sources.base import AdapterInfo, Source
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
@@ -74,9 +74,8 @@ def gather(
 
 
 def _of_dora(record: Mapping[str, Any]) -> Iterator[Finding]:
-    """A note on each DoRA adapter, as far as the record, which may be a stranger's file, says how well it was read."""
-    outcome = record.get("record")
-    errors = outcome.get("dora_error") if isinstance(outcome, Mapping) else None
+    """A note on each DoRA adapter, as far as the record says how well it was read."""
+    errors = recorded(record, "dora_error")
     for name, error in errors.items() if isinstance(errors, Mapping) else ():
         if isinstance(error, float) and math.isfinite(error):
             yield Finding("note", (str(name),), dora_remark(str(name), error))

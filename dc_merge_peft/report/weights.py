@@ -7,13 +7,13 @@ from typing import Any
 
 from dc_merge_peft.errors import preview
 from dc_merge_peft.inspection.data import Finding
+from dc_merge_peft.runconfig import recorded
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo
 
 
 def recorded_adapters(record: Mapping[str, Any], places: Sequence[str]) -> list[AdapterInfo]:
     """The adapters of a record, as far as it knows them: by their places, and by their fingerprints where it has any."""
-    outcome = record.get("record")
-    marks = outcome.get("fingerprints") if isinstance(outcome, Mapping) else None
+    marks = recorded(record, "fingerprints")
     marks = marks if isinstance(marks, Mapping) else {}
     known = {place: mark for place in places if isinstance(mark := marks.get(place), str)}
     return [AdapterInfo(name="", location=place, fingerprint=known.get(place)) for place in places]
