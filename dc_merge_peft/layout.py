@@ -94,9 +94,8 @@ class Layout:
     def to_stored(self, deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
         """(A, B) in the shapes that PEFT stores, for scaling 1; ``deltas`` are those of the layer's modules, of one rank."""
         if self.kind == "expert":
-            return torch.cat([delta.A for delta in deltas]), torch.stack([delta.B for delta in deltas], dim=2).flatten(
-                1
-            )
+            B = torch.stack([delta.B for delta in deltas], dim=2)
+            return torch.cat([delta.A for delta in deltas]), B.flatten(1)
         (delta,) = deltas
         if self.kind != "conv":
             return delta.A, delta.B

@@ -95,9 +95,8 @@ def unreadable(parameter: object, place: Offloaded | None, path: str) -> str | N
 
 
 def _offload_hooks(module: nn.Module) -> Iterator[AlignDevicesHook]:
-    hook = module.__dict__.get(
-        "_hf_hook"
-    )  # getattr would look through its parameters first, in vain for nearly all modules
+    # getattr would look through its parameters first, in vain for nearly all modules
+    hook = module.__dict__.get("_hf_hook")
     for found in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(found, AlignDevicesHook) and found.offload:
             yield found

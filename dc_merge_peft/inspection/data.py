@@ -145,9 +145,8 @@ class CoverReport:
     """One module in the cover space of the adapters that have it, each scaled to norm 1."""
 
     adapters: tuple[int, ...]
-    blocks: tuple[
-        tuple[float, ...], ...
-    ]  # (T, T): mean magnitude of a block's entries, averaged over adapters (Fig. 14)
+    # (T, T): mean magnitude of a block's entries, averaged over adapters (Fig. 14)
+    blocks: tuple[tuple[float, ...], ...]
     mask_keeps: tuple[float, ...]  # (T,): share of each adapter's energy in the blocks that the mask keeps
 
 

@@ -21,9 +21,8 @@ class ExtraChange:
 
     name: str  # of the tensor in the merge
     parameter: str  # its full name in the model
-    apply: Callable[
-        [Tensor, Tensor], object
-    ]  # changes the first, the model's numbers, by the second, the merge's value
+    # Changes the first, the model's numbers, by the second, the merge's value.
+    apply: Callable[[Tensor, Tensor], object]
 
 
 def extra_changes(

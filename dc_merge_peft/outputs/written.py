@@ -45,9 +45,8 @@ class Written:
     def _is_ready(self, shard: Shard) -> bool:
         try:
             size = (self.building / shard.name).stat().st_size
-            return size == shard.layout.size and (self._marks / shard.name).read_text(encoding="ascii") == self._mark(
-                shard
-            )
+            mark = (self._marks / shard.name).read_text(encoding="ascii")
+            return size == shard.layout.size and mark == self._mark(shard)
         except (OSError, UnicodeError):
             return False
 

@@ -84,9 +84,8 @@ def _lead(report: MergeReport) -> list[Child]:
 def _facts(report: MergeReport) -> Html:
     """The merge in six numbers."""
     after = report.after
-    changing = {
-        name for row in after.modules.values() for name in row
-    }  # of an adapter that is all zero nothing is kept
+    # Of an adapter that is all zero nothing is kept.
+    changing = {name for row in after.modules.values() for name in row}
     similarities = {name: kept.projected_dir_sim for name, kept in after.overall.items() if name in changing}
     lowest = min(similarities, key=lambda name: similarities[name], default=None)
     mean = fixed(statistics.fmean(similarities.values()), 3) if similarities else sections.UNKNOWN

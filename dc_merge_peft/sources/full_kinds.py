@@ -127,9 +127,8 @@ class Kinds:
                     layout,
                     one.transposed,
                 )
-        elif (
-            converted or one.layout.kind == "expert"
-        ):  # stored as linear layers are, one by one or several side by side
+        elif converted or one.layout.kind == "expert":
+            # Stored as linear layers are, one by one or several side by side.
             if len(shape) == 2:
                 yield StoredMatrix(key.removesuffix(".weight"), key, (shape[0], shape[1]), Layout(), False)
         else:

@@ -73,9 +73,8 @@ def _wrapped(seen: LiveModel, adapter: str) -> Iterator[tuple[str, LiveExtra]]:
                 yield f"{path}.{key}", LiveExtra(ExtraSpec("module", path, tuple(value.shape), value.dtype), value)
         elif isinstance(wrapper, TrainableTokensWrapper):
             tokens = wrapper.token_adapter
-            if (
-                adapter in tokens.trainable_tokens_delta and tokens.tied_adapter is None
-            ):  # a tied one shows another's rows
+            # A tied one shows another's rows.
+            if adapter in tokens.trainable_tokens_delta and tokens.tied_adapter is None:
                 value, indices = tokens.trainable_tokens_delta[adapter], tuple(tokens.token_indices[adapter])
                 spec = ExtraSpec("tokens", path, tuple(value.shape), value.dtype, indices)
                 yield f"{path}.{TOKENS_NAME}", LiveExtra(spec, value)

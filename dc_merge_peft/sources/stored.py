@@ -111,9 +111,8 @@ class StoredTensor:
         done = 0
         while done < len(content) and (got := _read_at(opened, content[done:], self.offset + start + done)):
             done += got
-        if (
-            done < len(content) or Stamp.of(opened) != self.stamp
-        ):  # looked at last: what came before is then of one file
+        # Looked at last: what came before is then of one file.
+        if done < len(content) or Stamp.of(opened) != self.stamp:
             raise Unreadable(CHANGED)
 
 

@@ -36,9 +36,8 @@ class WorkPlace:
     folder: Path
     resume: bool  # whether they are kept where the merge ends early
     team: Team | None = None  # the processes that share them
-    target: Path | None = (
-        None  # the output of a run whose modules nobody resumes: the next one to it removes what is left of them
-    )
+    # The output of a run whose modules nobody resumes: the next one to it removes what is left of them.
+    target: Path | None = None
 
     @classmethod
     def beside(cls, out: str | Path, *, resume: bool, team: Team | None = None) -> WorkPlace:

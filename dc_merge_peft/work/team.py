@@ -41,9 +41,8 @@ class Team:
     _folder: Path | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
     _living: threading.Thread | None = None
-    _seen: dict[int, tuple[bytes, float]] = field(
-        default_factory=dict
-    )  # by rank: its last sign of life, and when it came
+    # By rank: its last sign of life, and when it came.
+    _seen: dict[int, tuple[bytes, float]] = field(default_factory=dict)
 
     @classmethod
     def join(cls, device: str | None) -> Team:
