@@ -236,12 +236,16 @@ def with_exponents(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
+def as_yaml(record: Mapping[str, Any], *, allow_unicode: bool = True) -> str:
+    """A record as it is written."""
+    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=allow_unicode)
+
+
 def printable_yaml(record: Mapping[str, Any]) -> str:
     """A record as YAML for people; characters that would not show, or turn the text around, are spelled out."""
-    dumped = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True).strip()
-    if all(line.isprintable() for line in dumped.split("\n")):
-        return dumped
-    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False).strip()
+    dumped = as_yaml(record)
+    printable = all(line.isprintable() for line in dumped.split("\n"))
+    return (dumped if printable else as_yaml(record, allow_unicode=False)).strip()
 
 
 def run_record(result: MergeResult) -> dict[str, Any]:

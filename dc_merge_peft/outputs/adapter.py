@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 
 from dc_merge_peft.methods.data import statistics_places
 from dc_merge_peft.outputs.beside import FOLDER, Beside
@@ -23,7 +22,7 @@ from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.parallel import in_parallel, one_thread
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.runconfig import FILE_NAME, as_yaml, run_record
 from dc_merge_peft.sources.base import CardFacts
 from dc_merge_peft.sources.hub import TRAINABLES_FILE, WEIGHT_FILES
 from dc_merge_peft.sources.keys import PREFIX
@@ -104,7 +103,7 @@ def _write_files(
     beside = beside or Beside()
     beside.write(folder)
     record = run_record(result)
-    (folder / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / FILE_NAME).write_text(as_yaml(record), encoding="utf-8")
     (folder / "README.md").write_text(adapter_card(result, record, base, place, beside), encoding="utf-8")
     result, trainables = without_trainables(result)
     if trainables:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dc_merge_peft.outputs.card import fused_card
 from dc_merge_peft.outputs.card_facts import base_facts
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME, run_record
+from dc_merge_peft.runconfig import FILE_NAME, as_yaml, run_record
 
 
 def fused_record(result: MergeResult, base: str | Path | None) -> dict[str, Any]:
@@ -22,5 +20,5 @@ def fused_record(result: MergeResult, base: str | Path | None) -> dict[str, Any]
 def write_papers(result: MergeResult, building: Path, base: str | Path | None) -> None:
     """The record of the merge and the model card."""
     record = fused_record(result, base)
-    (building / FILE_NAME).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (building / FILE_NAME).write_text(as_yaml(record), encoding="utf-8")
     (building / "README.md").write_text(fused_card(result, record, base_facts(result)), encoding="utf-8")

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from dc_merge_peft.errors import OutputError
@@ -20,7 +19,7 @@ from dc_merge_peft.outputs.public import is_hub_id, public_copy, with_owned_base
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.result import MergeResult
-from dc_merge_peft.runconfig import FILE_NAME
+from dc_merge_peft.runconfig import FILE_NAME, as_yaml
 from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
 
 # Where transformers, of any version, notes from which directory something was loaded; in configs of parts, too.
@@ -69,7 +68,7 @@ def push_fused(
     card = fused_card(public, record, facts, repo_id if is_hub_id(repo_id) else None)
     own: dict[str, Path | bytes] = {
         "README.md": card.encode(),
-        FILE_NAME: yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
+        FILE_NAME: as_yaml(record).encode(),
     }
     with scratch() as folder:
         place = saved or save_fused(_given(model), result, folder / "model", base=base, token=token)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.single import check_file, write_file
 from dc_merge_peft.reading import Devices
-from dc_merge_peft.runconfig import RunConfig
+from dc_merge_peft.runconfig import RunConfig, as_yaml
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.tuning.merges import Merges, Recipe
 from dc_merge_peft.tuning.space import Choices, Settings, Space
@@ -115,7 +114,7 @@ class TuneResult:
                 "alpha": best.alpha,
             },
         }
-        content = yaml.safe_dump({**self.config.to_dict(), "record": record}, sort_keys=False, allow_unicode=True)
+        content = as_yaml({**self.config.to_dict(), "record": record})
         return write_file(path, f"{MARK}\n{content}".encode(), overwrite=overwrite, mark=MARK, example=_EXAMPLE)
 
     def plot(self, path: str | Path) -> Path:
