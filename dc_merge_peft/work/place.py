@@ -21,9 +21,9 @@ from dc_merge_peft.work.manifest import differences
 from dc_merge_peft.work.modules import Modules
 from dc_merge_peft.work.team import ShareDone, Team
 from dc_merge_peft.work.whole import write_whole
-from dc_merge_peft.work.workshop import claim, workshop_of
+from dc_merge_peft.work.workshop import claim, prefix, workshop_of
 
-_ENDING = ".dc-merge-work"
+_ENDING = "dc-merge-work"
 # The manifest says that a folder is one of ours, which may be deleted: nobody else has a file of this name.
 _MANIFEST, _LOCK = "dc-merge-manifest.json", "lock"
 _BEFORE_IT = re.compile(rf"{_LOCK}|team-[0-9a-f]+|\.{re.escape(_MANIFEST)}\..*")  # what is made before the manifest
@@ -44,7 +44,7 @@ class WorkPlace:
         """The hidden folder beside an output; of several processes that are not to be resumed one of their own."""
         target = Path(out).expanduser().resolve()
         if resume or team is None:
-            return cls(target.parent / f"{_prefix(target)}{_ENDING}", resume, team)
+            return cls(target.parent / f"{prefix(target)}{_ENDING}", resume, team)
         return cls(workshop_of(target, team.token), resume, team, target)
 
     @contextmanager
@@ -250,8 +250,3 @@ def left_of(out: str | Path) -> Path | None:
         if (folder / _MANIFEST).is_file():
             return folder
     return None
-
-
-def _prefix(target: Path) -> str:
-    """File systems count a name's length in bytes."""
-    return f".{os.fsencode(target.name)[:100].decode(errors='ignore')}"

@@ -53,7 +53,7 @@ def workshop(target: Path) -> Iterator[Path]:
 
 def workshop_of(target: Path, token: str) -> Path:
     """Where the workshop of a run is, which the 16 hexadecimal digits of ``token`` name."""
-    return target.parent / f"{_prefix(target)}{token}{_ENDING}"
+    return target.parent / f"{prefix(target)}{token}{_ENDING}"
 
 
 def settle(folder: Path, target: Path) -> bool:
@@ -81,7 +81,7 @@ def tidy(target: Path) -> list[str]:
     A folder whose run is alive, perhaps on another machine, is not touched.
     """
     said = []
-    name = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{16}" + re.escape(_ENDING))
+    name = re.compile(re.escape(prefix(target)) + r"[0-9a-f]{16}" + re.escape(_ENDING))
     try:
         left = [child for child in target.parent.iterdir() if name.fullmatch(child.name)]
         for folder in sorted(left):
@@ -141,8 +141,8 @@ def _tidied(folder: Path, target: Path) -> Iterator[str]:
             os.close(lock)
 
 
-def _prefix(target: Path) -> str:
-    """File systems count a name's length in bytes."""
+def prefix(target: Path) -> str:
+    """How the names of hidden folders beside an output begin; file systems count a name's length in bytes."""
     return f".{os.fsencode(target.name)[:100].decode(errors='ignore')}."
 
 
