@@ -13,7 +13,7 @@ from dc_merge_peft.dense import row_blocks
 from dc_merge_peft.methods.elementwise import SAME, masked, total
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.selection import order_statistics
-from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
+from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views, magnitudes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +65,11 @@ class PCBMerging(SwitchedMethod):
     def survey(self, views: Views) -> Aggregate:
         clamp, ratio = self.config.clamp, self.config.ratio
 
-        def magnitudes() -> Iterator[tuple[int, Tensor]]:
-            for view in views():
-                for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
-                    yield adapter, X.abs()
-
         def clamped(entries: int) -> tuple[int, int]:
             return int(entries * clamp), max(int(entries * (1 - clamp) - 1), 0)
 
-        limits = {task: Range(*values) for task, values in order_statistics(magnitudes, clamped).items()}
+        found = order_statistics(lambda: magnitudes(views), clamped)
+        limits = {task: Range(*values) for task, values in found.items()}
 
         def products() -> Iterator[tuple[int, Tensor]]:
             for view in views():

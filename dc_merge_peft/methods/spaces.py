@@ -110,6 +110,13 @@ Views: TypeAlias = Callable[[], Iterator[View]]
 Aggregate: TypeAlias = Callable[[View], Tensor]
 
 
+def magnitudes(views: Views) -> Iterator[tuple[int, Tensor]]:
+    """Those of every adapter's entries, module by module."""
+    for view in views():
+        for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
+            yield adapter, X.abs()
+
+
 class ElementwiseMethod(ModelWideMethod):
     """A method that is a rule on entries, in any space."""
 

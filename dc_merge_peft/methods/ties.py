@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from dc_merge_peft.methods.elementwise import (
 )
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.methods.selection import order_statistics
-from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views
+from dc_merge_peft.methods.spaces import Aggregate, SpaceConfig, SwitchedMethod, View, Views, magnitudes
 
 Scope = Literal["global", "module"]
 # Task i's matrix, trimmed.
@@ -80,13 +80,7 @@ def trimmer(views: Views, density: float, scope: Scope) -> Trim:
         return lambda view, task: view.matrix(task)
     if scope == "module":
         return lambda view, task: keep_largest(X := view.matrix(task), kept(X.numel()))
-
-    def stream() -> Iterator[tuple[int, Tensor]]:
-        for view in views():
-            for adapter, X in zip(view.module.adapters, view.matrices(), strict=True):
-                yield adapter, X.abs()
-
-    thresholds = order_statistics(stream, lambda entries: [entries - kept(entries)])
+    thresholds = order_statistics(lambda: magnitudes(views), lambda entries: [entries - kept(entries)])
     return lambda view, task: keep_from(view.matrix(task), thresholds[view.module.adapters[task]][0])
 
 
