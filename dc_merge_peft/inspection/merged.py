@@ -177,9 +177,7 @@ def _inspect(
 
 
 def _delta_of(merged: MergeResult | Source, module: str) -> Delta:
-    if isinstance(merged, MergeResult):
-        return merged.modules[module].delta.scaled(merged.alpha)
-    return checked_factors(merged, module, True)
+    return merged.scaled(module) if isinstance(merged, MergeResult) else checked_factors(merged, module, True)
 
 
 def _together(module: str, tasks: Mapping[str, LowRank], merged: Delta, device: torch.device | None) -> Sequence[Delta]:
@@ -218,7 +216,7 @@ def _spectrum(merged: MergeResult | Source, module: str, target: Delta, delta: D
     S = metrics.spectrum(delta)
     in_memory = isinstance(found, MergedModule)
     return MergedSpectrum(
-        shape=found.delta.shape if in_memory else found.shape,
+        shape=target.shape,
         layer_type=str(found.layout),
         rank=found.rank if in_memory else _rank(target),
         scaling=1.0 if isinstance(merged, MergeResult) else merged.scaling(module),
