@@ -76,18 +76,26 @@ def svds_of_products(
     found: dict[int, SVD] = {}
     for indices in alike((B.shape, A.shape, B.dtype, B.device) for B, A in products).values():
         B, A = (torch.stack([products[index][side] for index in indices]) for side in (0, 1))
-        (_, m, r), n = B.shape, A.shape[2]
-        if r >= min(m, n):  # no smaller core than the product itself
-            shape, (U, S, Vh) = (m, n), torch.linalg.svd(B @ A, full_matrices=False)
-        else:
-            Q_B, R_B = torch.linalg.qr(B)
-            Q_A, R_A = torch.linalg.qr(A.mT)
-            U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-            shape, U, Vh = (r, r), Q_B @ U, Vh @ Q_A.mT
-        components = (null_thresholds(S, max(shape)) < S).sum(-1).tolist()
+        U, S, Vh, size = stacked_svd(B, A)
+        components = (null_thresholds(S, size) < S).sum(-1).tolist()
         for index, kept, *svd in zip(indices, components, U, S, Vh, strict=True):
             found[index] = SVD(*svd).truncate(kept)
     return [found[index] for index in range(len(products))]
+
+
+def stacked_svd(
+    B: Tensor,  # (..., m, r)
+    A: Tensor,  # (..., r, n)
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """U, S and Vh of each ``B @ A``, null components included, and the longer side of what was decomposed: a core of r x r, or
+    the product itself where that is no larger."""
+    (m, r), n = B.shape[-2:], A.shape[-1]
+    if r >= min(m, n):
+        return *torch.linalg.svd(B @ A, full_matrices=False), max(m, n)
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.mT, r
 
 
 def without_null(svd: SVD, shape: tuple[int, int]) -> SVD:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import GRAM_CONDITION_LIMIT
-from dc_merge_peft.linalg import WELL_CONDITIONED, alike, null_thresholds
+from dc_merge_peft.linalg import WELL_CONDITIONED, alike, null_thresholds, stacked_svd
 from dc_merge_peft.lowrank import LowRank
 
 
@@ -109,19 +109,13 @@ def stacked_factors(modules: Sequence[Sequence[LowRank]]) -> tuple[Tensor, Tenso
 
 def svds_of_stacks(B: Sequence[Tensor], A: Sequence[Tensor]) -> tuple[tuple[StackedSVD, ...], Tensor]:
     """The SVDs of ``B_i @ A_i``, (b, k, r_i) and (b, r_i, k) each, and (b,) where all of them have full rank."""
-    k, found = B[0].shape[-2], {}
+    found = {}
     full = torch.ones(len(B[0]), dtype=torch.bool, device=B[0].device)
-    for rank, tasks in alike(each.shape[-1] for each in B).items():
+    for tasks in alike(each.shape[-1] for each in B).values():
         some_B = torch.stack([B[task] for task in tasks], dim=1)  # (b, t, k, r)
         some_A = torch.stack([A[task] for task in tasks], dim=1)
-        if rank >= k:
-            U, S, Vh = torch.linalg.svd(some_B @ some_A, full_matrices=False)
-        else:
-            Q_B, R_B = torch.linalg.qr(some_B)
-            Q_A, R_A = torch.linalg.qr(some_A.mT)
-            U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-            U, Vh = Q_B @ U, Vh @ Q_A.mT
-        full = full & (null_thresholds(S, rank) < S).all(-1).all(-1)
+        U, S, Vh, size = stacked_svd(some_B, some_A)
+        full = full & (null_thresholds(S, size) < S).all(-1).all(-1)
         found |= {task: StackedSVD(U[:, place], S[:, place], Vh[:, place]) for place, task in enumerate(tasks)}
     return tuple(found[task] for task in range(len(B))), full
 
