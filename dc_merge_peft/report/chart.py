@@ -47,14 +47,13 @@ class _Axes:
         return _BOTTOM - share * (_BOTTOM - _TOP)
 
 
-def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", percent: bool = False) -> Html:
+def line_chart(curves: Sequence[Curve], *, title: str, percent: bool = False) -> Html:
     """A chart; without ``percent`` its axis of values is logarithmic.
 
     Args:
         curves: In the order of drawing; all numbers are positive.
         title: What it says, for those who hear the page.
-        unit: Behind the numbers at the axis.
-        percent: The values lie between 0 and 100.
+        percent: The values lie between 0 and 100, and the axis says so.
     """
     values = [value for curve in curves for value in curve.values]
     axes = _Axes(
@@ -65,7 +64,7 @@ def line_chart(curves: Sequence[Curve], *, title: str, unit: str = "", percent: 
     label = element("text", "direction, strongest first", x=(_LEFT + _RIGHT) // 2, y=_HEIGHT - 6, text_anchor="middle")
     return element(
         "svg",
-        [_y_tick(tick, axes, unit) for tick in ticks],
+        [_y_tick(tick, axes, "%" if percent else "") for tick in ticks],
         [_x_tick(tick, axes) for tick in _powers(axes.longest)],
         label,
         drawn,
@@ -100,23 +99,20 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     """Round ends of a logarithmic axis that hold the numbers."""
     high = max(values)
     low = max(min(values), high / 10**_DECADES)
-    steps = list(_log_steps(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1))
+    steps = list(_log_steps(low, high))
     return max(step for step in steps if step <= low), min(step for step in steps if step >= high and step > low)
 
 
-def _log_steps(first: int, last: int) -> Iterable[float]:
-    return (digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5))
+def _log_steps(low: float, high: float, digits: Sequence[int] = (1, 2, 5)) -> Iterable[float]:
+    """Round numbers in ascending order, from below the one to above the other."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    return (digit * 10.0**power for power in powers for digit in digits)
 
 
 def _log_ticks(low: float, high: float) -> Iterable[float]:
     """Decades, and 2 and 5 between them where there is room."""
-    wide = high / low > 200
-    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
-    for power in range(first, last + 1):
-        for digit in (1,) if wide else (1, 2, 5):
-            tick = digit * 10.0**power
-            if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9):
-                yield tick
+    steps = _log_steps(low, high, (1,) if high / low > 200 else (1, 2, 5))
+    return (tick for tick in steps if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9))
 
 
 def _powers(longest: int) -> list[int]:

@@ -60,7 +60,7 @@ def _charts(before: dict[str, list[ModuleSpectrum]], after: list[ModuleSpectrum]
         said = (
             f"{title} of {len(before)} adapters{' and of the merged one' if after else ''}; the table has the numbers"
         )
-        chart = line_chart(curves, title=said, unit="%" if percent else "", percent=percent)
+        chart = line_chart(curves, title=said, percent=percent)
         caption = element(
             "figcaption", element("strong", title), ", % of the sum of S\N{SUPERSCRIPT TWO}" if percent else ", S"
         )
