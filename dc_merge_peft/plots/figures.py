@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dc_merge_peft.inspection.data import Inspection, MergeInspection, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
 from dc_merge_peft.inspection.summary import energy_curves, quartiles
-from dc_merge_peft.plots.style import DASHES, LINES, heat_map, label_height, literal, new_figure, settled
+from dc_merge_peft.plots.style import heat_map, label_height, line_style, literal, new_figure, settled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,11 +25,7 @@ def spectrum_figure(inspection: Inspection, merge: MergeInspection | None = None
     merged = [spectrum for spectrum in merge.spectra.values() if spectrum.S] if merge else []
     deltas: list[tuple[str, Sequence[ModuleSpectrum]]] = [*adapters, *([("merged", merged)] if merged else [])]
     for index, (name, modules) in enumerate(deltas):
-        style: dict[str, Any] = {
-            "color": LINES[index % len(LINES)],
-            "linestyle": DASHES[index // len(LINES) % len(DASHES)],
-            "linewidth": 1.6,
-        }
+        style = {**line_style(index), "linewidth": 1.6}
         if modules is merged:
             style = {"color": "#000000", "linestyle": "-", "linewidth": 2.6}
         relative = [[value / module.S[0] for value in module.S] for module in modules]

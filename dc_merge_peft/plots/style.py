@@ -40,6 +40,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of a line among others."""
+    return {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
+
+
 def settled(figure: Figure) -> Figure:
     """The figure with its layout done once: square panels shrink in the first pass, and the room for their labels is right
     in the second one only, which is the one that is drawn."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dc_merge_peft.plots.style import DASHES, LINES, literal, new_figure, short
+from dc_merge_peft.plots.style import LINES, line_style, literal, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,16 +58,12 @@ def _against_alpha(axes: Any, trials: Sequence[tuple[Mapping[str, Any], float, f
         name = ", ".join(f"{short(key)} {literal(_label(settings[key]))}" for key in varied) or "trials"
         lines.setdefault(name, []).append((alpha, score))
     if len(lines) > _MOST_LINES or len(lines) == len(trials) > 1:
-        lines = {"trials": [(alpha, score) for _, alpha, score in trials]}
-        axes.plot(*zip(*lines["trials"], strict=True), ".", color=LINES[0], alpha=0.7, label="trials")
+        points = [(alpha, score) for _, alpha, score in trials]
+        axes.plot(*zip(*points, strict=True), ".", color=LINES[0], alpha=0.7, label="trials")
         return
     for index, (name, points) in enumerate(lines.items()):
         places, scores = zip(*sorted(points), strict=True)
-        style: dict[str, Any] = {
-            "color": LINES[index % len(LINES)],
-            "linestyle": DASHES[index // len(LINES) % len(DASHES)],
-        }
-        axes.plot(places, scores, marker=".", linewidth=1.4, label=name, **style)
+        axes.plot(places, scores, marker=".", linewidth=1.4, label=name, **line_style(index))
 
 
 def _against(axes: Any, trials: Sequence[tuple[Mapping[str, Any], float, float]], name: str, best: int) -> None:
