@@ -34,6 +34,7 @@ from dc_merge_peft.metrics.similarity import bounded
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.sources import Source
+from dc_merge_peft.sources.base import text_or_none
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading
 from dc_merge_peft.sources.opening import listed_adapters
@@ -193,7 +194,7 @@ def _report(adapter: Opened, modules: Mapping[str, ModuleSpectrum]) -> AdapterRe
     kind = config.get("peft_type")
     return AdapterReport(
         info=adapter.info,
-        peft_type=_text(getattr(kind, "value", kind)),
+        peft_type=text_or_none(getattr(kind, "value", kind)),
         config_ranks=_config_ranks(config),
         rslora=config.get("use_rslora") is True,
         patterns=tuple(name for name in ("rank_pattern", "alpha_pattern") if config.get(name)),
@@ -213,8 +214,4 @@ def _config_ranks(config: Mapping[str, Any]) -> tuple[int, ...]:
 def _targets(value: Any) -> str | tuple[str, ...] | None:
     if isinstance(value, (list, tuple, set, frozenset)):
         return tuple(sorted(map(str, value)))
-    return _text(value)
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return text_or_none(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dc_merge_peft.errors import MergeError, OptionError
 from dc_merge_peft.sources import AdapterInfo, CheckpointSource, Source
+from dc_merge_peft.sources.base import text_or_none
 from dc_merge_peft.sources.base_model import BaseModel
 from dc_merge_peft.sources.dora import DoraReading, with_base
 from dc_merge_peft.sources.hub import CONFIG_FILE, locate
@@ -71,8 +72,7 @@ def _open(path: str | Path, name: str, rename: str | None) -> Opened:
         config = _raw_config(path)
         if config is None:
             raise
-        base = config.get("base_model_name_or_path")
-        info = AdapterInfo(name, str(path), base_model=base if isinstance(base, str) and base else None)
+        info = AdapterInfo(name, str(path), base_model=text_or_none(config.get("base_model_name_or_path")))
         return Opened(info, config, None, str(error))
     return Opened(source.info, source.config, source)
 

@@ -65,6 +65,11 @@ class CardFacts:
     datasets: tuple[str, ...] = ()
 
 
+def text_or_none(value: Any) -> str | None:
+    """A field of a config that should be text, if it is; empty is none."""
+    return value if isinstance(value, str) and value else None
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """Where an adapter comes from and what it was made for."""

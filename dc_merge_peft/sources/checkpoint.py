@@ -15,7 +15,7 @@ from torch import Tensor
 from dc_merge_peft.errors import SourceError, without_secrets
 from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
+from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, text_or_none
 from dc_merge_peft.sources.cards import read_card
 from dc_merge_peft.sources.contents import instead_of_config
 from dc_merge_peft.sources.dora import magnitude_keys
@@ -256,19 +256,15 @@ def _check_numbers(config: Mapping[str, Any], name: str) -> None:
             raise SourceError(f"adapter '{name}' has {field} {value!r}: expected a whole number of at least 1")
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
 def _describe(name: str, files: AdapterFiles, config: Mapping[str, Any], fingerprint: str | None) -> AdapterInfo:
     return AdapterInfo(
         name=name,
         location=files.location,
         revision=files.revision,
         # A URL with a password loads nothing, but would be copied into every output.
-        base_model=without_secrets(base) if (base := _text(config.get("base_model_name_or_path"))) else None,
-        base_revision=_text(config.get("revision")),
-        task_type=_text(config.get("task_type")),
+        base_model=without_secrets(base) if (base := text_or_none(config.get("base_model_name_or_path"))) else None,
+        base_revision=text_or_none(config.get("revision")),
+        task_type=text_or_none(config.get("task_type")),
         auto_mapping=config.get("auto_mapping") if isinstance(config.get("auto_mapping"), dict) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         targets=Targets.from_config(config),
