@@ -221,6 +221,11 @@ class MergeInspection:
     # of the merged delta itself, by module
     spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict, repr=False)
 
+    @property
+    def measured(self) -> list[MergedSpectrum]:
+        """Those that have singular values."""
+        return [spectrum for spectrum in self.spectra.values() if spectrum.S]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; docs/inspect.md has the shape."""
         return {

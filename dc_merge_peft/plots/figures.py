@@ -22,7 +22,7 @@ def spectrum_figure(inspection: Inspection, merge: MergeInspection | None = None
     figure = new_figure(9.5, 3.8)
     left, right = figure.subplots(1, 2)
     adapters = [(adapter.name, adapter.measured) for adapter in inspection.adapters if adapter.measured]
-    merged = [spectrum for spectrum in merge.spectra.values() if spectrum.S] if merge else []
+    merged = merge.measured if merge else []
     deltas: list[tuple[str, Sequence[ModuleSpectrum]]] = [*adapters, *([("merged", merged)] if merged else [])]
     for index, (name, modules) in enumerate(deltas):
         style = {**line_style(index), "linewidth": 1.6}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from dc_merge_peft.inspection.data import Inspection, MergedSpectrum, MergeInspection, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
@@ -42,11 +42,6 @@ def spectrum_curve(modules: Sequence[ModuleSpectrum]) -> list[float]:
 def energy_curve(modules: Sequence[ModuleSpectrum]) -> list[float]:
     """Percent of ``sum S^2`` in the first j directions, as the median over modules."""
     return quartiles(energy_curves([module.S for module in modules]))[1]
-
-
-def measured(spectra: Iterable[ModuleSpectrum]) -> list[ModuleSpectrum]:
-    """Those that have singular values."""
-    return [spectrum for spectrum in spectra if spectrum.S]
 
 
 def kinds_of(spectra: Mapping[str, MergedSpectrum]) -> dict[tuple[str, tuple[int, int]], list[MergedSpectrum]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dc_merge_peft.inspection.data import ModuleSpectrum, landmarks, median
 from dc_merge_peft.outputs.rows import from_to
@@ -15,7 +15,6 @@ from dc_merge_peft.report.numbers import (
     energy_curve,
     kinds_of,
     largest,
-    measured,
     spectrum_curve,
     truncation_by_layer,
 )
@@ -28,9 +27,9 @@ _COLUMNS = ("delta", "rank", "norm", "S first", "S middle", "S last", "effective
 
 def spectra(report: MergeReport) -> Html:
     """Charts and a table of singular values before and after."""
-    before = {adapter.name: measured(adapter.modules.values()) for adapter in report.before.adapters}
-    after = measured(report.after.spectra.values())
-    rows = [_numbers(adapter.name, before[adapter.name], adapter.norm) for adapter in report.before.adapters]
+    before = {adapter.name: adapter.measured for adapter in report.before.adapters}
+    after = report.after.measured
+    rows = [_numbers(adapter.name, adapter.measured, adapter.norm) for adapter in report.before.adapters]
     norm = sum(module.norm**2 for module in after) ** 0.5
     drawn = {name: modules for name, modules in before.items() if modules}
     charts = [_charts(drawn, after), _legend(list(drawn), merged=bool(after))] if drawn or after else None
@@ -48,7 +47,7 @@ def spectra(report: MergeReport) -> Html:
     )
 
 
-def _charts(before: dict[str, list[ModuleSpectrum]], after: list[ModuleSpectrum]) -> Html:
+def _charts(before: Mapping[str, Sequence[ModuleSpectrum]], after: Sequence[ModuleSpectrum]) -> Html:
     styles = _styles(len(before))
     figures = []
     for title, curve, percent in (
