@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,11 +155,9 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
             >>> with DCMergeAdapter().merging(["org/lora-a", "./lora-b"]) as merged:  # doctest: +SKIP
             ...     merged.save_pretrained("out")
         """
-        plan = partial(
-            self.plan, weights=weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases, extras=extras
-        )  # fmt: skip
         with memory_in_words(), merging(
-            self.method, sources, plan, extras=extras, lazily=lazily, progress=progress_bar(progress), out=out, **merge_options
+            self.method, sources, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases,
+            extras=extras, lazily=lazily, progress=progress_bar(progress), out=out, **merge_options,
         ) as merged:  # fmt: skip
             yield merged
 

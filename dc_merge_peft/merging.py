@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from dc_merge_peft.engine import run_merge
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import Method
 from dc_merge_peft.outputs.room import check_room
-from dc_merge_peft.plan import MergePlan
+from dc_merge_peft.plan import plan_merge
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources import Source
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 def merging(
     method: Method,
     sources: Sequence[str | Path | Source],
-    planned: Callable[..., MergePlan],
+    weights: Sequence[float] | None,
     *,
+    svd_rank: int | None = None,
+    dtype: torch.dtype | str | None = None,
     device: Devices = None,
+    allow_different_bases: bool = False,
     allow_zero: bool = False,
     rename: str | None = None,
     base: str | Path | nn.Module | BaseModel | None = None,
@@ -45,20 +50,16 @@ def merging(
     token: str | bool | None = None,
     out: str | Path | None = None,
 ) -> Iterator[MergedAdapter]:
-    """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merge` for the options.
-
-    Args:
-        method: The method.
-        sources: What to merge.
-        planned: Plans the merge of opened sources, given the base model as ``base``.
-        out: Where the result will be written.
-    """
+    """The result, for as long as its sources are open; see :meth:`dc_merge_peft.DCMergeAdapter.merge` for the options."""
     devices = checked_devices(device)
     with sources_opened(sources, token, rename, keep_extras=extras not in (None, "drop")) as opened:
         model = BaseModel.of(base, token)
         joined = with_base(opened, model, DoraReading(dora_rank, devices[0] if devices else None, allow_zero))
         with work_place(resume, out) as place:
-            plan = planned(joined, base=model)
+            plan = plan_merge(
+                joined, method, weights, svd_rank=svd_rank, dtype=dtype, allow_different_bases=allow_different_bases,
+                extras=extras, base=None if model is None else model.location,
+            )  # fmt: skip
             if out is not None:
                 check_room(out, plan.summary()["largest_bytes"])
             settings = {"devices": devices, "allow_zero": allow_zero, "keep_dense": bool(keep_dense)}
