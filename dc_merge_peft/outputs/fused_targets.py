@@ -102,25 +102,7 @@ def find_targets(
                 f"'{name}' is of type {place.layout} and shape {place.shape} in the base model, {layout} and {shape} in the merged "
                 "adapter: expected the base model of the adapters"
             )
-        reason = unreadable(target)
-        if reason is not None:
-            raise UnsupportedAdapterError(
-                f"the weight of '{name}' {reason}: expected a whole one; load the model without that, or keep the merged adapter"
-            )
-        if place.layout.kind == "out_proj":
-            raise UnsupportedAdapterError(
-                f"'{name}' is the output projection of a MultiheadAttention, to which PEFT's forward pass adds the delta twice, so "
-                "that base + delta is not the model that was trained: expected other layers; merge the adapters (dc-merge merge), load the "
-                "result with PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
-            )
-        # Numbers of one byte come with scales, and tensors of a class of their own may be anything inside, as torchao's.
-        if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.data) is not Tensor:
-            packed = weight.dtype if type(weight.data) is Tensor else type(weight.data).__name__
-            raise UnsupportedAdapterError(f"'{name}' is quantised ({packed}): expected floating-point base weights")
-        if place.layout.kind != "expert" and not multiplies_by_its_weight(module):
-            raise UnsupportedAdapterError(
-                f"{own_pass(name, module)}: expected a layer as torch's; keep the merged adapter, or leave that module out"
-            )
+        _refuse_unchangeable(target, weight, unreadable(target))
         if others := [other for other in shared.get(path, ()) if other != path]:
             raise OutputError(
                 f"'{name}' shares its weight with {preview(others)}, and the merged adapter changes each by itself: in a fused model "
@@ -128,3 +110,26 @@ def find_targets(
                 "merged adapter"
             )
         yield target
+
+
+def _refuse_unchangeable(target: Target, weight: Tensor, unreadable: str | None) -> None:
+    """A weight that base + delta can't be written to, or would not be what was trained."""
+    name, kind = target.name, target.place.layout.kind
+    if unreadable is not None:
+        raise UnsupportedAdapterError(
+            f"the weight of '{name}' {unreadable}: expected a whole one; load the model without that, or keep the merged adapter"
+        )
+    if kind == "out_proj":
+        raise UnsupportedAdapterError(
+            f"'{name}' is the output projection of a MultiheadAttention, to which PEFT's forward pass adds the delta twice, so "
+            "that base + delta is not the model that was trained: expected other layers; merge the adapters (dc-merge merge), load the "
+            "result with PeftModel.from_pretrained and call merge_and_unload(), which does as the forward pass"
+        )
+    # Numbers of one byte come with scales, and tensors of a class of their own may be anything inside, as torchao's.
+    if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.data) is not Tensor:
+        packed = weight.dtype if type(weight.data) is Tensor else type(weight.data).__name__
+        raise UnsupportedAdapterError(f"'{name}' is quantised ({packed}): expected floating-point base weights")
+    if kind != "expert" and not multiplies_by_its_weight(target.module):
+        raise UnsupportedAdapterError(
+            f"{own_pass(name, target.module)}: expected a layer as torch's; keep the merged adapter, or leave that module out"
+        )
