@@ -120,22 +120,12 @@ def plan_full(
     for key in progress(list(base.files.tensors), "comparing"):
         own = base.files.tensors[key]
         names = used.get(key, [])
-        changed = [] if not names else [i for i, model in enumerate(models) if not same(own, model.tensors[key])]
-        counted = key.endswith(_COUNT)
-        if not changed or counted:
+        changed = [i for i, model in enumerate(models) if names and not same(own, model.tensors[key])]
+        if not changed or key.endswith(_COUNT):
             copied.append(key)
             continue
         if own.dtype not in FLOATS:
-            model, found = named[changed[0]].name, models[changed[0]].tensors[key].dtype
-            if found in FLOATS:
-                raise SourceError(
-                    f"'{key}' of the base model is quantised ({own.dtype}), and that of model '{model}' is not ({found}): expected "
-                    "floating-point weights; give the base model as it was before"
-                )
-            raise SourceError(
-                f"'{key}' of model '{model}' holds no floating-point numbers ({own.dtype}) and differs from the base "
-                "model's: expected the same in all models, since there is no mean of it; give models that agree in it"
-            )
+            raise _without_mean(key, own.dtype, named[changed[0]].name, models[changed[0]].tensors[key].dtype)
         changing.update(changed)
         if found := kinds.matrices(key, names):
             matrices[key] = found
@@ -172,6 +162,19 @@ def plan_full(
     with_statistics(method, merge.modules, [info.name for info in infos])  # refused now where they don't fit
     sources = tuple(FullModelSource(model, reader, every) for model in models)
     return FullPlan(base, tuple(models), merge, sources, matrices, averaged, tuple(copied), record)
+
+
+def _without_mean(key: str, own: str, model: str, found: str) -> SourceError:
+    """A tensor that is no floating-point one in the base model, and another one in a model."""
+    if found in FLOATS:
+        return SourceError(
+            f"'{key}' of the base model is quantised ({own}), and that of model '{model}' is not ({found}): expected "
+            "floating-point weights; give the base model as it was before"
+        )
+    return SourceError(
+        f"'{key}' of model '{model}' holds no floating-point numbers ({own}) and differs from the base "
+        "model's: expected the same in all models, since there is no mean of it; give models that agree in it"
+    )
 
 
 def _refuse_unchanged(
