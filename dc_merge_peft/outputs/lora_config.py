@@ -68,31 +68,7 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
     base weights, or exclusions that drop modules. Only fields that every PEFT since 0.11 knows, unless a source's own
     targeting needs a newer one.
     """
-    ranks = stored_ranks(result)
-    # What PEFT wraps by its name: not the parameters, and not the projection that an attention brings along.
-    wrapped = {
-        name: module for name, module in result.modules.items() if module.layout.kind not in ("expert", "out_proj")
-    }
-    merged = set(wrapped)
-    specs = [
-        (info.targets, all(task in module.tasks for module in wrapped.values()))
-        for task, info in enumerate(result.adapters)
-        if any(task in module.tasks for module in wrapped.values())
-    ]
-    targets = choose_targets(merged, specs, resolve) if merged else Targets()
-    experts = [name for name in merged if SEPARATE_EXPERT.search(name)]
-    if resolve is None and experts and targets == full_paths(merged):
-        raise OutputError(
-            f"the merged modules {preview(experts)} are experts that transformers renames on loading, which PEFT can follow "
-            "for lists of names only: expected adapters that list their target modules (not a regex, exclusions or layers); "
-            "merge them inside PEFT instead"
-        )
-    if too_long(targets):
-        raise OutputError(
-            f"no list of target modules means exactly the {len(merged)} merged ones, and a pattern of their paths has {len(str(targets.target_modules))} "
-            f"characters: expected at most {LONGEST_PATTERN}, since a longer one is not read again; merge adapters that list their target modules, without "
-            "exclusions or layers, or fuse them into the base model"
-        )
+    ranks, targets = stored_ranks(result), _targets(result, resolve)
     task_type = _agreed(result.adapters, "task_type")
     fields: dict[str, Any] = {
         "peft_type": "LORA",
@@ -120,6 +96,34 @@ def lora_fields(result: MergeResult, resolve: Resolve | None = None) -> dict[str
         **targets.to_config(),
         **_parameter_fields(result),
     }
+
+
+def _targets(result: MergeResult, resolve: Resolve | None) -> Targets:
+    """What PEFT wraps by its name: not the parameters, and not the projection that an attention brings along."""
+    wrapped = {
+        name: module for name, module in result.modules.items() if module.layout.kind not in ("expert", "out_proj")
+    }
+    merged = set(wrapped)
+    specs = [
+        (info.targets, all(task in module.tasks for module in wrapped.values()))
+        for task, info in enumerate(result.adapters)
+        if any(task in module.tasks for module in wrapped.values())
+    ]
+    targets = choose_targets(merged, specs, resolve) if merged else Targets()
+    experts = [name for name in merged if SEPARATE_EXPERT.search(name)]
+    if resolve is None and experts and targets == full_paths(merged):
+        raise OutputError(
+            f"the merged modules {preview(experts)} are experts that transformers renames on loading, which PEFT can follow "
+            "for lists of names only: expected adapters that list their target modules (not a regex, exclusions or layers); "
+            "merge them inside PEFT instead"
+        )
+    if too_long(targets):
+        raise OutputError(
+            f"no list of target modules means exactly the {len(merged)} merged ones, and a pattern of their paths has {len(str(targets.target_modules))} "
+            f"characters: expected at most {LONGEST_PATTERN}, since a longer one is not read again; merge adapters that list their target modules, without "
+            "exclusions or layers, or fuse them into the base model"
+        )
+    return targets
 
 
 def _parameter_fields(result: MergeResult) -> dict[str, Any]:
