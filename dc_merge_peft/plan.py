@@ -16,7 +16,7 @@ from dc_merge_peft.layout import Layout
 from dc_merge_peft.methods import Method
 from dc_merge_peft.methods.options import plain, without_effect
 from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns, pattern_path
-from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
+from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, ModuleSpec, Source
 from dc_merge_peft.sources.experts import SEPARATE_EXPERT, unmatched_parameters
 from dc_merge_peft.sources.refusals import dora_without_base
 from dc_merge_peft.sources.renamed import rename_remarks
@@ -161,32 +161,37 @@ def _plan_modules(sources: Sequence[Source]) -> tuple[PlannedModule, ...]:
         tasks = tuple(index for index, source in enumerate(sources) if name in source.modules)
         specs = [sources[index].modules[name] for index in tasks]
         for index, spec in zip(tasks, specs, strict=True):
-            found, expected = sources[index].info.name, sources[tasks[0]].info.name
-            if spec.layout.parameters != specs[0].layout.parameters:
-                if not (spec.layout.parameters and specs[0].layout.parameters):
-                    both = (expected, found) if spec.layout.parameters else (found, expected)
-                    raise _both_ways(spec.layout.base_path(name), *both)
-                raise IncompatibleAdaptersError(
-                    f"adapter '{found}' targets the parameters {preview(spec.layout.parameters)} in '{spec.layout.base_path(name)}', "
-                    f"'{expected}' targets {preview(specs[0].layout.parameters)}: PEFT tells them apart by their nesting alone; expected "
-                    "adapters with the same target_parameters"
-                )
-            if spec.layout != specs[0].layout:
-                raise IncompatibleAdaptersError(
-                    f"'{name}' is of type {spec.layout} in adapter '{found}', {specs[0].layout} in '{expected}': they were "
-                    "trained on different base models; merge adapters of one base model"
-                )
-            if spec.shape != specs[0].shape:
-                raise IncompatibleAdaptersError(
-                    f"adapter '{found}' has shape {spec.shape} in '{name}', '{expected}' has {specs[0].shape}: they were "
-                    "trained on different base models; merge adapters of one base model"
-                )
+            _refuse_misfit(name, spec, specs[0], sources[index].info.name, sources[tasks[0]].info.name)
         ranks = tuple(spec.rank for spec in specs)
         modules.append(PlannedModule(name, specs[0].shape, specs[0].layout, tasks, ranks))
     _refuse_strangers(sources, modules)
     _refuse_renamed_experts(modules)
     _refuse_both_ways(sources, modules)
     return tuple(modules)
+
+
+def _refuse_misfit(name: str, spec: ModuleSpec, first: ModuleSpec, found: str, expected: str) -> None:
+    """A module that is another thing in adapter ``found`` than in the first one that has it, ``expected``."""
+    layout = spec.layout
+    if layout.parameters != first.layout.parameters:
+        if not (layout.parameters and first.layout.parameters):
+            both = (expected, found) if layout.parameters else (found, expected)
+            raise _both_ways(layout.base_path(name), *both)
+        raise IncompatibleAdaptersError(
+            f"adapter '{found}' targets the parameters {preview(layout.parameters)} in '{layout.base_path(name)}', "
+            f"'{expected}' targets {preview(first.layout.parameters)}: PEFT tells them apart by their nesting alone; expected "
+            "adapters with the same target_parameters"
+        )
+    if layout != first.layout:
+        raise IncompatibleAdaptersError(
+            f"'{name}' is of type {layout} in adapter '{found}', {first.layout} in '{expected}': they were "
+            "trained on different base models; merge adapters of one base model"
+        )
+    if spec.shape != first.shape:
+        raise IncompatibleAdaptersError(
+            f"adapter '{found}' has shape {spec.shape} in '{name}', '{expected}' has {first.shape}: they were "
+            "trained on different base models; merge adapters of one base model"
+        )
 
 
 def _refuse_both_ways(sources: Sequence[Source], modules: Sequence[PlannedModule]) -> None:
