@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -61,13 +60,9 @@ class Reader:
         weights = [self.plan.weights[task] for task in module.tasks]
         return ModuleTasks(module.name, self._placed(deltas, module), weights, module.tasks)
 
-    def again(self, module: PlannedModule) -> Sequence[LowRank]:
-        """The same factors once more, after they have been checked."""
-        return [delta for delta in self._placed(self._read(module), module) if isinstance(delta, LowRank)]
-
     def rereading(self, module: PlannedModule) -> Callable[[], Sequence[LowRank]]:
-        """:meth:`again` of one module, for later."""
-        return partial(self.again, module)
+        """Reads the same factors once more, after they have been checked."""
+        return lambda: [delta for delta in self._placed(self._read(module), module) if isinstance(delta, LowRank)]
 
     def device_of(self, module: PlannedModule) -> torch.device:
         """Where this module is computed; the CPU where that is up to the sources, which are then expected to be files."""

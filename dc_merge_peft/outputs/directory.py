@@ -222,7 +222,8 @@ def hidden_beside(path: str | Path, target: Path | None = None) -> Iterator[Path
     finally:
         if not target.exists():
             for parent in made:
-                _remove_empty(parent)
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def tidied(path: str | Path) -> list[str]:
@@ -242,11 +243,6 @@ def tidy_up(path: str | Path) -> None:
 def _failed_to_write(error: RuntimeError) -> bool:
     """Whether it is torch's own error of a file that it could not write."""
     return "PytorchStreamWriter" in str(error)
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _give_ordinary_modes(folder: Path) -> None:

@@ -121,7 +121,8 @@ def stream_fused(
             key: (building / shard.name, offset) for shard in shards for key, offset in shard.layout.places.items()
         }
         pieces = _Pieces(model, changes, result, places)
-        rounds = list(_rounds(left, changes, model.files.tensors)) if written else [(_units(model, changes), [])]
+        everything: list[str | Group] = [*model.files.tensors, *changes.groups]
+        rounds = list(_rounds(left, changes, model.files.tensors)) if written else [(everything, [])]
         units = iter(progress([unit for some, _ in rounds for unit in some], "fusing"))
         carry_out = partial(Piece.carry_out, scratch=Scratch())
         with one_thread() as threads:
@@ -137,10 +138,6 @@ def stream_fused(
         copy_companions(model.files.folder, building, (*COMPANIONS, *code))
         write_papers(result, building, model.files.base)
     return Path(out).expanduser()
-
-
-def _units(model: FiledModel, changes: Changes) -> list[str | Group]:
-    return [*model.files.tensors, *changes.groups]
 
 
 def _rounds(

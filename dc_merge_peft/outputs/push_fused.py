@@ -71,7 +71,10 @@ def push_fused(
         FILE_NAME: as_yaml(record).encode(),
     }
     with scratch() as folder:
-        place = saved or save_fused(_given(model), result, folder / "model", base=base, token=token)
+        place = saved
+        if place is None:
+            assert model is not None, "neither a model nor where it is saved"
+            place = save_fused(model, result, folder / "model", base=base, token=token)
         files = {file.relative_to(place).as_posix(): _public(file) for file in place.rglob("*") if file.is_file()}
         try:
             return publish(
@@ -101,11 +104,6 @@ def _title(result: MergeResult) -> str:
     if result.full:
         return f"Merge of {len(result.adapters)} fine-tuned models with {result.method}"
     return f"Base model with {len(result.adapters)} adapters, merged with {result.method}"
-
-
-def _given(model: nn.Module | None) -> nn.Module:
-    assert model is not None, "neither a model nor where it is saved"
-    return model
 
 
 def _public(file: Path) -> Path | bytes:

@@ -136,10 +136,6 @@ def _svd_rank(value: Any) -> int | None:
     return rank
 
 
-def _weight(value: Any) -> float:
-    return coerce("weights", value, float)
-
-
 def _weights(spec: Any, adapters: Sequence[AdapterInfo]) -> dict[str, Choices | Range]:
     """Whole lists to choose from, or values for some adapters or for each."""
     names = [info.name for info in adapters]
@@ -149,7 +145,10 @@ def _weights(spec: Any, adapters: Sequence[AdapterInfo]) -> dict[str, Choices | 
     for name in each:
         if name not in names:
             raise OptionError(unknown_name("adapter in the weights of the search space", str(name), names))
-    return {f"{WEIGHT}{name}": _dimension(f"{WEIGHT}{name}", its, _weight) for name, its in each.items()}
+    dimensions = {f"{WEIGHT}{name}": its for name, its in each.items()}
+    return {
+        name: _dimension(name, its, lambda value: coerce("weights", value, float)) for name, its in dimensions.items()
+    }
 
 
 def _dimension(name: str, spec: Any, checked: Any) -> Choices | Range:
