@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dc_merge_peft.adapter import DCMergeAdapter
@@ -111,9 +110,7 @@ class Merges:
     def __enter__(self) -> Merges:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with ExitStack() as stack:
             for held, _ in self._held.values():
                 stack.push(held)
