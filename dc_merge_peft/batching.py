@@ -23,14 +23,7 @@ from dc_merge_peft.methods.rescaling import AlphaFit, Rule
 from dc_merge_peft.one_module import refuse_overflow
 from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.spanned import Spanned
-from dc_merge_peft.stacked import (
-    StackedFrame,
-    StackedMerge,
-    StackedSVD,
-    StackedTasks,
-    stacked_factors,
-    svds_of_stacks,
-)
+from dc_merge_peft.stacked import StackedFrame, StackedMerge, StackedSVD, StackedTasks, stacked_factors, svds_of_stacks
 from dc_merge_peft.work.finished import Finished
 
 NO_ROOM: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)

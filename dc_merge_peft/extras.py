@@ -21,12 +21,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from dc_merge_peft.errors import (
-    IncompatibleAdaptersError,
-    OptionError,
-    preview,
-    unknown_name,
-)
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview, unknown_name
 from dc_merge_peft.sources.base import AdapterInfo, ExtraSpec, Source
 from dc_merge_peft.sources.refusals import extras_without_policy
 

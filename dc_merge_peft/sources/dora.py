@@ -15,13 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_merge_peft.errors import (
-    IncompatibleAdaptersError,
-    OptionError,
-    SourceError,
-    UnsupportedAdapterError,
-    preview,
-)
+from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, UnsupportedAdapterError, preview
 from dc_merge_peft.layers import delta_shape, layer_layout, never_called
 from dc_merge_peft.linalg import compute_device, truncated_svd
 from dc_merge_peft.lowrank import LowRank, all_finite
