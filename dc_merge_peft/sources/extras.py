@@ -44,7 +44,7 @@ def extras_reason(config: Mapping[str, Any], extras: Mapping[str, ExtraSpec]) ->
         value = config.get(field)
         if value is not None and value is not False and value != [] and value != {}:
             return f"has {field}={value!r}: {meaning}; expected plain LoRA, whose delta is scaling * B @ A: {remedy}"
-    if _trains_biases(config):
+    if trains_biases(config):
         return (
             f"has bias={config['bias']!r}: trained bias vectors of the base model; expected bias='none': train the adapter "
             "without biases"
@@ -71,11 +71,13 @@ class StoredExtra:
     scaling: float = 1.0  # of a lora_bias
 
     def read(self, tensors: Tensors) -> Tensor:
-        """The tensor, scaling folded in (in float32 or wider)."""
-        value = tensors.read(self.key)
-        if self.scaling == 1:
-            return value
-        return (value if value.element_size() >= 4 else value.float()) * self.scaling
+        """The tensor, scaling folded in."""
+        return scaled(tensors.read(self.key), self.scaling)
+
+
+def scaled(value: Tensor, scaling: float) -> Tensor:
+    """A tensor with its scaling folded in, in float32 or wider; as it is where that is 1."""
+    return value if scaling == 1 else (value if value.element_size() >= 4 else value.float()) * scaling
 
 
 def stored_extras(
@@ -146,11 +148,12 @@ def _full_value(name: str, key: str, shape: tuple[int, ...], dtype: Any, config:
     if module is not None:
         return ExtraSpec("module", module, shape, dtype)
     owner, _, leaf = name.rpartition(".")
-    trained = leaf == "bias" and _trains_biases(config)
+    trained = leaf == "bias" and trains_biases(config)
     return ExtraSpec("base", owner, shape, dtype, optional=in_base_layer and not trained)
 
 
-def _trains_biases(config: Mapping[str, Any]) -> bool:
+def trains_biases(config: Mapping[str, Any]) -> bool:
+    """Whether biases of the base model itself are trained."""
     return config.get("bias") not in (None, "none")
 
 

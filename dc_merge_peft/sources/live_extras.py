@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dc_merge_peft.errors import UnsupportedAdapterError
 from dc_merge_peft.sources.base import ExtraSpec
-from dc_merge_peft.sources.extras import LORA_BIAS_NAME, TOKENS_NAME
+from dc_merge_peft.sources.extras import LORA_BIAS_NAME, TOKENS_NAME, scaled, trains_biases
 from dc_merge_peft.sources.live_model import LiveModel
 
 
@@ -25,16 +25,13 @@ class LiveExtra(NamedTuple):
     scaling: float = 1.0  # of a lora_bias
 
     def read(self) -> Tensor:
-        """The tensor, scaling folded in (in float32 or wider)."""
-        value = self.value.detach()
-        if self.scaling == 1:
-            return value
-        return (value if value.element_size() >= 4 else value.float()) * self.scaling
+        """The tensor, scaling folded in."""
+        return scaled(self.value.detach(), self.scaling)
 
 
 def refuse_live_biases(config: Mapping[str, Any], adapter: str) -> None:
     """Trained biases of the base model: PEFT changes the model's own, of which there is one for all adapters."""
-    if config.get("bias") not in (None, "none"):
+    if trains_biases(config):
         raise UnsupportedAdapterError(
             f"adapter '{adapter}' has bias={config['bias']!r}: PEFT trains the biases of the model itself, so that in memory they "
             "belong to no single adapter; expected bias='none': merge the adapters from disk and say what becomes of the biases "
