@@ -266,7 +266,7 @@ def run_record(result: MergeResult) -> dict[str, Any]:
         base=result.dora.base if result.dora else full.base if full else None,
         dora_rank=result.dora.rank if result.dora else None,
         extras=_policy(result),
-        allow_different_bases=len({base_place(info) for info in result.adapters if info.base_model}) > 1,
+        allow_different_bases=len({base_place(info.base_model) for info in result.adapters if info.base_model}) > 1,
         allow_zero=result.allow_zero and not full,
         allow_identical=result.allow_zero and bool(full),
     )

@@ -88,32 +88,31 @@ def refuse_different_bases(infos: Sequence[AdapterInfo]) -> None:
     Raises:
         IncompatibleAdaptersError: they name several.
     """
-    named = [info for info in infos if info.base_model]
-    for info in named:
-        first = named[0]
-        if base_place(info) != base_place(first):
+    named = [(info.name, info.base_model) for info in infos if info.base_model]
+    for name, base in named:
+        first, its = named[0]
+        if base_place(base) != base_place(its):
             raise IncompatibleAdaptersError(
-                f"adapter '{info.name}' was trained on '{info.base_model}', '{first.name}' on '{first.base_model}': "
+                f"adapter '{name}' was trained on '{base}', '{first}' on '{its}': "
                 "expected one base model; if these are the same weights under two names, allow different bases "
                 "(allow_different_bases=True, --allow-different-bases)"
             )
 
 
-def base_place(info: AdapterInfo) -> str:
-    """The base model's directory where there is one, so that two ways to write it are one; else its name."""
-    name = str(info.base_model)
+def base_place(name: str) -> str:
+    """A base model's directory where there is one, so that two ways to write it are one; else its name."""
     with suppress(OSError, RuntimeError, ValueError):  # no path at all
         folder = Path(name).expanduser()
         if folder.is_dir():
             return str(folder.resolve())
-    return name.rstrip("/")
+    return str(name).rstrip("/")  # a config in memory may have a Path
 
 
 def another_base(base: str, infos: Sequence[AdapterInfo]) -> Iterator[str]:
     """A remark where adapters name another base model than the one that is given, as far as names tell: a directory that is called
     as a repository of the Hub, or lies in the Hub's cache, is taken for a copy of it. A rename leads to another model in any case."""
     for info in infos:
-        if info.base_model and not info.rename and not _same_model(base, info):
+        if info.base_model and not info.rename and not _same_model(base_place(base), base_place(info.base_model)):
             yield (
                 f"adapter '{info.name}' was trained on '{info.base_model}', and the base model is '{base}': expected the same weights, "
                 "under another name or before they were quantised; give the base model that the adapters name if they are not, or say "
@@ -122,8 +121,7 @@ def another_base(base: str, infos: Sequence[AdapterInfo]) -> Iterator[str]:
             return
 
 
-def _same_model(base: str, info: AdapterInfo) -> bool:
-    ours, theirs = (base_place(dataclasses.replace(info, base_model=name)) for name in (base, info.base_model))
+def _same_model(ours: str, theirs: str) -> bool:
     with suppress(OSError):  # a directory of somebody else's, who lets nobody look at it
         if ours == theirs or (Path(ours).is_dir() and Path(theirs).is_dir()):
             return ours == theirs
