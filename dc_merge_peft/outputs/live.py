@@ -40,23 +40,7 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
             f"found a {type(model).__name__} to add the adapter to: expected a PeftModel or a base model in memory"
         )
     if not isinstance(model, (PeftModel, PeftMixedModel)):
-        check_name(adapter_name, ())
-        refuse_around_peft(model)
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise OptionError(
-                f"the {type(model).__name__} holds adapters already: expected a PeftModel, or a base model without any; pass "
-                "the PeftModel that they belong to, or where there is none, save the merged adapter and load it as they were (load_adapter)"
-            )
-        seen = LiveModel.of(model)
-        check_modules(result, seen)
-        check_extras(result, model, shared=False)
-        config = _config_for(result, seen)
-        with own_layers_on_failure(model):
-            with _readable_refusals(config), _without_numbers(not result.extras.values), _trainable_later(model):
-                wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
-            write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
-            write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
-        return wrapped
+        return _wrapped(result, model, adapter_name)
     tuner = model.base_model
     if not isinstance(tuner, (LoraModel, MixedModel)):
         raise OutputError(
@@ -70,6 +54,27 @@ def install(result: MergeResult, model: nn.Module, adapter_name: str, *, activat
             if f".{adapter_name}." in name or name.endswith(f".{adapter_name}"):
                 parameter.requires_grad_(False)
     return model
+
+
+def _wrapped(result: MergeResult, model: nn.Module, adapter_name: str) -> PeftModel:
+    """A base model in a ``PeftModel`` with the merged adapter."""
+    check_name(adapter_name, ())
+    refuse_around_peft(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise OptionError(
+            f"the {type(model).__name__} holds adapters already: expected a PeftModel, or a base model without any; pass "
+            "the PeftModel that they belong to, or where there is none, save the merged adapter and load it as they were (load_adapter)"
+        )
+    seen = LiveModel.of(model)
+    check_modules(result, seen)
+    check_extras(result, model, shared=False)
+    config = _config_for(result, seen)
+    with own_layers_on_failure(model):
+        with _readable_refusals(config), _without_numbers(not result.extras.values), _trainable_later(model):
+            wrapped = PeftModel(model, config, adapter_name)  # type: ignore[arg-type]
+        write_factors(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
+        write_extras(result, wrapped.base_model.model, adapter_name)  # type: ignore[arg-type]
+    return wrapped
 
 
 def refuse_around_peft(model: nn.Module) -> None:
