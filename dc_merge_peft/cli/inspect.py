@@ -112,12 +112,7 @@ def inspect(
         )
     one_process("inspect")
     if merged is not None and config is None and not adapters:
-        config = record_file(merged)
-        if config is None:
-            raise OptionError(
-                f"'{merged}' has no {FILE_NAME} that says what it was made from: expected an adapter that dc-merge merge has written, or "
-                f"the adapters behind it, as in dc-merge inspect --merged {merged} ADAPTERS"
-            )
+        config = _record_of(merged)
     run = run_settings(
         config,
         adapters=tuple(adapters) if adapters else None,
@@ -157,8 +152,12 @@ def inspect(
         None if target is None else inspect_merge(target, run.adapters, **dora, device=run.device, rename=run.rename)
     )
     files = _plot(before, after, plot, kinds) if plot is not None else []
+    _print(before, after, files, as_json=as_json)
+
+
+def _print(before: Inspection, after: MergeInspection | None, figures: list[Path], *, as_json: bool) -> None:
     if as_json:
-        plain = {**before.to_dict(), "merge": after.to_dict() if after else None, "figures": list(map(str, files))}
+        plain = {**before.to_dict(), "merge": after.to_dict() if after else None, "figures": list(map(str, figures))}
         typer.echo(json.dumps(plain, allow_nan=False))
         return
     out = console()
@@ -166,8 +165,19 @@ def inspect(
     if after is not None:
         print_merge(out, after)
     print_findings(out, [*before.findings, *(after.findings if after else ())])
-    if files:
-        out.print(f"\nfigures: {', '.join(map(str, files))}", markup=False)
+    if figures:
+        out.print(f"\nfigures: {', '.join(map(str, figures))}", markup=False)
+
+
+def _record_of(merged: str) -> Path:
+    """The record of a merged adapter, which says what it was made from."""
+    found = record_file(merged)
+    if found is None:
+        raise OptionError(
+            f"'{merged}' has no {FILE_NAME} that says what it was made from: expected an adapter that dc-merge merge has written, or "
+            f"the adapters behind it, as in dc-merge inspect --merged {merged} ADAPTERS"
+        )
+    return found
 
 
 def _formats(name: str) -> tuple[str, ...]:
