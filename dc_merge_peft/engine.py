@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -154,10 +155,7 @@ class _Run:
         merge = self.method.prepare(sweep)
         stacked = None if self.stacking is False else stacked_merge(self.method)
         stacker = Stacker(self.method, stacked, plan.svd_rank) if stacked else None
-
-        def merge_batch(batch: Sequence[PlannedModule], read: Callable[[], Sequence[Read]]) -> list[Finished]:
-            tasks = [reader.placed(module, deltas) for module, deltas in zip(batch, read(), strict=True)]
-            return self._merge_batch(merge, stacker, batch, tasks)
+        merge_batch = partial(self._merge_batch, merge, stacker)
 
         def together(module: PlannedModule) -> bool:
             return stacker is not None and (bool(self.stacking) or not reader.on_cpu(module))
@@ -203,14 +201,15 @@ class _Run:
         merge: ModuleMerge,
         stacker: Stacker | None,
         batch: Sequence[PlannedModule],
-        tasks: Sequence[ModuleTasks],
+        read: Callable[[], Sequence[Read]],
     ) -> list[Finished]:
+        tasks = [self.reader.placed(module, deltas) for module, deltas in zip(batch, read(), strict=True)]
         if stacker is None or len(batch) == 1:
-            return [self._merge_one(merge, module, read) for module, read in zip(batch, tasks, strict=True)]
+            return [self._merge_one(merge, module, each) for module, each in zip(batch, tasks, strict=True)]
         found = stacker.merged(batch, tasks, [self._again(module) for module in batch])
         return [
-            self._merge_one(merge, module, read) if finished is None else finished
-            for module, read, finished in zip(batch, tasks, found, strict=True)
+            self._merge_one(merge, module, each) if finished is None else finished
+            for module, each, finished in zip(batch, tasks, found, strict=True)
         ]
 
     def _again(self, module: PlannedModule) -> Callable[[], Sequence[LowRank]] | None:
