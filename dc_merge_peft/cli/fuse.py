@@ -20,9 +20,7 @@ from dc_merge_peft.runconfig import RunConfig, read_record
 
 @reports_errors
 def fuse(
-    base: Annotated[
-        str | None, typer.Argument(help="Base model: a directory or a Hub id (org/name, org/name@revision).")
-    ] = None,
+    base: shared.BaseFirst = None,
     adapters: shared.Adapters = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory for the full model.", rich_help_panel=shared.OUT)

@@ -29,15 +29,12 @@ from dc_merge_peft.plots import (
 from dc_merge_peft.runconfig import FILE_NAME, RunConfig
 from dc_merge_peft.sources.base_model import BaseModel
 
-_MERGE, _OUT = "What a merge keeps", "Output"
+_MERGE = "What a merge keeps"
 
 
 @reports_errors
 def inspect(
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
-    ] = None,
+    adapters: shared.Adapters = None,
     merged: Annotated[
         str | None,
         typer.Option(
@@ -84,13 +81,13 @@ def inspect(
     ] = False,
     device: shared.Device = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Folder for figures; needs the extra `plots`.", rich_help_panel=_OUT)
+        Path | None, typer.Option(help="Folder for figures; needs the extra `plots`.", rich_help_panel=shared.OUT)
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Format of the figures: png, svg or both.", rich_help_panel=_OUT)
+        str, typer.Option("--format", help="Format of the figures: png, svg or both.", rich_help_panel=shared.OUT)
     ] = "both",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print every number of every module as JSON.", rich_help_panel=_OUT)
+        bool, typer.Option("--json", help="Print every number of every module as JSON.", rich_help_panel=shared.OUT)
     ] = False,
 ) -> None:
     """Inspect adapters before merging them, and what a merge keeps of each.

@@ -19,9 +19,7 @@ from dc_merge_peft.errors import MergeWarning, OptionError
 
 @reports_errors
 def merge_full(
-    base: Annotated[
-        str | None, typer.Argument(help="Base model: a directory or a Hub id (org/name, org/name@revision).")
-    ] = None,
+    base: shared.BaseFirst = None,
     models: Annotated[list[str] | None, typer.Argument(help="Its fine-tuned models: directories or Hub ids.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory for the result.", rich_help_panel=shared.OUT)

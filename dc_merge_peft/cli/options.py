@@ -23,6 +23,9 @@ Adapters = Annotated[
     list[str] | None,
     typer.Argument(help="Adapter directories or Hub ids (org/name, org/name@revision, org/name/subfolder)."),
 ]
+BaseFirst = Annotated[
+    str | None, typer.Argument(help="Base model: a directory or a Hub id (org/name, org/name@revision).")
+]
 Weights = Annotated[
     str | None, typer.Option(help="One number per adapter, as in 1,0.5,1. Default: all 1.", rich_help_panel=METHOD)
 ]
