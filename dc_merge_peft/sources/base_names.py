@@ -26,6 +26,8 @@ _MOVES = {
     "Conv3dToLinear", "LinearToConv3d",
 }  # fmt: skip
 
+_TOO_OLD = "this version of transformers does not say how it names what it loads"
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -146,7 +148,9 @@ def _stored(model: Any, keys: Iterable[str]) -> Mapping[str, Stored]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError as error:
-        raise TooOld("this version of transformers does not say how it names what it loads") from error
+        raise TooOld(_TOO_OLD) from error
+    if not hasattr(WeightRenaming, "was_used"):  # before version 5.6
+        raise TooOld(_TOO_OLD)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

@@ -59,7 +59,7 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
         ) from found
     except TooOld as found:
         raise SourceError(
-            f"{what} '{place}' can't be read tensor by tensor, since {found}: expected version 5 or newer; pip install -U transformers"
+            f"{what} '{place}' can't be read tensor by tensor, since {found}: expected version 5.6 or newer; pip install -U transformers"
         ) from found
     except NotStreamable as found:
         raise SourceError(

@@ -13,7 +13,7 @@ from dc_merge_peft.runconfig import RunConfig
 from tests.support import models
 from tests.support.fused import BERT, saved
 from tests.support.refused import listing, refused
-from tests.support.versions import V5, needs_v5
+from tests.support.versions import STREAMS, needs_v5
 
 TA = DCMergeAdapter(method="ta")
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -68,7 +68,7 @@ def test_base_weights_that_are_no_numbers(tmp_path: Path, bad: float, way: str) 
 def test_sums_beyond_float16(tmp_path: Path, way: str) -> None:
     """Large weights of either sign whose sum float16 can't hold are refused, and zeros, which no norm tells from them, are not."""
     base, folders = saved(tmp_path, models.bert().half(), BERT)
-    TA.fuse_to_disk(base, folders, tmp_path / "fine") if V5 else None
+    TA.fuse_to_disk(base, folders, tmp_path / "fine") if STREAMS else None
     edited(base, QUERY, torch.zeros_like(load_file(base / "model.safetensors")[QUERY]))
     getattr(TA, way)(base, folders, tmp_path / "zeros")
     with refused(OutputError, "NaN or Inf in float16", "smaller weights or alpha"):

@@ -30,7 +30,7 @@ from tests.support import models, program
 from tests.support.hub_server import HubServer, hub_server, point_client_at
 from tests.support.models import difference, write_checkpoint
 from tests.support.refused import listing, refused
-from tests.support.versions import V5
+from tests.support.versions import STREAMS
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "dc_merge.yaml"}
 ONE, TWO = "org/one", "org/two"
@@ -184,7 +184,7 @@ def test_fuse_with_a_base_from_the_hub(server: HubServer, tmp_path: Path, monkey
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}" and not (tmp_path / "out" / "notes.txt").exists()
     fused = type(models.bert()).from_pretrained(tmp_path / "out").eval()
     assert difference(models.output(fused), models.output(model)) < 1e-5
-    monkeypatch.setattr(base_model, "load_base", lambda *_, **__: pytest.fail("loaded")) if V5 else None
+    monkeypatch.setattr(base_model, "load_base", lambda *_, **__: pytest.fail("loaded")) if STREAMS else None
     DCMergeAdapter(method="ta").fuse_to_disk("org/base", folders, tmp_path / "streamed")
     assert set(listing(tmp_path / "streamed")) == set(listing(tmp_path / "out"))
     streamed = type(models.bert()).from_pretrained(tmp_path / "streamed").eval()
