@@ -17,8 +17,11 @@ def sharing(model: nn.Module) -> dict[str, list[str]]:
 def has_followers(model: nn.Module, path: str) -> bool:
     """Whether layers that share the weight of the embedding at ``path`` take over its trained tokens in PEFT: those of a tied input
     embedding do, others keep the rows of the base model."""
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    return bool(tied) and next(_embeddings(model), None) is model.get_submodule(path)
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return False
+    # By its path: in transformers 4 the embeddings of a T5 are one module at three places, and PEFT puts its own at one.
+    found = next(_embeddings(model), None)
+    return path == next((name for name, module in model.named_modules() if module is found), None)
 
 
 def sharing_parameters(model: nn.Module) -> list[list[str]]:

@@ -228,6 +228,13 @@ def few_tokens(model: Any) -> Any:
     return model
 
 
+def one_embedding() -> Any:
+    """A T5 as transformers 4 makes it: one module embeds at three places."""
+    model = FAMILIES["t5"].build()
+    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+    return model
+
+
 CLASSIFIER = {**QUERY, "modules_to_save": ["classifier"]}
 WORDS = {**QUERY, "trainable_token_indices": {"word_embeddings": [9, 1]}}
 TIED = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["wte"]}
@@ -256,6 +263,10 @@ FUSED: dict[str, tuple[Any, dict[str, Any], Any, type[Exception], tuple[str, ...
         FAMILIES["t5"].build, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"decoder.embed_tokens": [5, 9]}},
         FAMILIES["t5"].build, OutputError,
         ("'decoder.embed_tokens.weight' is shared by the modules", "trained tokens for 'decoder.embed_tokens' alone", "untie them"),
+    ),
+    "tokens of one place of an embedding": (
+        one_embedding, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"decoder.embed_tokens": [5, 9]}},
+        one_embedding, OutputError, ("trained tokens for 'decoder.embed_tokens' alone", "untie them"),
     ),
     "few tokens": (
         models.bert, WORDS, lambda: few_tokens(models.bert()), OutputError,
