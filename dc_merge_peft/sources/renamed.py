@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import OptionError, SourceError, preview
@@ -154,7 +155,7 @@ def _likely_rename(source: Source) -> str | None:
     if any(spec.beside for spec in source.extras.values()):
         return "llava-hf"  # only the original repository leaves such a file
     text = f"{info.base_model or ''} {(info.auto_mapping or {}).get('base_model_class') or ''}"
-    installed = int(version("transformers").split(".")[0])
+    installed = TorchVersion(version("transformers"))
     for name, rename in RENAMES.items():
         likely = installed >= rename.since and re.search(rename.about, text) is not None
         likely = likely and any(re.match(rename.sign, path) for path in source.modules)

@@ -23,7 +23,7 @@ class Rename:
     keeps: str  # paths that are the same in both, or in the new form already
     sign: str  # paths that only the old form has
     about: str = ""  # a pattern to be found in "BASE-MODEL CLASS" of an adapter that is likely to be meant
-    since: int = 5  # the version of transformers that changed the names
+    since: str = "4"  # the version of transformers that changed the names
     other_base: bool = False  # the new names are those of a converted copy of the base model
 
 
@@ -44,7 +44,6 @@ RENAMES: dict[str, Rename] = {
         keeps=r"model\.(language_model|multi_modal_projector|vision_tower)\.|lm_head$",
         sign=r"model\.(layers|mm_projector)\.",
         about=r"(?i)llava",
-        since=4,
         other_base=True,
     ),
     # LLaVA in transformers before 4.52 (and its relatives): towers and projector beside a whole language model.
@@ -59,7 +58,6 @@ RENAMES: dict[str, Rename] = {
         ),
         keeps=r"model\.(language_model|multi_modal_projector|vision_tower)\.|lm_head$",
         sign=r"language_model\.(model\.|lm_head$)",
-        since=4,
     ),
     # transformers 5 has no level in between here: KnOTS's and DC-Merge's checkpoints were made with version 4.
     "clip-vision-v5": Rename(
@@ -69,6 +67,7 @@ RENAMES: dict[str, Rename] = {
         keeps=r"(embeddings|encoder|pre_layrnorm|post_layernorm|head)\b",
         sign=r"vision_model\.",
         about=r" (\w*VisionModel)?$",
+        since="5.6",
     ),
     "clip-text-v5": Rename(
         old="the CLIPTextModel of transformers 4",
@@ -77,6 +76,7 @@ RENAMES: dict[str, Rename] = {
         keeps=r"(embeddings|encoder|final_layer_norm|head)\b",
         sign=r"text_model\.",
         about=r" (\w*TextModel)?$",
+        since="5.6",
     ),
     # ViT, DeiT and BEiT, with and without a head's class around them.
     "vit-v5": Rename(
@@ -93,6 +93,7 @@ RENAMES: dict[str, Rename] = {
         keeps=r"(\w+\.)?(layers\.|embeddings\.|pooler\.|layernorm$)|\w*classifier$",
         sign=_VIT_LAYER + r"attention\.attention\.",
         about=r"^(?!.*(?i:dinov2))",
+        since="5.9",
     ),
     "dinov2-v5": Rename(
         old="the DINOv2 of transformers 4",
@@ -106,6 +107,7 @@ RENAMES: dict[str, Rename] = {
         keeps=r"(\w+\.)?(encoder\.layer\.\d+\.(attention\.[qkvo]_proj$|mlp\.fc[12]$)|embeddings\.|layernorm$)|classifier$",
         sign=_DINO_LAYER + r"attention\.",
         about=r"(?i)dinov2",
+        since="5.18",
     ),
 }
 

@@ -23,9 +23,9 @@ from tests.support import models
 from tests.support.families import FAMILIES, IMAGE, WIDTH
 from tests.support.models import difference
 from tests.support.refused import refused
-from tests.support.versions import V5
+from tests.support.versions import STREAMS, TRANSFORMERS
 
-pytestmark = pytest.mark.skipif(not V5, reason="the new names are those of transformers 5")
+pytestmark = pytest.mark.skipif(not STREAMS, reason="the first new names are those of transformers 5.6")
 TA = DCMergeAdapter(method="ta")
 
 
@@ -44,6 +44,7 @@ BASES: dict[str, tuple[str, Callable[[], Any], Mapping[str, Any]]] = {
     "dinov2": ("dinov2-v5", FAMILIES["dinov2"].build, VIT),
     "llava": ("llava-v5", FAMILIES["llava"].build, {"target_modules": ["q_proj", "linear_1", "lm_head"]}),
 }
+NEW = [name for name, (rename, *_) in BASES.items() if RENAMES[rename].since <= TRANSFORMERS]
 
 
 @cache
@@ -71,7 +72,7 @@ def old_names(model: nn.Module, folder: Path, prefix: str) -> dict[str, str]:
 PREFIX = {"clip-vision-v5": "vision_model.", "clip-text-v5": "text_model."}
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", NEW)
 def test_rules_agree_with_transformers(tmp_path: Path, name: str) -> None:
     """Every linear layer and convolution gets the name that transformers itself gives its weight, and keeps it then."""
     rename, model = RENAMES[BASES[name][0]], base(name)
@@ -113,7 +114,16 @@ def old_adapters(name: str, folder: Path, **fields: Any) -> tuple[Any, list[Path
     return model, folders
 
 
-@pytest.mark.parametrize("name", BASES)
+def old_adapters_of_a_base(name: str, folder: Path) -> list[Path]:
+    """The same that name their base model, which tells a DINOv2 from a ViT."""
+    _, folders = old_adapters(name, folder)
+    for path in folders:
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": f"org/{name}-base"}))
+    return folders
+
+
+@pytest.mark.parametrize("name", NEW)
 def test_merged_adapter_loads_under_new_names(tmp_path: Path, name: str) -> None:
     """With its rename, a merge of old adapters loads by plain PEFT without a warning, with the exact sum in every module;
     added to the model or fused, it is the same."""
@@ -134,15 +144,12 @@ def test_merged_adapter_loads_under_new_names(tmp_path: Path, name: str) -> None
         assert difference(change.detach(), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", NEW)
 def test_the_rename_is_pointed_out(tmp_path: Path, name: str) -> None:
     """Without it: a remark when planning and a warning when merging; in a model at hand, an error that names it, and
     nothing changes."""
     rename = BASES[name][0]
-    _, folders = old_adapters(name, tmp_path)
-    for path in folders:  # what tells a DINOv2 from a ViT
-        config = json.loads((path / "adapter_config.json").read_text())
-        (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": f"org/{name}-base"}))
+    folders = old_adapters_of_a_base(name, tmp_path)
     (remark,) = TA.plan(folders).remarks
     for word in ("'sentiment', 'topic'", RENAMES[rename].old, f"rename='{rename}'", f"--rename {rename}"):
         assert word in remark
@@ -158,6 +165,16 @@ def test_the_rename_is_pointed_out(tmp_path: Path, name: str) -> None:
         with refused(OutputError, "has no module", *hint):
             TA.fuse(model, folders)
     assert all(torch.equal(value, base(name).state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_no_rename_to_names_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Version 5 has changed names bit by bit: one that has the old ones still needs no rename to load what has them."""
+    folders = old_adapters_of_a_base(name, tmp_path)
+    since = RENAMES[BASES[name][0]].since
+    for installed, said in ((since + ".0", 1), ("5.5.4", 0 if since > "5" else 1)):
+        monkeypatch.setattr("dc_merge_peft.sources.renamed.version", lambda _, installed=installed: installed)
+        assert len(TA.plan(folders).remarks) == said
 
 
 def test_a_rename_that_does_not_fit(tmp_path: Path) -> None:

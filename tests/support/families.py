@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.support.models import VOCAB, seeded
 from tests.support.unet import UNet
-from tests.support.versions import V5
+from tests.support.versions import TRANSFORMERS
 
 IDS = torch.tensor([[5, 9, 2, 30, 7, 1]])
 PIXELS = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -71,8 +71,13 @@ def llava_config() -> Any:
 _T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
 _CLIP_TARGETS = {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
-_VIT = ["q_proj", "v_proj", "fc1", "fc2"] if V5 else ["query", "value", "intermediate.dense", "output.dense"]
-_DINO = ["q_proj", "v_proj", "fc1", "fc2"] if V5 else ["query", "value", "fc1", "fc2"]
+# Version 5 of transformers has other names for the modules of some vision models, since these releases.
+_VIT = (
+    ["q_proj", "v_proj", "fc1", "fc2"]
+    if TRANSFORMERS >= "5.9"
+    else ["query", "value", "intermediate.dense", "output.dense"]
+)
+_DINO = ["q_proj", "v_proj", "fc1", "fc2"] if TRANSFORMERS >= "5.18" else ["query", "value", "fc1", "fc2"]
 
 TEXT = {"input_ids": IDS}
 FAMILIES: dict[str, Family] = {
@@ -115,7 +120,7 @@ FAMILIES: dict[str, Family] = {
         _model("ViTForImageClassification", _config("ViTConfig", **WIDTH, **IMAGE)),
         {"pixel_values": PIXELS},
         {"target_modules": [*_VIT, "projection"]},
-        9 if V5 else 11,  # "output.dense" is the end of "attention.output.dense", too
+        9 if TRANSFORMERS >= "5.9" else 11,  # "output.dense" is the end of "attention.output.dense", too
     ),
     "dinov2": Family(
         _model("Dinov2Model", _config("Dinov2Config", **WIDTH, **IMAGE)),

@@ -11,14 +11,15 @@ from torch.torch_version import TorchVersion
 
 from dc_merge_peft.sources.files import SAFE_PICKLES
 
-# Version 5 of transformers spells the modules of some vision models in another way.
+# Version 5 of transformers has experts as parameters.
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 
 # For comparisons with text, as PEFT < "0.19".
 PEFT = TorchVersion(peft.__version__)
+TRANSFORMERS = TorchVersion(transformers.__version__)
 
 # A full model is read tensor by tensor only where transformers tells how, as it does since version 5.6.
-STREAMS = TorchVersion(transformers.__version__) >= "5.6"
+STREAMS = TRANSFORMERS >= "5.6"
 needs_v5 = pytest.mark.skipif(not STREAMS, reason="older transformers does not say how it names what it loads")
 
 # An older PyTorch can't read pickles safely, and then they are refused.
