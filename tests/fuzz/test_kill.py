@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.kill import KINDS, kill_runs
+from tests.support.versions import needs_v5
 
 
-@pytest.mark.parametrize("command", ["merge", "fuse --resume", "merge-full --resume"])
+@pytest.mark.parametrize(
+    "command", ["merge", *(pytest.param(name, marks=needs_v5) for name in ("fuse --resume", "merge-full --resume"))]
+)
 def test_killed_at_random_moments(tmp_path: Path, command: str) -> None:
     """Runs over an output that exists: it is as before or complete, and the next run leaves nothing beside it."""
     seen = kill_runs(tmp_path, command, 8, random.Random(1), exists=True)

@@ -200,7 +200,7 @@ def test_tensors_are_what_they_hold(tmp_path: Path, name: str) -> None:
 FILLING = {
     "bytearray": Call(bytearray, 1 << 34),
     "a tensor moved": Call(
-        torch._utils._rebuild_device_tensor_from_cpu_tensor, Call(torch.FloatTensor, 4, 1 << 30), torch.float64, "cpu", False
+        getattr(torch._utils, "_rebuild_device_tensor_from_cpu_tensor", None), Call(torch.FloatTensor, 4, 1 << 30), torch.float64, "cpu", False
     ),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from tests.reproduce.test_vision_table import small_table
 from tests.support.clip import write_adapter
 from tests.support.hub_server import HubServer, hub_server, point_client_at
 from tests.support.refused import listing
+from tests.support.versions import needs_hub_client
 
 CLIP, ADAPTER = "org/clip", "org/sst2"
 OLD, NEW = "a" * 40, "b" * 40
@@ -62,6 +63,7 @@ def test_lists(tmp_path: Path) -> None:
             listed(file)
 
 
+@needs_hub_client
 def test_commits_of_models(hub: HubServer, tmp_path: Path) -> None:
     """A tag, the newest, and one that is not there; what is loaded is of that commit."""
     first, second = (commit.sha for commit in hub.commits(ADAPTER)[-2:])
@@ -86,6 +88,7 @@ def test_commits_of_data_sets() -> None:
         commit_of(data, "org/data, test", NEW)
 
 
+@needs_hub_client
 def test_from_the_record_again(
     hub: HubServer, data: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
