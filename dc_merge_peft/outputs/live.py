@@ -116,7 +116,9 @@ def install_in_tuner(
         tuner.peft_config[adapter_name] = config
         # What stands outside the factors is copied.
         empty = not result.extras.values and not (_FILLED and isinstance(tuner, MixedModel))
-        with _readable_refusals(config), _without_numbers(empty), _trainable_later(tuner):
+        # What is drawn at random is replaced at once, and is none of the program's own draws.
+        chance = torch.random.fork_rng(devices=[])
+        with chance, _readable_refusals(config), _without_numbers(empty), _trainable_later(tuner):
             tuner.inject_adapter(tuner.model, adapter_name)
         write_factors(result, tuner.model, adapter_name)
         write_extras(result, tuner.model, adapter_name)

@@ -31,14 +31,15 @@ def two(build: Any, fields: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("policy", ["average", "topic"])
 @pytest.mark.parametrize(("build", "fields"), KINDS.values(), ids=KINDS)
 def test_one_adapter_computes_the_same(build: Any, fields: dict[str, Any], policy: str) -> None:
-    """A merged copy of one adapter, once active, gives that adapter's outputs; until then nothing changes."""
+    """A merged copy of one adapter, once active, gives that adapter's outputs; until then nothing changes, chance included."""
     model = two(build, fields)
     model.set_adapter("topic")
     expected = models.output(model)
     model.set_adapter("sentiment")
-    before, output = state(model), models.output(model)
+    before, output, chance = state(model), models.output(model), torch.get_rng_state()
     model.add_weighted_adapter(["topic"], [1.0], "new", combination_type="ta", extras=policy)
     same(state(model), before, new="new")
+    assert torch.equal(torch.get_rng_state(), chance)
     assert torch.equal(models.output(model), output)
     model.set_adapter("new")
     assert difference(models.output(model), expected) < 1e-5 < difference(output, expected)
