@@ -13,17 +13,15 @@ from dc_merge_peft.statistics.watching import active_adapter, has_adapters, tune
 def delta_norms(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
     """Frobenius norms of the active adapter's deltas, LoRA scaling folded in, by the path of the layer.
 
-    Empty where they can't be told from the adapter alone: a model without adapters, DoRA, an adapter that is merged into the base
-    weights at the moment.
+    Empty where they can't be told from the adapter alone: a model without adapters or with injected ones, DoRA, an adapter that is merged
+    into the base weights at the moment.
     """
     if not has_adapters(model):
         return {}
     from dc_merge_peft.sources.live import LiveSource
-    from dc_merge_peft.sources.live_model import LiveModel
 
-    tuner, inner = tuner_and_model(model)
     try:
-        source = LiveSource(tuner, active_adapter(model), LiveModel.of(inner))
+        source = LiveSource(tuner_and_model(model)[0], active_adapter(model))
         return {path: source.factors(path).norm() for path in paths if path in source.modules}
     except MergeError:
         return {}

@@ -74,17 +74,15 @@ def test_an_adapter_that_was_rounded_is_the_same(name: str, prepared: Prepared, 
 
 
 def test_norms_are_those_of_the_deltas(prepared: Prepared) -> None:
-    """By layer, the scaling folded in, through every door to a model; of layers that were asked for alone."""
+    """By layer, the scaling folded in, of a PeftModel and its tuner; of layers that were asked for alone."""
     kept = statistics.load(prepared.files["fisher"][0]).delta_norms
     expected = {path: float(delta.norm()) for path, delta in models.deltas(prepared.model, "math").items()}
     assert kept == pytest.approx(expected, rel=1e-6) and len(kept) == 4
 
     fields = {"r": 2, "target_modules": ["q_proj"]}
-    wrapped, injected = models.with_lora(models.llama(), {"math": fields}), models.llama()
-    inject_adapter_in_model(LoraConfig(**fields), injected, "math")
-    models.randomize(injected, "math", 10)
+    wrapped = models.with_lora(models.llama(), {"math": fields})
     expected = {path: float(delta.norm()) for path, delta in models.deltas(wrapped, "math").items()}
-    for model in (wrapped, wrapped.base_model, injected):
+    for model in (wrapped, wrapped.base_model):
         few = statistics.input_grams(model, [{"input_ids": models.IDS}], modules=["0.self_attn.q_proj"])
         (path,) = few.tensors
         assert few.delta_norms == pytest.approx({path: expected[path]}, rel=1e-5)
@@ -95,8 +93,9 @@ def test_what_has_no_norms_is_taken(prepared: Prepared, tmp_path: Path) -> None:
     merged = models.with_lora(models.bert_classifier(), {"math": FIELDS})
     merged.merge_adapter()
     dora = models.with_lora(models.bert_classifier(), {"math": {**FIELDS, "use_dora": True}})
-    plain = models.bert_classifier()
-    for model, modules in ((merged, None), (dora, None), (plain, ["query", "value"])):
+    plain, injected = models.bert_classifier(), models.bert_classifier()
+    inject_adapter_in_model(LoraConfig(**FIELDS), injected, "math")
+    for model, modules in ((merged, None), (dora, None), (injected, None), (plain, ["query", "value"])):
         assert statistics.input_grams(model, [batch(0)], modules=modules).delta_norms == {}
 
     older = []
