@@ -12,6 +12,7 @@ from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
+from dc_merge_peft.sources.opening import listed
 from dc_merge_peft.tuning.evaluation import Evaluate
 
 if TYPE_CHECKING:
@@ -127,10 +128,9 @@ def from_model(
     """The sources, of which names of the model's own adapters are read from there.
 
     Raises:
-        OptionError: a name that is both an adapter of the model and a directory.
+        OptionError: a name that is both an adapter of the model and a directory; what :func:`listed` refuses.
     """
-    if isinstance(sources, (str, Path)):
-        raise OptionError(f"found the single adapter {str(sources)!r}: expected a list of adapters")
+    sources = listed(sources)
     tuner: Any = None if model is None else tuner_of(model)
     if tuner is None:
         return tuple(sources)

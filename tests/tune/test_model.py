@@ -173,6 +173,8 @@ def test_refused(workspace: Path) -> None:
         tune(NAMES, lambda found: 0.0, model=models.gpt2())
     with refused(OptionError, "found the single adapter 'math-lora': expected a list of adapters"):
         tune("math-lora", lambda found: 0.0)
+    with refused(OptionError, "found a set of adapters"):
+        tune({"math-lora", "code-lora"}, lambda found: 0.0)  # type: ignore[arg-type]
     for merger in ("ta", DCMergeAdapter):
         with refused(OptionError, f"merger is {merger!r}", "expected a DCMergeAdapter"):
             tune(NAMES, lambda found: 0.0, merger=merger)  # type: ignore[arg-type]
