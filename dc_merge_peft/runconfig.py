@@ -249,8 +249,7 @@ def printable_yaml(record: Mapping[str, Any]) -> str:
 
 
 def run_record(result: MergeResult) -> dict[str, Any]:
-    """The exact configuration that made ``result``, in the form :meth:`RunConfig.read` takes, and under ``record`` what
-    came of it. No time, so that the same merge gives the same bytes."""
+    """What made ``result``, as :meth:`RunConfig.read` takes it, and under ``record`` what came of it; no time: the same merge, the same bytes."""
     full, places = result.full, tuple(info.whole_location for info in result.adapters)
     config = RunConfig(
         adapters=() if full else places,

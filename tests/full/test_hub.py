@@ -17,9 +17,9 @@ from tests.support.fused import tensors
 from tests.support.hub_adapters import MERGED, adapter_hub
 from tests.support.hub_server import HubServer, point_client_at
 from tests.support.refused import listing, refused
-from tests.support.versions import needs_v5
+from tests.support.versions import needs_hub_client, needs_v5
 
-pytestmark = needs_v5
+pytestmark = [needs_v5, needs_hub_client]
 TA = DCMergeAdapter(method="ta", alpha=0.5)
 
 
