@@ -72,6 +72,15 @@ def test_benchmark_of_other_programs(tmp_path: Path) -> None:
     assert same["error_of_dc_merge"] < 0.02 and same["error"] < 0.02 and same["equal_share"] > 0.5
 
 
+def test_benchmark_of_full_models(tmp_path: Path) -> None:
+    """The exact sum to bfloat16's rounding of the weights, and every method that is there."""
+    found = results("full_models", tmp_path, "--hidden", "64")
+    assert [(run["method"], run["program"]) for run in found["runs"]] == [
+        (name, "dc-merge") for name in ("ta", "ties", "dc")
+    ]
+    assert 0 < found["errors"]["dc-merge"] < 0.05 and set(found["floor_seconds"]) == {"read", "sums", "write"}
+
+
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Gives programs of ``examples/benchmarks`` as modules, which go again: their names are common ones."""

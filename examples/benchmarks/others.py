@@ -29,9 +29,8 @@ import yaml
 from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.inputs import Shapes, write_adapters, write_base
 from common.process import DC_MERGE, Run, helper, measured
+from common.stored import tensor, tensors
 from common.tables import Goal, goals, markdown, megabytes, seconds, times
-from safetensors import safe_open
-from torch import Tensor
 
 QUICK = {"layers": [1, 2], "hidden": 128, "shard": "10MB", "repeat": 1}
 LARGE = 6_738_415_616  # parameters of Llama-2-7B
@@ -56,21 +55,6 @@ def commands(base: Path, adapters: list[Path], out: Path, args: argparse.Namespa
         flags = ["--no-copy-tokenizer", "--out-shard-size", "300M", "--quiet"]
         words["mergekit"] = [program, recipe, out, "--lora-merge-cache", base.parent / "cache", *flags]
     return words
-
-
-def tensors(folder: Path) -> dict[str, Path]:
-    """The file of every tensor."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found.update(dict.fromkeys(opened.keys(), file))
-    return found
-
-
-def tensor(places: dict[str, Path], name: str) -> Tensor:
-    """One of them."""
-    with safe_open(places[name], framework="pt") as opened:
-        return opened.get_tensor(name)
 
 
 def equality(base: Path, adapters: list[Path], first: Path, other: Path, modules: list[str]) -> dict[str, float]:

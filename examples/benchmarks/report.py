@@ -21,7 +21,7 @@ from common.marks import all_rewritten
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs/performance.md"
 RESULTS = ROOT / "docs/performance"
-BENCHMARKS = ("factor_space", "merge_process", "fuse", "others", "growth")
+BENCHMARKS = ("factor_space", "merge_process", "fuse", "others", "full_models", "growth")
 
 
 def saved(name: str) -> Outcome:
@@ -50,7 +50,7 @@ def rendered(page: str) -> str:
 def run(name: str, mergekit_python: str | None) -> None:
     """Measure and save. What the benchmark says on its way is seen."""
     command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--json"]
-    if name == "others" and mergekit_python:
+    if name in ("others", "full_models") and mergekit_python:
         command += ["--mergekit-python", mergekit_python]
     outcome = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     outcome["settings"].pop("mergekit_python", None)  # a place of this machine
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--run", nargs="*", choices=BENCHMARKS, metavar="NAME", help="measure these; all if none is named"
     )
-    parser.add_argument("--mergekit-python", metavar="PATH", help="for others.py")
+    parser.add_argument("--mergekit-python", metavar="PATH", help="for others.py and full_models.py")
     args = parser.parse_args()
     if args.run is not None:
         for name in args.run or BENCHMARKS:

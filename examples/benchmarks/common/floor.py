@@ -48,6 +48,19 @@ def added_products(shapes: Shapes, k: int) -> float:
     return seconds
 
 
+def added_models(shapes: Shapes, count: int) -> float:
+    """Seconds to add up so many bfloat16 models and their base model in float32, matrix by matrix, and to round the sum."""
+    seconds = 0.0
+    for m, n in shapes.values():
+        stored, wide, total = torch.zeros(m, n, dtype=torch.bfloat16), torch.zeros(m, n), torch.zeros(m, n)
+        start = time.perf_counter()
+        for _ in range(count + 1):
+            total.add_(wide.copy_(stored))
+        stored.copy_(total)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
 def side_products(shapes: Shapes, k: int, dtype: torch.dtype) -> float:
     """Seconds for two products a side of every module: the k x k Gram matrix of (m, k) columns, and (m, k) x (k, k).
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, int]]  # (m, n) by module
@@ -105,3 +106,20 @@ def write_base(folder: Path, layers: int, hidden: int, shard: str) -> tuple[Shap
         if name.endswith(LINEAR) and isinstance(module, torch.nn.Linear)
     }
     return shapes, sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_models(folder: Path, base: Path, count: int) -> list[Path]:
+    """As many models as if fine-tuned from a base model on disk: every number of theirs is a little off; the same each time."""
+    made = []
+    for number in range(count):
+        place = folder / f"model-{number}"
+        shutil.copytree(base, place)
+        generator = torch.Generator().manual_seed(number + 1)
+        for file in sorted(place.glob("*.safetensors")):
+            weights = load_file(file)
+            for name, weight in weights.items():
+                change = torch.randn(weight.shape, generator=generator) * 0.002
+                weights[name] = (weight.float() + change).to(weight.dtype)
+            save_file(weights, file, {"format": "pt"})
+        made.append(place)
+    return made
