@@ -6,6 +6,9 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @contextmanager
@@ -25,8 +28,13 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def large_pages() -> None:
-    """Let torch ask the system for memory in pages of 2 MB where it can (Linux), unless the environment says otherwise. A matrix of some MB is
-    new memory each time, and of it in pages of 4 KB the first touch takes several times as long as the arithmetic. Torch looks at this
-    once, when it first needs memory."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+def large_pages(system: Path = _LARGE_PAGES) -> None:
+    """Let torch ask the system for memory in pages of 2 MB, unless the environment says otherwise. A matrix of some MB is new memory each
+    time, and in pages of 4 KB the first touch of it takes several times as long as the arithmetic. Torch looks at this once, when
+    it first needs memory.
+
+    Args:
+        system: What Linux has where it knows such pages; without it torch would ask in vain, and warn.
+    """
+    if system.is_dir():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

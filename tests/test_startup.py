@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dc_merge_peft.startup import uncollected
+from dc_merge_peft.startup import large_pages, uncollected
 
 # What a process finds before and after the import, and after a cycle that the collector alone can free.
 PROGRAM = """
@@ -66,6 +67,7 @@ def test_collector_is_back_after_an_import_that_fails() -> None:
     assert [*seen, gc.isenabled()] == [False, True]
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the system knows no large pages")
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
 def test_the_program_asks_for_large_pages(given: str | None, expected: str) -> None:
     """Before torch needs any memory, and unless the user has said otherwise; importing the package asks for nothing."""
@@ -79,3 +81,11 @@ def test_the_program_asks_for_large_pages(given: str | None, expected: str) -> N
     environment |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment)
     assert found.stdout.split() == [str(given), expected]
+
+
+def test_nothing_is_asked_of_a_system_without_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would warn that it got none."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")  # so that it is as before in the end
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    large_pages(tmp_path / "none")
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
