@@ -199,10 +199,12 @@ def work_place(
 
 
 def _refuse_nested(folder: Path, out: str | Path | None) -> None:
-    if out is None:
-        return
-    target, place = (Path(os.path.realpath(Path(path).expanduser())) for path in (out, folder))
-    if target.is_relative_to(place) or place.is_relative_to(target):
+    nested = False
+    if out is not None and str(out).strip():
+        with suppress(OSError, RuntimeError, ValueError):  # no path here, which is said where it is to be written
+            target, place = (Path(os.path.realpath(Path(path).expanduser())) for path in (out, folder))
+            nested = target.is_relative_to(place) or place.is_relative_to(target)
+    if nested:
         raise OptionError(
             f"the folder '{folder}' for finished modules and the output '{out}' lie in each other: expected a folder of its own, which is "
             "deleted in the end; choose another, or leave it to be made beside the output (resume=True)"

@@ -144,6 +144,18 @@ def test_outputs_in_it(tmp_path: Path, out: str, work: str) -> None:
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("out", ["", "a\0b", "~nobody-of-this-name/out"])
+def test_outputs_of_no_path_beside_it(tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused as without a folder: where one was named they were compared with it, which ended in a ValueError."""
+    sources = many_modules(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(OutputError, match=r"empty name|can't be used"),
+        DCMergeAdapter().merging(sources, out=out, resume="work") as merged,
+    ):
+        merged.save_pretrained(out)
+
+
 def test_saved_into_it(tmp_path: Path) -> None:
     """The same in the block of a merge, which does not know before where its result goes. It goes on with another place."""
     sources, work = many_modules(tmp_path, 2), tmp_path / "work"
