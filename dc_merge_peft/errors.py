@@ -100,7 +100,7 @@ def warn(text: str) -> None:
     """A :class:`MergeWarning` at the line that called the library. Python shows the same one once a line: said at a line of torch's
     decorators it would be shown for the first merge alone."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, MergeWarning, stacklevel=level)
 

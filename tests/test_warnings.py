@@ -28,3 +28,11 @@ def test_a_line_is_warned_once() -> None:
         model.add_weighted_adapter(["sentiment", "topic"], [1.0, 1.0], "both", combination_type="ties_dw")
     assert all("works on the entries of dW" in str(warning.message) for warning in said)
     assert [(warning.category, warning.filename) for warning in said] == [(MergeWarning, __file__)] * 5
+
+
+def test_a_line_of_no_module() -> None:
+    """Programs that run others' text may give it no name of a module; Python shows no warnings there, and the merge goes on."""
+    sources = memory_sources({"layers.0.q": random_tasks(0, (9, 8), (2, 2))})
+    names = {"__name__": None, "sources": sources, "merger": DCMergeAdapter(method="ties")}
+    exec("merged = merger.merge(sources)", names)
+    assert "works on the entries of dW" in names["merged"].remarks[0]
