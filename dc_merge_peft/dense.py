@@ -106,8 +106,10 @@ class Dense:
 
     def norm(self) -> float:
         """Frobenius norm, in float64."""
-        blocks = (self.rows(rows).to(torch.float64) for rows in row_blocks(self.shape, CACHED))
-        return math.hypot(*(float(torch.linalg.norm(block)) for block in blocks))
+        blocks = row_blocks(self.shape, CACHED if self.device.type == "cpu" else BLOCK)
+        norms = [torch.linalg.norm(self.rows(rows).to(torch.float64)) for rows in blocks]
+        # One look at all of them: on a GPU each waits for what was asked before.
+        return math.hypot(*(torch.stack(norms).tolist() if norms else ()))
 
     def moments(self) -> tuple[float, float]:
         """``||dW||_F^2`` and ``||dW||_4^4 = ||dW^T dW||_F^2``, the sums of the squares and of the fourth powers of the singular values.

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dc_merge_peft import dense as dense_module
 from dc_merge_peft import filed_dense as filed_module
@@ -24,6 +25,16 @@ from .test_no_dense import LargestTensor
 def matrix(m: int, n: int, seed: int = 0) -> Tensor:
     """Float32 numbers."""
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a number becomes one of Python's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_only_matrices() -> None:
@@ -101,6 +112,15 @@ def test_widened_numbers_are_those_of_a_float64_copy(transposed: bool, monkeypat
     assert torch.equal(found.to(torch.float32).W, stored) and torch.equal(found.to(torch.float64).W, copy.W)
     assert found.norm() == pytest.approx(copy.norm(), rel=1e-6)
     assert copy.norm() == pytest.approx(float(torch.linalg.norm(copy.W)), rel=1e-15)
+
+
+def test_a_norm_takes_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU waits at each; there were hundreds in the largest layers."""
+    monkeypatch.setattr(dense_module, "CACHED", 14)
+    W, looks = matrix(9, 7), Looks()
+    with looks:
+        norm = Dense(W).norm()
+    assert looks.count <= 1 and norm == pytest.approx(float(torch.linalg.norm(W.double())), rel=1e-14)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
