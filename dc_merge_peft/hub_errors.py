@@ -75,6 +75,12 @@ def retry_after(error: BaseException) -> float | None:
     return float(text) if text.isdecimal() else None
 
 
+def try_again(error: BaseException) -> str:
+    """When, in words: after the seconds that the Hub asks to wait, or later."""
+    wait = retry_after(error)
+    return f"try again {f'in {wait:.0f} seconds' if wait else 'later'}"
+
+
 def connection_broke(error: BaseException) -> bool:
     """Whether the network failed on the way, so that the Hub may or may not have done what it was asked."""
     return any(

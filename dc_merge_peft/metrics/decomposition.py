@@ -7,7 +7,7 @@ import torch
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.linalg import SVD
-from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.lowrank import LowRank, all_finite
 
 
 def triplets(delta: Delta) -> SVD:
@@ -44,7 +44,7 @@ def refuse_not_finite(*deltas: Delta) -> None:
     refuse_strangers(*deltas)
     for delta in deltas:
         parts = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.W,)
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        if not all(map(all_finite, parts)):
             raise OptionError(
                 f"found NaN or Inf in a delta of shape {tuple(delta.shape)}: expected finite numbers; check the adapter, or the "
                 "dtype that it was converted to"

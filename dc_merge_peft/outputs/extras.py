@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dc_merge_peft.errors import OutputError
 from dc_merge_peft.layout import LEVEL
+from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.extras import LORA_BIAS_NAME
 
@@ -91,7 +92,7 @@ def lora_biases(result: MergeResult) -> Mapping[str, Tensor]:
         value = found.get(name)
         bias = torch.zeros(module.delta.shape[0], dtype=torch.float32) if value is None else value
         biases[name] = bias.to(result.dtype)
-        if not bool(torch.isfinite(biases[name]).all()):
+        if not all_finite(biases[name]):
             raise OutputError(
                 f"the bias on lora_B of '{name}' does not fit into {result.dtype}: expected numbers below "
                 f"{torch.finfo(result.dtype).max:.3g}; write float32 or bfloat16"

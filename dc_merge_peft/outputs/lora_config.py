@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from dc_merge_peft.errors import OutputError, preview
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.lowrank import LowRank, is_ordinary
+from dc_merge_peft.lowrank import LowRank, all_finite, is_ordinary
 from dc_merge_peft.outputs.extras import extra_fields, has_head
 from dc_merge_peft.outputs.targets import Resolve, choose_targets, full_paths, too_long
 from dc_merge_peft.padding import LARGEST_PADDING, beyond_patterns, pattern_path
@@ -161,7 +161,7 @@ class StoredLayer:
                 f"the merged factors of '{self.layer}' are all zero in {result.dtype}, at alpha {result.alpha:.3g}: expected an adapter "
                 "that does something; use a larger alpha or weights, or a wider dtype"
             )
-        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+        if not (all_finite(A) and all_finite(B)):
             remedy = "write float32 or bfloat16" if result.dtype == torch.float16 else "use smaller weights or alpha"
             raise OutputError(
                 f"the merged factors of '{self.layer}' do not fit into {result.dtype}: expected numbers below "

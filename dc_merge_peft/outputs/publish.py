@@ -15,7 +15,7 @@ from dc_merge_peft.hub_errors import (
     in_words,
     own_file,
     patiently,
-    retry_after,
+    try_again,
 )
 from dc_merge_peft.hub_errors import secrets as tokens_in_use
 from dc_merge_peft.work.standing import note_upload
@@ -167,8 +167,7 @@ def _remedy(error: Exception) -> str:
             "--create-pr)"
         )
     if status == 429:
-        wait = retry_after(error)
-        return f"the Hub asks to slow down: try again {f'in {wait:.0f} seconds' if wait else 'later'}"
+        return f"the Hub asks to slow down: {try_again(error)}"
     if status is None or status >= 500:
         return "expected the Hub to answer: nothing was changed, try again later"
     return "expected the Hub to take the files: nothing was changed"

@@ -16,8 +16,8 @@ from dc_merge_peft.hub_errors import (
     in_words,
     own_file,
     patiently,
-    retry_after,
     secrets,
+    try_again,
     words_of_the_hub,
 )
 from dc_merge_peft.sources.contents import CONFIG_FILE, WEIGHT_FILES, instead_of_directory
@@ -205,8 +205,7 @@ def failure_in_words(error: BaseException, wanted: HubId, known: tuple[str, ...]
         words = f"(status {status})" + (f", saying '{said}'" if said else "")
         if status in (401, 403):
             return f"the Hub refuses {wanted} {words}: log in with `hf auth login`, with a token that may read it"
-        wait = retry_after(error)
-        return f"the Hub could not deliver {wanted} {words}: try again {f'in {wait:.0f} seconds' if wait else 'later'}"
+        return f"the Hub could not deliver {wanted} {words}: {try_again(error)}"
     if (reason := own_file(error)) is not None:
         return f"the Hub repository {wanted} can't be read: {reason}"
     if any(isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for e in chain):

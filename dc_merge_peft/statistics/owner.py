@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from dc_merge_peft.errors import MergeError
-from dc_merge_peft.statistics.watching import active_adapter, has_adapters, tuner_and_model
+from dc_merge_peft.statistics.watching import active_adapter, has_adapters
 
 
 def delta_norms(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
@@ -21,7 +21,7 @@ def delta_norms(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
     from dc_merge_peft.sources.live import LiveSource
 
     try:
-        source = LiveSource(tuner_and_model(model)[0], active_adapter(model))
+        source = LiveSource(model, active_adapter(model))
         return {path: source.factors(path).norm() for path in paths if path in source.modules}
     except MergeError:
         return {}

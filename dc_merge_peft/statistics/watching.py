@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError, UnsupportedAdapterError, preview, unknown_name
 from dc_merge_peft.layers import delta_shape, layer_layout
 from dc_merge_peft.layout import Layout
+from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.sources.targeting import ends_in
 
 
@@ -85,10 +85,15 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         OptionError: several active adapters, or none.
     """
+    from peft.tuners.tuners_utils import BaseTuner
+
     from dc_merge_peft.sources.live_model import LiveModel
 
+    # A PeftModel, its tuner, or a model into which adapters were injected.
+    inside: Any = getattr(model, "base_model", None)
+    tuner: Any = inside if isinstance(inside, BaseTuner) else model
     adapter = active_adapter(model)
-    layers: Any = LiveModel.of(tuner_and_model(model)[1]).layers(adapter)
+    layers: Any = LiveModel.of(tuner.model if isinstance(tuner, BaseTuner) else tuner).layers(adapter)
     if not layers:
         raise OptionError(f"adapter '{adapter}' has no LoRA layers in the model: expected at least one; was it loaded?")
     off = [path for path, layer in layers.items() if layer.disable_adapters]
@@ -113,15 +118,6 @@ def active_adapter(model: nn.Module) -> str:
             f"found {len(active)} active adapters ({preview(active)}): expected the one whose data this is; call set_adapter first"
         )
     return active[0]
-
-
-def tuner_and_model(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """What has the ``peft_config`` and what has the layers, of a PeftModel, its tuner, or a model into which adapters were injected."""
-    from peft.tuners.tuners_utils import BaseTuner
-
-    inside: Any = getattr(model, "base_model", None)
-    tuner: Any = inside if isinstance(inside, BaseTuner) else model
-    return tuner, tuner.model if isinstance(tuner, BaseTuner) else tuner
 
 
 @contextmanager
@@ -161,7 +157,7 @@ def refuse_spoilt(path: str, values: Tensor) -> None:
     Raises:
         SourceError: they are not.
     """
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise SourceError(
             f"the data makes NaN or Inf at '{path}': expected finite inputs and gradients; compute in float32 or bfloat16, and look "
             "for damaged examples"

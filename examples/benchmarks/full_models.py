@@ -19,15 +19,14 @@ import argparse
 import shutil
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.floor import added_models, read, write
 from common.inputs import Shapes, write_base, write_models
-from common.process import DC_MERGE, Run, helper, measured
+from common.mergekit import mergekit
+from common.process import DC_MERGE, Run, helper, measured, middle
 from common.stored import tensor, tensors
 from common.tables import Goal, goals, markdown, megabytes, seconds, times
 
@@ -47,13 +46,9 @@ def commands(
         words = ["merge-full", base, *models, "-o", out, "--method", method, *options]
         yield method, "dc-merge", [*DC_MERGE, *words, "--max-shard-size", args.shard]
         if args.mergekit_python and theirs:
-            recipe = base.parent / f"{theirs}.yaml"
-            options = {"weight": 1.0} | ({"density": DENSITY} if method == "ties" else {})
-            merged = [{"model": str(model), "parameters": options} for model in models]
-            settings = {"merge_method": theirs, "base_model": str(base), "models": merged, "dtype": "bfloat16"}
-            recipe.write_text(yaml.safe_dump(settings))
-            program = Path(args.mergekit_python).with_name("mergekit-yaml")
-            yield method, "mergekit", [program, recipe, out, "--no-copy-tokenizer", "--quiet"]
+            parameters = {"weight": 1.0} | ({"density": DENSITY} if method == "ties" else {})
+            merged = [{"model": str(model), "parameters": parameters} for model in models]
+            yield method, "mergekit", mergekit(args.mergekit_python, theirs, base, merged, out)
 
 
 def floor(base: Path, models: list[Path], folder: Path, shapes: Shapes) -> dict[str, float]:
@@ -110,15 +105,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "floor_seconds": {part: statistics.median(took[part] for took in least) for part in least[0]},
-        "runs": [{"method": method, "program": program, **_middle(took)} for (method, program), took in runs.items()],
+        "runs": [{"method": method, "program": program, **middle(took)} for (method, program), took in runs.items()],
         "errors": errors,
     }
-
-
-def _middle(took: list[Run]) -> dict[str, Any]:
-    """The run of median time, with the largest memory of all."""
-    middle = sorted(took, key=lambda run: run.seconds)[(len(took) - 1) // 2]
-    return {**asdict(middle), "peak_bytes": max(run.peak_bytes for run in took), "runs": len(took)}
 
 
 def table(outcome: Outcome) -> str:

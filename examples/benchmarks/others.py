@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from common.command import Outcome, conclude, parsed, parser_of, say, scratch
 from common.inputs import Shapes, write_adapters, write_base
-from common.process import DC_MERGE, Run, helper, measured
+from common.mergekit import mergekit
+from common.process import DC_MERGE, Run, helper, measured, middle
 from common.stored import tensor, tensors
 from common.tables import Goal, goals, markdown, megabytes, seconds, times
 
@@ -44,16 +42,9 @@ def commands(base: Path, adapters: list[Path], out: Path, args: argparse.Namespa
         "PEFT": [sys.executable, PEFT_FUSE, base, out, args.shard, *adapters],
     }
     if args.mergekit_python:
-        recipe = base.parent / "mergekit.yaml"
         models = [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}} for adapter in adapters]
-        recipe.write_text(
-            yaml.safe_dump(
-                {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "bfloat16"}
-            )
-        )
-        program = Path(args.mergekit_python).with_name("mergekit-yaml")
-        flags = ["--no-copy-tokenizer", "--out-shard-size", "300M", "--quiet"]
-        words["mergekit"] = [program, recipe, out, "--lora-merge-cache", base.parent / "cache", *flags]
+        flags = ["--lora-merge-cache", base.parent / "cache", "--out-shard-size", "300M"]
+        words["mergekit"] = [*mergekit(args.mergekit_python, "task_arithmetic", base, models, out), *flags]
     return words
 
 
@@ -109,16 +100,7 @@ def one_size(layers: int, largest: bool, args: argparse.Namespace) -> dict[str, 
                     same[name] = beside.apply(equality, (base, adapters, kept, folder / "out", compared))
                 shutil.rmtree(folder / "out")
                 shutil.rmtree(folder / "cache", ignore_errors=True)
-    programs = {
-        name: {
-            **asdict(sorted(took, key=lambda run: run.seconds)[len(took) // 2]),
-            "seconds": statistics.median(run.seconds for run in took),
-            "peak_bytes": max(run.peak_bytes for run in took),
-            "runs": len(took),
-            "same": same.get(name),
-        }
-        for name, took in runs.items()
-    }
+    programs = {name: {**middle(took), "same": same.get(name)} for name, took in runs.items()}
     return {"layers": layers, "parameters": parameters, "programs": programs}
 
 

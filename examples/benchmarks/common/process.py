@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import Any
 
 STARTER = Path(__file__).with_name("starter.py")
 DC_MERGE = (sys.executable, "-m", "dc_merge_peft")
@@ -37,6 +39,16 @@ def measured(command: Sequence[str | Path]) -> Run:
     if code:
         raise SystemExit(f"{' '.join(words[3:])} failed:\n{started.stderr[-3000:]}")
     return Run(seconds, processor_seconds, peak)
+
+
+def middle(took: Sequence[Run]) -> dict[str, Any]:
+    """Several runs of one command as one: the median time, the largest memory."""
+    return {
+        **asdict(sorted(took, key=lambda run: run.seconds)[len(took) // 2]),
+        "seconds": statistics.median(run.seconds for run in took),
+        "peak_bytes": max(run.peak_bytes for run in took),
+        "runs": len(took),
+    }
 
 
 @contextmanager
