@@ -132,7 +132,7 @@ def _skeleton(files: BaseFiles, trust_remote_code: bool) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         kind = model_class(config)
-        with torch.device("meta"), torch.random.fork_rng():
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             if issubclass(kind, transformers.PreTrainedModel):
                 return kind(config)
             return kind.from_config(config, trust_remote_code=trust_remote_code)

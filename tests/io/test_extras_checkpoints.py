@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
 def attention() -> Attention:
     """The same weights each time."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Attention().eval()
 

@@ -101,7 +101,7 @@ class LayerType:
 
     def net(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network with its own fixed weights."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             return Net(self.block).to(dtype).eval()
 

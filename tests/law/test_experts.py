@@ -215,7 +215,7 @@ def test_transposed_parameters_and_matrices(tmp_path: Path) -> None:
     """Parameters stored as (experts, in, out), and 2-d ones beside them, which PEFT takes for a single expert."""
 
     def net() -> Any:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return InOut()
 
@@ -247,7 +247,7 @@ def test_real_mixtures(tmp_path: Path, name: str) -> None:
     kind: type[PreTrainedModel] = getattr(transformers, f"{name}ForCausalLM")
 
     def base() -> Any:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return kind(config).eval()
 

@@ -34,7 +34,7 @@ IDS = torch.tensor([[1, 5, 9, 2, 30, 7]])
 
 def seeded(build: Any, seed: int) -> Any:
     """What ``build`` makes under a seed of its own, in eval mode."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().eval()
 
@@ -71,7 +71,7 @@ def llama(seed: int = 0, *, width: int = 16, layers: int = 2) -> Any:
 
 def resized(model: Any, tokens: int) -> Any:
     """The model with a vocabulary of another size; the new rows are zero."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model.resize_token_embeddings(tokens, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         layer.weight.data[VOCAB:] = 0

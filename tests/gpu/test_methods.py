@@ -1,4 +1,4 @@
-"""The same merge on a GPU, where there is one."""
+"""Every method on a GPU, where there is one; otherwise on one that is simulated."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dc_merge_peft.engine import merge_module, run_merge
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.plan import plan_merge
+from tests.support.gpus import some_gpus
 from tests.support.strategies import dense, memory_sources, random_tasks, rank_deficient, relative
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", METHODS)
 def test_cuda_equals_cpu(name: str) -> None:
     """Every method gives the CPU's result to float32 accuracy, and leaves it on the GPU."""
@@ -21,13 +21,13 @@ def test_cuda_equals_cpu(name: str) -> None:
     tasks, rank = random_tasks(0, (64, 48), (5, 5, 5)), None if name.startswith("iso") else 7
     weights = [1.0, -0.5, 2.0]
     expected, S, _ = merge_module(method_named(name), tasks, weights, rank)
-    found, S_found, _ = merge_module(method_named(name), [task.to("cuda") for task in tasks], weights, rank)
-    assert found.B.device.type == found.A.device.type == "cuda"
-    assert relative(dense(found.to("cpu")), dense(expected)) <= 1e-5
-    assert torch.allclose(S_found.cpu(), S, rtol=1e-5, atol=1e-5 * float(S[0]))
+    with some_gpus():
+        found, S_found, _ = merge_module(method_named(name), [task.to("cuda") for task in tasks], weights, rank)
+        assert found.B.device.type == found.A.device.type == "cuda"
+        assert relative(dense(found.to("cpu")), dense(expected)) <= 1e-5
+        assert torch.allclose(S_found.cpu(), S, rtol=1e-5, atol=1e-5 * float(S[0]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", None])
 @pytest.mark.parametrize("name", ["dc", "ta", "average", "tsvm", "iso_c", "rzf"])
 def test_cuda_stacks_equal_cpu(name: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,18 +39,19 @@ def test_cuda_stacks_equal_cpu(name: str, device: str | None, monkeypatch: pytes
     method, sources = method_named(name), memory_sources(modules)
     plan = plan_merge(sources, method, [1.0, -0.5, 2.0])
     expected = run_merge(plan, sources, method)
-    if device is None:
-        sources = memory_sources({key: [task.to("cuda") for task in tasks] for key, tasks in modules.items()})
-        monkeypatch.setattr("dc_merge_peft.reading.Reader.on_cpu", lambda *_: False)
     stacks, merge = [], Stacker._merge
     monkeypatch.setattr(
         Stacker, "_merge", lambda self, some, *rest: (stacks.append(len(some)), merge(self, some, *rest))
     )
-    found = run_merge(plan, sources, method, device=device)
-    assert stacks == [7, 4] and found.alpha == pytest.approx(expected.alpha, rel=1e-5)
-    for key, module in found.modules.items():
-        assert module.delta.device.type == "cuda" and module.rank == expected.modules[key].rank
-        assert relative(found.delta(key).cpu(), expected.delta(key)) <= 1e-5
+    with some_gpus():
+        if device is None:
+            sources = memory_sources({key: [task.to("cuda") for task in tasks] for key, tasks in modules.items()})
+            monkeypatch.setattr("dc_merge_peft.reading.Reader.on_cpu", lambda *_: False)
+        found = run_merge(plan, sources, method, device=device)
+        assert stacks == [7, 4] and found.alpha == pytest.approx(expected.alpha, rel=1e-5)
+        for key, module in found.modules.items():
+            assert module.delta.device.type == "cuda" and module.rank == expected.modules[key].rank
+            assert relative(found.delta(key).cpu(), expected.delta(key)) <= 1e-5
 
 
 def test_apples_gpu_computes_on_the_cpu() -> None:

@@ -1,0 +1,101 @@
+"""Models on GPUs: merging inside them, fusing them, and what their data says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dc_merge_peft import DCMergeAdapter, statistics
+from tests.support import models
+from tests.support.dora import with_dora
+from tests.support.gpus import some_gpus
+from tests.support.models import difference
+
+NAMES = ["math", "talk"]
+LORA: dict[str, Any] = {"r": 3, "target_modules": ["query", "value"]}
+pytestmark = pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")  # of what these merges leave out
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dc": {"combination_type": "dc"},
+    "ties": {"combination_type": "ties_dw"},
+    "dare": {"combination_type": "dare_ta", "seed": 3},
+    "wudi": {"combination_type": "wudi"},
+    "weak": {"combination_type": "dc", "svd_rank": 2, "alpha": 0.5},
+    "bias": {"combination_type": "dc", "extras": "average", "lora": {"lora_bias": True}},
+    "dora": {"combination_type": "dc", "dora_rank": 6, "lora": {"use_dora": True}},
+}
+
+
+def adapted(lora: dict[str, Any] | None = None) -> Any:
+    """A BERT with two adapters."""
+    fields = {**LORA, **(lora or {})}
+    return (with_dora if "use_dora" in fields else models.with_lora)(models.bert(), dict.fromkeys(NAMES, fields))
+
+
+def merged_inside(model: Any, kind: dict[str, Any]) -> Any:
+    """With a merge that is active."""
+    model.add_weighted_adapter(
+        NAMES, [1.0, 0.5], "both", **{key: value for key, value in kind.items() if key != "lora"}
+    )
+    model.set_adapter("both")
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_merging_inside_a_model(kind: dict[str, Any]) -> None:
+    """The merge is where its model is, and computes what it does on the CPU."""
+    expected = models.output(merged_inside(adapted(kind.get("lora")), kind))
+    with some_gpus() as (*_, gpu):
+        model = merged_inside(adapted(kind.get("lora")).to(gpu), kind)
+        assert {parameter.device for parameter in model.parameters()} == {torch.device(gpu)}
+        found = models.output(model, models.IDS.to(gpu)).cpu()
+    assert difference(found, expected) < 1e-5
+
+
+def test_a_model_on_several_gpus() -> None:
+    """Each layer's merge is where that layer is."""
+    expected = models.deltas(merged_inside(adapted(), KINDS["dc"]), "both")
+    with some_gpus() as gpus:
+        model = adapted()
+        for index, layer in enumerate(model.base_model.model.encoder.layer):
+            layer.to(gpus[index % len(gpus)])
+        merged_inside(model, KINDS["dc"])
+        for name, layer in models.layers(model, "both").items():
+            places = {
+                value.device for value in (layer.lora_A["both"].weight, layer.lora_B["both"].weight, layer.weight)
+            }
+            assert places == {layer.weight.device} and layer.weight.device.type == "cuda"
+            assert difference(models.delta(layer, "both").cpu(), expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_fusing_a_model(tmp_path: Path, elsewhere: bool) -> None:
+    """A merge from files, computed on one GPU or on the CPU, goes into the weights of a model on another."""
+    folders = models.save_adapters(adapted(), tmp_path)
+    expected = models.output(DCMergeAdapter().fuse(models.bert(), folders))
+    with some_gpus() as gpus:
+        model = DCMergeAdapter().fuse(models.bert().to(gpus[-1]), folders, device=gpus[0] if elsewhere else None)
+        assert {parameter.device for parameter in model.parameters()} == {torch.device(gpus[-1])}
+        found = models.output(model, models.IDS.to(gpus[-1])).cpu()
+    assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("collect", [statistics.fisher, statistics.input_grams])
+def test_statistics(collect: Any) -> None:
+    """Batches on the CPU go to the model; what was seen is the same."""
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(1, 40, (6, 5), generator=generator), torch.randint(2, (6,), generator=generator)
+    batch = {"input_ids": ids, "labels": labels}
+
+    def model() -> Any:
+        return models.with_lora(models.bert_classifier(), dict.fromkeys(NAMES, LORA))
+
+    expected = collect(model(), [batch])
+    with some_gpus() as (*_, gpu):
+        found = collect(model().to(gpu), [batch])
+        assert set(found.tensors) == set(expected.tensors)
+        for name, values in expected.tensors.items():
+            assert difference(found.tensors[name].cpu(), values) < 1e-5
