@@ -69,6 +69,7 @@ def merge_one(
     largest = max(abs(weight) * task.norm() for task, weight in zip(seen.tasks, seen.weights, strict=True))
     refuse_overflow(largest, "weighted delta", module.name, method)
     merged = merge(seen)
+    _refuse_misfit(merged, seen, method)
     if space is None and isinstance(merged, LowRank) and merged.rank * sum(merged.shape) > math.prod(merged.shape):
         merged = Dense(merged.dense())  # its factors hold more numbers than it does, and take longer to decompose
     norm = merged.norm()
@@ -86,6 +87,20 @@ def merge_one(
     if space is None:
         return kept.to(torch.float32), merged.svd.S, fit
     return (put_off(space, kept, read) if read else space.expand(kept)), merged.svd.S, fit
+
+
+def _refuse_misfit(merged: object, seen: ModuleTasks, method: Method) -> None:
+    """What a method of somebody's own gives back instead of a delta."""
+    expected = tuple(seen.tasks[0].shape)
+    if isinstance(merged, (LowRank, Dense)) and tuple(merged.shape) == expected:
+        return
+    found = f"a {type(merged).__name__}"
+    if (shape := getattr(merged, "shape", None)) is not None:
+        found += f" of shape {tuple(shape)}"
+    raise MergeError(
+        f"method '{method.name}' made {found} of module '{seen.name}': expected a LowRank or a Dense of shape {expected}, as its tasks "
+        "are; wrap a tensor, as in Dense(tensor)"
+    )
 
 
 def _fit(method: Method, module: ModuleTasks, merged: Delta) -> AlphaFit:

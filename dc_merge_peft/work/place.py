@@ -180,6 +180,7 @@ def work_place(
 
     Raises:
         OptionError: there is no output to be beside, or it and the folder are one, or one in the other.
+        OutputError: one of them is no path on this machine.
     """
     if not resume:
         if out is not None and (left := unfinished(out)):
@@ -188,14 +189,26 @@ def work_place(
     if isinstance(resume, WorkPlace):
         return nullcontext(resume)
     if resume is not True:
-        folder = Path(resume).expanduser()
+        with _in_words(resume):
+            folder = Path(resume).expanduser()
+            os.path.realpath(folder)
         _refuse_nested(folder, out)
         return WorkPlace(folder, resume=True).opened()
     if out is None:
         raise OptionError(
             "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
         )
-    return WorkPlace.beside(out, resume=True).opened()
+    with _in_words(out):
+        place = WorkPlace.beside(out, resume=True)
+    return place.opened()
+
+
+@contextmanager
+def _in_words(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # a null byte, or the home of nobody
+        raise OutputError(f"{str(path)[:200]!r} can't be used ({first_line(error)}): choose another path") from error
 
 
 def _refuse_nested(folder: Path, out: str | Path | None) -> None:

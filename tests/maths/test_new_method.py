@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import torch
 from dc_merge_peft.combination_types import combination_types
 from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.engine import merge_module, run_merge
+from dc_merge_peft.errors import MergeError
 from dc_merge_peft.lowrank import LowRank, concatenate
 from dc_merge_peft.methods import METHODS, Method, MethodConfig, method_for, method_named
 from dc_merge_peft.methods.options import option
 from dc_merge_peft.plan import plan_merge
 
+from ..support.refused import refused
 from ..support.strategies import dense, memory_sources, random_tasks, relative
 
 FLOAT32 = 2e-5
@@ -94,6 +97,22 @@ def test_an_elementwise_method_gets_whole_deltas(monkeypatch: pytest.MonkeyPatch
     assert fit.alpha is not None and 0.5 < fit.alpha < 2
     truncated, _, _ = merge_module(method_named("loudest"), tasks, [1.0, 1.0], 3)
     assert truncated.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (lambda task: task.dense(), "a Tensor of shape (7, 7) of module 'q'"),
+        (lambda task: Dense(task.dense()[1:]), "a Dense of shape (6, 7) of module 'q'"),
+        (lambda task: None, "a NoneType of module 'q'"),
+    ],
+)
+def test_what_is_no_delta(given: Any, found: str) -> None:
+    """A method that gives back something else is told what was expected, by name; a tensor is what one forgets to wrap."""
+    sources = memory_sources({"q": random_tasks(13, SHAPE, (3, 4))})
+    wrong = type("Wrong", (Toy,), {"name": "wrong", "merge": lambda self, tasks, weights: given(tasks[0])})()
+    with refused(MergeError, f"method 'wrong' made {found}", "expected a LowRank or a Dense of shape (7, 7)"):
+        run_merge(plan_merge(sources, wrong), sources, wrong)
 
 
 def test_too_few_words_make_no_method() -> None:

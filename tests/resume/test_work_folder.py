@@ -156,6 +156,16 @@ def test_outputs_of_no_path_beside_it(tmp_path: Path, out: str, monkeypatch: pyt
         merged.save_pretrained(out)
 
 
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/work", "nul\0l", 7])
+def test_folders_of_no_path(tmp_path: Path, folder: Any) -> None:
+    """Refused in words, before anything is read into it."""
+    with refused(OutputError, f"{str(folder)!r} can't be used (", "choose another path"):
+        DCMergeAdapter().merge(many_modules(tmp_path, 2), resume=folder)
+    if isinstance(folder, str):
+        with refused(OutputError, f"{folder!r} can't be used (", "choose another path"), place.work_place(True, folder):
+            pass
+
+
 def test_saved_into_it(tmp_path: Path) -> None:
     """The same in the block of a merge, which does not know before where its result goes. It goes on with another place."""
     sources, work = many_modules(tmp_path, 2), tmp_path / "work"
