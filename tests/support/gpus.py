@@ -6,6 +6,7 @@ at the same time. Tests of the engine ask for :func:`some_gpus`, which are the m
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,6 +72,7 @@ class _Last(threading.local):
 
 
 _last = _Last()
+used: set[str] = set()  # the GPUs that have computed something
 
 
 def _dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,6 +82,7 @@ def _dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     places = {each.place for each in known.values()}
     if places and func not in COPIES:
         _refuse_others(func, args, tensors, places)
+        used.update(map(str, places))
     place = next(iter(places), None)
     _last.device = place or _last.device
     asked = kwargs.get("device")
@@ -125,6 +128,8 @@ class _Naming(TorchFunctionMode):
     """Calls whose way through C++ needs a build with CUDA, in words that do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         args = tuple(map(_indexed, args))
         kwargs = {key: _indexed(value) for key, value in (kwargs or {}).items()}
         first = args[0] if args else None
@@ -212,3 +217,14 @@ def some_gpus() -> Iterator[list[str]]:
         return
     with simulated_gpus():
         yield ["cuda:0", "cuda:1"]
+
+
+if __name__ == "__main__":  # dc-merge on a machine with two of them
+    from dc_merge_peft.cli import main
+    from tests.support import gpus  # this module under its name
+
+    try:
+        with gpus.simulated_gpus():
+            main()
+    finally:
+        print("computed on", *sorted(gpus.used), file=sys.stderr)
