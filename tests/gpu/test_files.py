@@ -95,6 +95,7 @@ def test_fused(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
+@needs_v5
 @pytest.mark.parametrize("method", ["dc", "ta", "ties", "consensus", "tsvm", "iso_cts"])
 def test_full_models(tmp_path: Path, method: str, device: str) -> None:
     """Dense deltas, and an adapter taken out of them."""
