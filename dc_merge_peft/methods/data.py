@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, first_line
-from dc_merge_peft.lowrank import all_finite
+from dc_merge_peft.lowrank import LowRank, all_finite
 from dc_merge_peft.methods.base import Method, MethodConfig, ModuleMerge, ModuleTasks, Sweep
 from dc_merge_peft.methods.options import option
 
@@ -201,12 +201,13 @@ def missing(method: DataMethod) -> OptionError:
 
 
 def refuse_others(statistics: Statistics, module: str, task: Delta) -> None:
-    """Refuse statistics that were collected with another adapter than the one that they are given for.
+    """Refuse statistics that were collected with another adapter than the one that they are given for. Of a full model nothing can be told:
+    once an adapter is in its weights and they are rounded, the change has another norm.
 
     Raises:
         IncompatibleAdaptersError: the adapter's delta had another norm then.
     """
-    expected = statistics.delta_norms.get(module)
+    expected = statistics.delta_norms.get(module) if isinstance(task, LowRank) else None
     if expected is not None and not math.isclose(found := task.norm(), expected, rel_tol=SAME_NORM, abs_tol=1e-30):
         raise IncompatibleAdaptersError(
             f"the statistics {statistics} were collected with an adapter whose change of '{module}' has the norm {expected:.4g}, and stand in "

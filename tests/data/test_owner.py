@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -18,8 +19,10 @@ from dc_merge_peft.cli import app
 from dc_merge_peft.statistics.files import HEADER
 from tests.data.conftest import FIELDS, NAMES, Prepared, batch
 from tests.support import models
+from tests.support.versions import needs_v5
 
 pytestmark = pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")
+AVERAGE = [r".*embeddings", r".*(dense|key|classifier)"]
 every_data_method = pytest.mark.parametrize("name", DATA_METHODS)
 REFUSED = (
     r"-(fisher|regmean)\.safetensors were collected with an adapter whose change of '.*(query|value)' has the norm [\d.]+, and stand in "
@@ -71,6 +74,24 @@ def test_an_adapter_that_was_rounded_is_the_same(name: str, prepared: Prepared, 
     assert all(models.difference(found.delta(path), expected.delta(path)) < 0.02 for path in found.modules)
     with pytest.raises(IncompatibleAdaptersError, match=REFUSED):
         merger.merge([stronger, adapters[1]])
+
+
+@needs_v5
+@every_data_method
+def test_a_full_model_that_was_rounded(name: str, prepared: Prepared, tmp_path: Path) -> None:
+    """With the adapter in bfloat16 weights the change has another norm; the statistics are still the task's."""
+    for task in ("base", *NAMES):
+        model = copy.deepcopy(prepared.model)
+        for key, value in model.named_parameters():
+            value.data *= 1 if "lora_" in key else 3000  # so large that rounding hides some of the change
+        if task != "base":
+            model.set_adapter(task)
+        plain = model.unload() if task == "base" else model.merge_and_unload()
+        plain.bfloat16().save_pretrained(tmp_path / task)
+    merger = DCMergeAdapter(method=name, statistics=prepared.files[name])
+    places = [str(tmp_path / task) for task in NAMES]
+    merger.merge_full(str(tmp_path / "base"), places, tmp_path / "out", average=AVERAGE)
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_norms_are_those_of_the_deltas(prepared: Prepared) -> None:
