@@ -153,6 +153,7 @@ class StoredLayer:
             OutputError: a factor does not fit into the dtype.
         """
         deltas = [_padded(result.lowrank(name, result.dtype), self.rank) for name in self.modules]
+        deltas = [delta.to(deltas[0].B.device) for delta in deltas]  # of experts that several GPUs have merged
         A, B = (factor.contiguous() for factor in self.layout.to_stored(deltas))
         if all(is_ordinary(factor) for factor in (A, B)):
             return A, B

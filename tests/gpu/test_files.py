@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dc_merge_peft import DCMergeAdapter, inspect_adapters, inspect_merge, report_merge, tune
+from tests.law.adapters import separately
+from tests.law.nets import LAYERS
 from tests.support import models
 from tests.support.full import write_models
 from tests.support.fused import BERT, nothing_is_loaded, saved, tensors
@@ -58,6 +60,22 @@ def test_adapters(tmp_path: Path, method: str, device: Any) -> None:
         same(found.save_pretrained(tmp_path / "gpu"), expected.save_pretrained(tmp_path / "cpu"))
         output = models.output(found.with_alpha(0.5).add_to(models.bert()).eval())
     assert difference(output, models.output(expected.with_alpha(0.5).add_to(models.bert()).eval())) < 1e-5
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_kinds_of_layers(tmp_path: Path, kind: str) -> None:
+    """On several GPUs: an adapter of experts holds what each of them has merged."""
+    layer = LAYERS[kind]
+    for made in separately(layer, "differing ranks"):
+        made.save_pretrained(str(tmp_path))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    expected = DCMergeAdapter().merge(folders)
+    with some_gpus():
+        found = DCMergeAdapter().merge(folders, device="auto")
+        same(found.save_pretrained(tmp_path / "gpu"), expected.save_pretrained(tmp_path / "cpu"))
+        ours, theirs = (merged.add_to(layer.net()).state_dict() for merged in (found, expected))
+    assert set(ours) == set(theirs) and not any(value.is_cuda for value in ours.values())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def assert_alike(found: object, expected: object) -> None:

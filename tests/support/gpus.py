@@ -133,6 +133,8 @@ class _Naming(TorchFunctionMode):
         args = tuple(map(_indexed, args))
         kwargs = {key: _indexed(value) for key, value in (kwargs or {}).items()}
         first = args[0] if args else None
+        if isinstance(first, Simulated):
+            _last.device = first.place  # of the numbers that C++ makes tensors of
         if func in (torch.tensor, torch.as_tensor) and getattr(kwargs.get("device"), "type", None) == "cuda":
             return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
         if (
