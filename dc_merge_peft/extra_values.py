@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dc_merge_peft.errors import SourceError
 from dc_merge_peft.extras import ExtrasPlan, PlannedExtra
+from dc_merge_peft.linalg import in_float64
 from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.sources.base import AdapterInfo, ExtraKind, ExtraSpec, Source
 
@@ -73,7 +74,7 @@ def _mean(extra: PlannedExtra, _policy: str | None, sources: Sequence[Source]) -
     total = _read(extra.name, sources[first])
     if not others:
         return total.to(extra.spec.dtype, copy=True)
-    total = total.to(torch.float64)
+    total = in_float64(total)
     for task in others:
         total = total + _read(extra.name, sources[task]).to(total)
     return (total / len(extra.tasks)).to(extra.spec.dtype)

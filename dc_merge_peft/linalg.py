@@ -22,6 +22,11 @@ def compute_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def in_float64(X: Tensor) -> Tensor:
+    """The same numbers, where there is a float64 for them."""
+    return X.to(compute_device(X.device), torch.float64)
+
+
 class SVD(NamedTuple):
     """A thin singular value decomposition ``U @ diag(S) @ Vh``, S descending and free of null components."""
 

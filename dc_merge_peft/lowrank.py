@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import Frame, orthonormal_frame
-from dc_merge_peft.linalg import SVD, alike, svd_of_product, svds_of_products
+from dc_merge_peft.linalg import SVD, alike, in_float64, svd_of_product, svds_of_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,8 @@ class LowRank:
 
     def inner(self, other: LowRank) -> float:
         """Frobenius inner product ``<dW, dW'>`` from k x k products, in float64."""
-        left = other.B.to(torch.float64).mT @ self.B.to(torch.float64)
-        right = other.A.to(torch.float64) @ self.A.to(torch.float64).mT
+        left = in_float64(other.B).mT @ in_float64(self.B)
+        right = in_float64(other.A) @ in_float64(self.A).mT
         return float((left * right).sum())
 
     def norm(self) -> float:
@@ -130,8 +130,8 @@ def measure(deltas: Iterable[LowRank]) -> None:
     """Their moments, computed together, for when they or the norms are asked for."""
     left = [delta for delta in deltas if "_moments" not in delta.__dict__]
     for places in alike((delta.B.shape, delta.A.shape) for delta in left).values():
-        B = torch.stack([left[place].B.to(torch.float64) for place in places])
-        A = torch.stack([left[place].A.to(torch.float64) for place in places])
+        B = torch.stack([in_float64(left[place].B) for place in places])
+        A = torch.stack([in_float64(left[place].A) for place in places])
         G = (B.mT @ B) @ (A @ A.mT)  # its eigenvalues are the squares of the singular values
         squares, fourths = G.diagonal(dim1=1, dim2=2).sum(1), (G * G.mT).sum((1, 2))
         for place, *moments in zip(places, *torch.stack([squares, fourths]).clamp_(min=0).tolist(), strict=True):

@@ -18,6 +18,12 @@ NAMES = ["math", "talk"]
 LORA: dict[str, Any] = {"r": 3, "target_modules": ["query", "value"]}
 pytestmark = pytest.mark.filterwarnings("ignore::dc_merge_peft.MergeWarning")  # of what these merges leave out
 
+COLLECTED = (statistics.fisher, statistics.input_grams)
+NUMBERS = torch.Generator().manual_seed(0)
+BATCH = {
+    "input_ids": torch.randint(1, 40, (6, 5), generator=NUMBERS),
+    "labels": torch.randint(2, (6,), generator=NUMBERS),
+}
 KINDS: dict[str, dict[str, Any]] = {
     "dc": {"combination_type": "dc"},
     "ties": {"combination_type": "ties_dw"},
@@ -41,6 +47,22 @@ def merged_inside(model: Any, kind: dict[str, Any]) -> Any:
         NAMES, [1.0, 0.5], "both", **{key: value for key, value in kind.items() if key != "lora"}
     )
     model.set_adapter("both")
+    return model
+
+
+def collected(collect: Any, device: str = "cpu", adapter: str = "math") -> Any:
+    """Statistics of an adapter's layers."""
+    model = models.with_lora(models.bert_classifier(), dict.fromkeys(NAMES, LORA)).to(device)
+    model.set_adapter(adapter)
+    return collect(model, [BATCH])
+
+
+def with_data(method: str, device: str) -> Any:
+    """A model with a merge by statistics of both adapters."""
+    collect = statistics.fisher if method == "fisher" else statistics.input_grams
+    given = [collected(collect, device, name) for name in NAMES]
+    model = models.with_lora(models.bert_classifier(), dict.fromkeys(NAMES, LORA)).to(device)
+    model.add_weighted_adapter(NAMES, [1.0, 0.5], "both", combination_type=method, statistics=given, svd_rank=6)
     return model
 
 
@@ -83,19 +105,22 @@ def test_fusing_a_model(tmp_path: Path, elsewhere: bool) -> None:
     assert difference(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("collect", [statistics.fisher, statistics.input_grams])
+@pytest.mark.parametrize("collect", COLLECTED)
 def test_statistics(collect: Any) -> None:
     """Batches on the CPU go to the model; what was seen is the same."""
-    generator = torch.Generator().manual_seed(0)
-    ids, labels = torch.randint(1, 40, (6, 5), generator=generator), torch.randint(2, (6,), generator=generator)
-    batch = {"input_ids": ids, "labels": labels}
-
-    def model() -> Any:
-        return models.with_lora(models.bert_classifier(), dict.fromkeys(NAMES, LORA))
-
-    expected = collect(model(), [batch])
+    expected = collected(collect)
     with some_gpus() as (*_, gpu):
-        found = collect(model().to(gpu), [batch])
+        found = collected(collect, gpu)
         assert set(found.tensors) == set(expected.tensors)
-        for name, values in expected.tensors.items():
-            assert difference(found.tensors[name].cpu(), values) < 1e-5
+        assert all(difference(found.tensors[name].cpu(), values) < 1e-5 for name, values in expected.tensors.items())
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_merging_with_data(method: str) -> None:
+    """Statistics, which are kept on the CPU, meet the adapters where these are."""
+    with some_gpus() as (*_, gpu):
+        model = with_data(method, gpu)
+        assert {parameter.device for parameter in model.parameters()} == {torch.device(gpu)}
+        found = models.deltas(model, "both")
+        expected = models.deltas(with_data(method, "cpu"), "both")
+        assert all(difference(found[name].cpu(), delta) < 1e-4 for name, delta in expected.items())

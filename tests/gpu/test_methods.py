@@ -7,7 +7,6 @@ import torch
 
 from dc_merge_peft.batching import Stacker
 from dc_merge_peft.engine import merge_module, run_merge
-from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.methods import METHODS, method_named
 from dc_merge_peft.plan import plan_merge
 from tests.support.gpus import some_gpus
@@ -52,9 +51,3 @@ def test_cuda_stacks_equal_cpu(name: str, device: str | None, monkeypatch: pytes
         for key, module in found.modules.items():
             assert module.delta.device.type == "cuda" and module.rank == expected.modules[key].rank
             assert relative(found.delta(key).cpu(), expected.delta(key)) <= 1e-5
-
-
-def test_apples_gpu_computes_on_the_cpu() -> None:
-    """MPS has no float64, which the cores need."""
-    assert compute_device(torch.device("mps")) == torch.device("cpu")
-    assert compute_device(torch.device("cuda", 1)) == torch.device("cuda", 1)

@@ -1,4 +1,5 @@
-"""Two GPUs that are not there: tensors that say they are on one, compute on the CPU, and refuse to meet those of another device.
+"""Two GPUs, or Apple's, that are not there: tensors that say they are on one, compute on the CPU, and refuse to meet those of another
+device, or on Apple's to be float64.
 
 They show where every tensor is, which is what breaks on a machine with GPUs; not how fast one is, how it rounds, or what runs
 at the same time. Tests of the engine ask for :func:`some_gpus`, which are the machine's own where it has any.
@@ -23,6 +24,7 @@ aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
 # What takes a tensor of a class of its own for one that is quantised.
 CAREFUL = ("dc_merge_peft.outputs.fused_targets", "dc_merge_peft.sources.dora")
+KINDS = ("cuda", "mps")
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
 
@@ -48,8 +50,8 @@ class Simulated(Tensor):
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
-        """Always."""
-        return True
+        """Of CUDA's."""
+        return self.place.type == "cuda"
 
     @property
     def is_meta(self) -> bool:  # type: ignore[override]
@@ -89,17 +91,19 @@ def _dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if asked is not None and asked.type == "meta" and not _last.meta:  # the device of a Simulated, as C++ has it
         asked = _last.device
     if asked is not None:
-        place, kwargs = asked, {**kwargs, "device": torch.device("cpu") if asked.type == "cuda" else asked}
+        place, kwargs = asked, {**kwargs, "device": torch.device("cpu") if asked.type in KINDS else asked}
     elif func is aten.copy_.default:
         place = args[0].device
     args, kwargs = tree_map(lambda each: each.inner if isinstance(each, Simulated) else each, (args, kwargs))
     found = func(*args, **kwargs)
-    if place is None or place.type != "cuda":
+    if place is None or place.type not in KINDS:
         return found
 
     def shown(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if place.type == "mps" and value.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype: {func}")
         return known[id(value)] if id(value) in known else Simulated(value, place)
 
     return tree_map(shown, found)
@@ -135,7 +139,7 @@ class _Naming(TorchFunctionMode):
         first = args[0] if args else None
         if isinstance(first, Simulated):
             _last.device = first.place  # of the numbers that C++ makes tensors of
-        if func in (torch.tensor, torch.as_tensor) and getattr(kwargs.get("device"), "type", None) == "cuda":
+        if func in (torch.tensor, torch.as_tensor) and getattr(kwargs.get("device"), "type", None) in KINDS:
             return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
         if (
             func is Tensor.to
@@ -158,10 +162,11 @@ class _Naming(TorchFunctionMode):
 
 
 def _indexed(value: Any) -> Any:
-    """ "cuda" is the first one."""
-    if isinstance(value, str) and value.startswith("cuda"):
+    """Without a number it is the first one."""
+    if isinstance(value, str) and value.startswith(KINDS):
         value = torch.device(value)
-    return torch.device("cuda", 0) if isinstance(value, torch.device) and value == torch.device("cuda") else value
+    bare = isinstance(value, torch.device) and value.type in KINDS and value.index is None
+    return torch.device(value.type, 0) if bare else value
 
 
 def _listed(index: Any) -> Any:
@@ -181,8 +186,8 @@ def _type(value: Any) -> type:
 
 @contextmanager
 def simulated_gpus(count: int = 2) -> Iterator[None]:
-    """So many GPUs, in this thread and those that it starts."""
-    run, room = threading.Thread.run, 8 << 30
+    """So many GPUs of CUDA, in this thread and those that it starts."""
+    room = 8 << 30
     answers: dict[str, Callable[..., Any]] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -195,6 +200,16 @@ def simulated_gpus(count: int = 2) -> Iterator[None]:
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
     }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(_simulated())
+        yield
+
+
+@contextmanager
+def _simulated() -> Iterator[None]:
+    run = threading.Thread.run
 
     def placed(thread: threading.Thread) -> None:
         with _Naming(), _Placing():
@@ -203,8 +218,6 @@ def simulated_gpus(count: int = 2) -> Iterator[None]:
     with ExitStack() as stack:
         for module in CAREFUL:
             stack.enter_context(mock.patch(f"{module}.type", _type, create=True))
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(threading.Thread, "run", placed))
         stack.enter_context(_Naming())
         stack.enter_context(_Placing())
@@ -219,6 +232,16 @@ def some_gpus() -> Iterator[list[str]]:
         return
     with simulated_gpus():
         yield ["cuda:0", "cuda:1"]
+
+
+@contextmanager
+def apples_gpu() -> Iterator[str]:
+    """Its name; the machine's own, or one that is simulated. It knows no float64."""
+    if torch.backends.mps.is_available():
+        yield "mps"
+        return
+    with mock.patch.object(torch.backends.mps, "is_available", return_value=True), _simulated():
+        yield "mps"
 
 
 if __name__ == "__main__":  # dc-merge on a machine with two of them
