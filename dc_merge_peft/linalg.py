@@ -8,6 +8,7 @@ whitening near-duplicate directions depends on them. The two passes over tall fa
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,6 +26,12 @@ def compute_device(device: torch.device) -> torch.device:
 def in_float64(X: Tensor) -> Tensor:
     """The same numbers, where there is a float64 for them."""
     return X.to(compute_device(X.device), torch.float64)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block whose products are in the dtype of their factors; not every torch has an autocast for every device to be turned off."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class SVD(NamedTuple):

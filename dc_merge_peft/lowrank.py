@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.frames import Frame, orthonormal_frame
-from dc_merge_peft.linalg import SVD, alike, in_float64, svd_of_product, svds_of_products
+from dc_merge_peft.linalg import SVD, alike, in_float64, svd_of_product, svds_of_products, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,5 +190,5 @@ class SharedSpace:
 
 def _product(B: Tensor, A: Tensor) -> Tensor:
     """``B @ A``, which a caller's autocast would round."""
-    with torch.autocast(B.device.type, enabled=False):
+    with without_autocast(B.device):
         return B @ A

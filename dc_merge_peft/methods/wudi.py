@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.dense import Delta, Dense, row_blocks, weighted_sum
-from dc_merge_peft.linalg import null_threshold
+from dc_merge_peft.linalg import null_threshold, without_autocast
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.base import Method, MethodConfig
 from dc_merge_peft.methods.elementwise import total
@@ -95,7 +95,7 @@ class WUDI(Method):
         terms = Terms.of(tasks, weights)
         gradients = gradient_of(Terms(*(part.to(torch.float32) for part in terms)))
         merged = torch.empty(tasks[0].shape, dtype=torch.float32, device=terms.V.device)
-        with torch.autocast(merged.device.type, enabled=False):
+        with without_autocast(merged.device):
             for rows in row_blocks(tasks[0].shape):
                 W = merged[rows]
                 W.copy_(total(weight * task.rows(rows) for task, weight in zip(tasks, weights, strict=True)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OptionError, SourceError
+from dc_merge_peft.linalg import without_autocast
 from dc_merge_peft.methods.data import Statistics
 from dc_merge_peft.statistics.batches import (
     Forward,
@@ -179,7 +180,7 @@ def add_squares(
             device, dtype = pairs[0][2].device, torch.promote_types(pairs[0][2].dtype, torch.float32)
             sums[path] = torch.zeros(layers[path].shape, dtype=dtype, device=device)
         by_example = [aligned(path, layers[path], rows, g, len(losses)) for rows, g, _ in pairs if g is not None]
-        with torch.autocast(sums[path].device.type, enabled=False):
+        with without_autocast(sums[path].device):
             for example in range(len(losses) if by_example else 0):
                 # sum_t g_t a_t^T, (m, n)
                 gradient = torch.stack([g[example].mT @ a[example] for a, g in by_example]).sum(dim=0)

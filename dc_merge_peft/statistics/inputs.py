@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_merge_peft.linalg import compute_device
+from dc_merge_peft.linalg import compute_device, without_autocast
 from dc_merge_peft.methods.data import Statistics
 from dc_merge_peft.statistics.batches import (
     Forward,
@@ -94,7 +94,7 @@ class Products:
         if shareable and self._last and self._last[0] is x and self._last[1] == x._version:
             return self._last[2:]
         rows = input_rows(layer, x.detach(), self.mask)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             gram = (rows.mT @ rows).to(compute_device(rows.device), torch.float64)
         self._last = (x, x._version, gram, len(rows)) if shareable else None
         return gram, len(rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
 from dc_merge_peft import DCMergeAdapter, statistics
 from tests.support import models
@@ -91,6 +92,23 @@ def test_a_model_on_several_gpus() -> None:
             }
             assert places == {layer.weight.device} and layer.weight.device.type == "cuda"
             assert difference(models.delta(layer, "both").cpu(), expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("second", [-1, "cpu"])
+def test_device_maps(tmp_path: Path, second: int | str) -> None:
+    """accelerate's hooks carry inputs from GPU to GPU, or bring weights from the CPU: merging inside, and into the weights."""
+    folders = models.save_adapters(adapted(), tmp_path)
+    expected = models.output(merged_inside(adapted(), KINDS["dc"]))
+    with some_gpus() as gpus:
+        other = gpus[second] if isinstance(second, int) else second
+        places = {"embeddings": gpus[0], "encoder.layer.0": gpus[0], "encoder.layer.1": other, "pooler": gpus[0]}
+        model, plain = adapted(), models.bert()
+        for base in (model.base_model.model, plain):
+            dispatch_model(base, places, main_device=gpus[0], force_hooks=True)
+        merged_inside(model, KINDS["dc"])
+        fused = DCMergeAdapter().fuse(plain, folders, weights=[1.0, 0.5])
+        found = [models.output(each, models.IDS.to(gpus[0])).cpu() for each in (model, fused)]
+    assert max(difference(output, expected) for output in found) < 1e-5
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

@@ -36,7 +36,9 @@ class Simulated(Tensor):
     place: torch.device
 
     @staticmethod
-    def __new__(cls, inner: Tensor, place: torch.device) -> Simulated:
+    def __new__(cls, inner: Tensor, place: torch.device | None = None, requires_grad: bool = False) -> Any:
+        if place is None:  # as accelerate makes a parameter of a parameter's class
+            return torch.nn.Parameter(inner, requires_grad)
         made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device="meta"
         )  # fmt: skip
@@ -141,13 +143,8 @@ class _Naming(TorchFunctionMode):
             _last.device = first.place  # of the numbers that C++ makes tensors of
         if func in (torch.tensor, torch.as_tensor) and getattr(kwargs.get("device"), "type", None) in KINDS:
             return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
-        if (
-            func is Tensor.to
-            and len(args) == 2
-            and not kwargs
-            and isinstance(first, Simulated)
-            and args[1] == first.place
-        ):
+        there = isinstance(first, Simulated) and len(args) == 2 and args[1] == first.place
+        if func is Tensor.to and there and kwargs.keys() <= {"non_blocking"}:
             return first
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], Simulated):
             args = (first, args[1].place, args[1].dtype, *args[2:])
