@@ -59,7 +59,7 @@ class CommandEvaluation:
             OptionError: no words, a placeholder of another name, or a timeout that is no time.
         """
         try:
-            self.words = shlex.split(command)
+            self.words = _words(command)
         except ValueError as error:
             raise OptionError(
                 f"the command '{command}' can't be split into words ({error}): close its quotes"
@@ -197,6 +197,18 @@ def _communicated(process: subprocess.Popen[str], timeout: float | None) -> tupl
                 return _text(waiting.output), _text(waiting.stderr)
             if now - over > _GRACE:
                 _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def _words(command: str) -> list[str]:
+    """Its words as a shell has them; on Windows a backslash is part of a path.
+
+    Raises:
+        ValueError: a quotation is not closed.
+    """
+    if os.name != "nt":
+        return shlex.split(command)
+    words = shlex.split(command, posix=False)
+    return [word[1:-1] if len(word) > 1 and word[0] == word[-1] in "\"'" else word for word in words]
 
 
 def _text(part: str | bytes | None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import OutputError, first_line
-from dc_merge_peft.work.locks import locked
+from dc_merge_peft.work.locks import deleting, locked
 from dc_merge_peft.work.manifest import differences
 
 _KIND = "dc-merge tune"  # how the first line begins to say what the file is
@@ -52,7 +52,7 @@ def opened(path: str | Path, header: Mapping[str, Any], *, resume: bool, overwri
     header = json.loads(json.dumps({"journal": _KIND, **header}))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     except (OSError, ValueError) as error:
         raise OutputError(
             f"the journal '{path}' can't be opened ({first_line(error)}): expected a file; choose another place"
@@ -78,9 +78,9 @@ def opened(path: str | Path, header: Mapping[str, Any], *, resume: bool, overwri
             _append(file, header, target)
         yield Journal(target, file, found)
     finally:
-        if ours:
-            _delete_if_empty(file, target)
-        os.close(file)
+        empty = ours and _is_empty(file, target)
+        with suppress(OSError):
+            deleting(file, lambda: target.unlink(missing_ok=True) if empty else None)
 
 
 def _append(file: int, values: Mapping[str, Any], target: Path) -> None:
@@ -105,7 +105,8 @@ def _append(file: int, values: Mapping[str, Any], target: Path) -> None:
 def _lines(file: int, target: Path) -> list[dict[str, Any]]:
     """What the file holds; the beginning of a line that a killed process has left is cut off."""
     content = b""
-    while chunk := os.pread(file, 1 << 20, len(content)):
+    os.lseek(file, 0, os.SEEK_SET)  # Windows has no pread; lines are appended wherever this leads
+    while chunk := os.read(file, 1 << 20):
         content += chunk
     whole = content[: content.rfind(b"\n") + 1]
     lines: list[Any] = []
@@ -134,8 +135,8 @@ def _check(found: Mapping[str, Any], expected: Mapping[str, Any], target: Path) 
         )
 
 
-def _delete_if_empty(file: int, target: Path) -> None:
+def _is_empty(file: int, target: Path) -> bool:
     """Nothing is to be kept in a file of a header, or of nothing."""
     with suppress(OSError):
-        if len(_lines(file, target)) <= 1:
-            target.unlink(missing_ok=True)
+        return len(_lines(file, target)) <= 1
+    return False

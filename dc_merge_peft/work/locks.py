@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -26,3 +29,16 @@ def locked(opened: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def deleting(opened: int | None, delete: Callable[[], object]) -> None:
+    """Delete what the lock of an open file guards, and let go of the lock only then, so that nobody takes what is half deleted. Where there
+    are no locks it is let go of before: Windows deletes no file that is open."""
+    if opened is not None and fcntl is None:
+        os.close(opened)
+        opened = None
+    try:
+        delete()
+    finally:
+        if opened is not None:
+            os.close(opened)

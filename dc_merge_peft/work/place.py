@@ -16,7 +16,7 @@ from typing import Any
 from dc_merge_peft.errors import MergeError, OptionError, OutputError, first_line, warn
 from dc_merge_peft.methods import Method
 from dc_merge_peft.work.finished import WorkFolder, tidy
-from dc_merge_peft.work.locks import locked
+from dc_merge_peft.work.locks import deleting, locked
 from dc_merge_peft.work.manifest import differences
 from dc_merge_peft.work.modules import Modules
 from dc_merge_peft.work.team import ShareDone, Team
@@ -77,13 +77,8 @@ class WorkPlace:
             if self.team is not None:
                 self.team.leave()
             if lock is not None:
-                if done or not (self.resume and (self.folder / _MANIFEST).exists()):
-                    try:
-                        _delete(self.folder)
-                    except KeyboardInterrupt:  # in the middle
-                        _delete(self.folder)
-                        raise
-                os.close(lock)
+                kept = not done and self.resume and (self.folder / _MANIFEST).exists()
+                deleting(lock, lambda: None if kept else _delete_again(self.folder))
             for folder in new:
                 with suppress(OSError):
                     folder.rmdir()
@@ -222,6 +217,14 @@ def _refuse_nested(folder: Path, out: str | Path | None) -> None:
             f"the folder '{folder}' for finished modules and the output '{out}' lie in each other: expected a folder of its own, which is "
             "deleted in the end; choose another, or leave it to be made beside the output (resume=True)"
         )
+
+
+def _delete_again(folder: Path) -> None:
+    try:
+        _delete(folder)
+    except KeyboardInterrupt:  # in the middle
+        _delete(folder)
+        raise
 
 
 def _delete(folder: Path) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.work.locks import locked
+from dc_merge_peft.work.locks import deleting, locked
 
 NEW, OLD = "new", "old"  # what is being made; what stood in its place, where that takes two steps
 _RECORD, _ENDING = "lock", ".dc-merge"
@@ -41,14 +41,15 @@ def workshop(target: Path) -> Iterator[Path]:
         lock = claim(folder, target)
         yield folder
     finally:  # an interrupt between two lines above finds it, too
-        try:
-            settle(folder, target)
-        except KeyboardInterrupt:  # in the middle of large files, perhaps
-            settle(folder, target)
-            raise
-        finally:
-            if lock is not None:
-                os.close(lock)
+        deleting(lock, lambda: _settle_again(folder, target))
+
+
+def _settle_again(folder: Path, target: Path) -> None:
+    try:
+        settle(folder, target)
+    except KeyboardInterrupt:  # in the middle of large files, perhaps
+        settle(folder, target)
+        raise
 
 
 def workshop_of(target: Path, token: str) -> Path:
