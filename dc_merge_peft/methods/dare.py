@@ -33,7 +33,7 @@ def drop_entries(view: View, task: int, drop: float, seed: int) -> Tensor:
     label = f"{seed}/{view.module.name}/{view.module.adapters[task]}"
     digest = hashlib.blake2b(label.encode(errors="surrogatepass"), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    kept = torch.rand(X.shape, generator=generator)
+    kept = torch.rand(X.shape, generator=generator, dtype=torch.float32, device="cpu")
     return masked(X, torch.ge(kept, drop, out=kept).to(X)).div_(1 - drop)
 
 

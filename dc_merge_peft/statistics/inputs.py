@@ -54,7 +54,10 @@ def input_grams(
         UnsupportedAdapterError: a layer that is neither Linear, Conv1D nor a convolution.
     """
     most, layers = checked_count(examples), watched(model, modules)
-    sums = {path: torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64) for path, layer in layers.items()}
+    sums = {
+        path: torch.zeros(layer.shape[1], layer.shape[1], dtype=torch.float64, device="cpu")
+        for path, layer in layers.items()
+    }
     counts = dict.fromkeys(layers, 0)
     products = Products()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dc_merge_peft import DCMergeAdapter
+from dc_merge_peft import DCMergeAdapter, statistics
 from dc_merge_peft.frames import SCRATCH
 from dc_merge_peft.parallel import one_thread
 from tests.support import models
@@ -70,8 +70,8 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:method .ties. works on:dc_merge_peft.MergeWarning")
-@pytest.mark.parametrize("method", ["dc", "ties", "rzf"])
+@pytest.mark.filterwarnings("ignore:method .(dare_)?ties. works on:dc_merge_peft.MergeWarning")
+@pytest.mark.parametrize("method", ["dc", "ties", "rzf", "dare_ties"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_same_numbers(tmp_path: Path, setting: str, method: str) -> None:
     """Factors, dense deltas and written files, within the setting and after it."""
@@ -102,6 +102,21 @@ def test_same_fused_files(tmp_path: Path, setting: str, method: str) -> None:
     with SETTINGS[setting]():
         merger.fuse_to_disk(base, folders, tmp_path / "found")
     assert listing(tmp_path / "found") == listing(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "float64", "another device"])
+@pytest.mark.parametrize("collect", [statistics.fisher, statistics.input_grams])
+def test_same_statistics(collect: Any, setting: str) -> None:
+    """Of a model that was there before."""
+    model = models.with_lora(models.bert_classifier(), {"math": {"r": 2, "target_modules": ["query"]}})
+    batch = {"input_ids": models.IDS, "labels": torch.tensor([1])}
+    expected = collect(model, [batch])
+    with SETTINGS[setting]():
+        found = collect(model, [batch])
+    assert all(torch.equal(found.tensors[name], values) for name, values in expected.tensors.items())
+    assert {values.dtype for values in found.tensors.values()} == {
+        torch.float32
+    } and found.delta_norms == expected.delta_norms
 
 
 def test_same_fused_model(tmp_path: Path) -> None:
