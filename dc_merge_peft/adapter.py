@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
         >>> from dc_merge_peft import DCMergeAdapter, DCMergeConfig
         >>> merger = DCMergeAdapter(DCMergeConfig(smoothing="average"))
         >>> merger = DCMergeAdapter(method="dc", smoothing="average")  # the same
+        >>> merger
+        DCMergeAdapter(method='dc', smoothing='average')
         >>> merged = merger.merge(["org/lora-a", "./lora-b"])  # doctest: +SKIP
         >>> merged.save_pretrained("out")  # doctest: +SKIP
     """
@@ -54,6 +57,15 @@ class DCMergeAdapter(ModelFuser, FullModelMerger):
             raise OptionError("found both a config and a method or options: expected one of them")
         self.method: Method = method_for(config) if config is not None else method_named(method or "dc", options)
         self._options = None if config is not None else options
+
+    def __repr__(self) -> str:
+        """The method, and its options that are not the defaults."""
+        changed = [
+            f"{field.name}={value!r}"
+            for field in dataclasses.fields(self.config)
+            if (value := getattr(self.config, field.name)) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join([f'method={self.method.name!r}', *changed])})"
 
     @property
     def config(self) -> MethodConfig:
