@@ -22,7 +22,8 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 HIDDEN = "<hidden>"
 _BETWEEN = {"dc_merge_peft", "torch", "contextlib"}  # what may stand between a warning and the line of its user
@@ -103,6 +104,19 @@ def warn(text: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, MergeWarning, stacklevel=level)
+
+
+@contextmanager
+def path_in_words(path: object, what: str = "the output ", *more: type[Exception]) -> Iterator[None]:
+    """What the system says of a path that it can't look at, as an :class:`OutputError`; so are errors of ``more`` types."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, RuntimeError, ValueError, *more) as error:
+        raise OutputError(
+            f"{what}{str(path)[:200]!r} can't be used ({first_line(error)}): choose another path"
+        ) from error
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dc_merge_peft.errors import OutputError, first_line, warn
+from dc_merge_peft.errors import OutputError, first_line, path_in_words, warn
 from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.companions import following
 from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
@@ -35,7 +35,7 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     Raises:
         OutputError: the path exists and may not be overwritten, is a file, or can't be looked at or written to.
     """
-    with in_words(path):
+    with path_in_words(path):
         target = resolved(path)
         if target.exists() and not target.is_dir():
             raise OutputError(f"the output '{path}': '{target}' is a file, expected a directory; choose another path")
@@ -45,19 +45,6 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
             _check_owners(path, target)
         _check_rights(path, target)
         return target
-
-
-@contextmanager
-def in_words(path: str | Path) -> Iterator[None]:
-    """What the system says of a path that it can't look at, as an :class:`OutputError`."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"the output {str(path)[:200]!r} can't be used ({first_line(error)}): choose another path"
-        ) from error
 
 
 def resolved(path: str | Path) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dc_merge_peft.errors import OutputError
-from dc_merge_peft.outputs.directory import hidden_beside, in_words, refuse_inputs, resolved, tidy_up
+from dc_merge_peft.errors import OutputError, path_in_words
+from dc_merge_peft.outputs.directory import hidden_beside, refuse_inputs, resolved, tidy_up
 from dc_merge_peft.outputs.placing import place_file, to_disk
 from dc_merge_peft.work.workshop import NEW
 
@@ -31,7 +31,7 @@ def check_file(
     """
     if not str(path).strip():
         raise OutputError(f"the output is an empty name: expected a file, as in {example}")
-    with in_words(path):
+    with path_in_words(path):
         target = resolved(path)
         if target.is_dir():
             raise OutputError(f"the output '{path}' is a directory: expected a file, as in {Path(path) / example}")

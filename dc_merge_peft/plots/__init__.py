@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dc_merge_peft.errors import OptionError, OutputError, first_line
+from dc_merge_peft.errors import OptionError, OutputError, first_line, path_in_words
 from dc_merge_peft.inspection.data import Inspection
-from dc_merge_peft.outputs.directory import in_words, resolved
+from dc_merge_peft.outputs.directory import resolved
 from dc_merge_peft.plots.figures import cover_figure, dirsim_figure, overlap_figure, spectrum_figure
 from dc_merge_peft.plots.style import require_matplotlib
 from dc_merge_peft.plots.tuning import tuning_figure
@@ -70,7 +70,7 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         OutputError: it is one.
     """
-    with in_words(folder):
+    with path_in_words(folder):
         target = resolved(folder)
         if any((target / name).is_file() for name in _OF_MODELS):
             raise OutputError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_merge_peft.linalg import compute_device, without_autocast
+from dc_merge_peft.linalg import in_float64, without_autocast
 from dc_merge_peft.methods.data import Statistics
 from dc_merge_peft.statistics.batches import (
     Forward,
@@ -98,7 +98,7 @@ class Products:
             return self._last[2:]
         rows = input_rows(layer, x.detach(), self.mask)
         with without_autocast(rows.device):
-            gram = (rows.mT @ rows).to(compute_device(rows.device), torch.float64)
+            gram = in_float64(rows.mT @ rows)
         self._last = (x, x._version, gram, len(rows)) if shareable else None
         return gram, len(rows)
 

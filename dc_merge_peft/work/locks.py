@@ -32,13 +32,16 @@ def locked(opened: int) -> bool | None:
 
 
 def deleting(opened: int | None, delete: Callable[[], object]) -> None:
-    """Delete what the lock of an open file guards, and let go of the lock only then, so that nobody takes what is half deleted. Where there
-    are no locks it is let go of before: Windows deletes no file that is open."""
+    """Delete what the lock of an open file guards, once more if it is interrupted in the middle, and let go of the lock only then, so that
+    nobody takes what is half deleted. Where there are no locks it is let go of before: Windows deletes no file that is open."""
     if opened is not None and fcntl is None:
         os.close(opened)
         opened = None
     try:
         delete()
+    except KeyboardInterrupt:
+        delete()
+        raise
     finally:
         if opened is not None:
             os.close(opened)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dc_merge_peft.errors import MergeError, OptionError, OutputError, first_line, warn
+from dc_merge_peft.errors import MergeError, OptionError, OutputError, first_line, path_in_words, warn
 from dc_merge_peft.methods import Method
 from dc_merge_peft.work.finished import WorkFolder, tidy
 from dc_merge_peft.work.locks import deleting, locked
@@ -78,7 +78,7 @@ class WorkPlace:
                 self.team.leave()
             if lock is not None:
                 kept = not done and self.resume and (self.folder / _MANIFEST).exists()
-                deleting(lock, lambda: None if kept else _delete_again(self.folder))
+                deleting(lock, lambda: None if kept else _delete(self.folder))
             for folder in new:
                 with suppress(OSError):
                     folder.rmdir()
@@ -184,7 +184,7 @@ def work_place(
     if isinstance(resume, WorkPlace):
         return nullcontext(resume)
     if resume is not True:
-        with _in_words(resume):
+        with path_in_words(resume, "", TypeError):
             folder = Path(resume).expanduser()
             os.path.realpath(folder)
         _refuse_nested(folder, out)
@@ -193,17 +193,9 @@ def work_place(
         raise OptionError(
             "resume has no output to keep finished modules beside: expected a directory, or resume as a folder"
         )
-    with _in_words(out):
+    with path_in_words(out, "", TypeError):
         place = WorkPlace.beside(out, resume=True)
     return place.opened()
-
-
-@contextmanager
-def _in_words(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # a null byte, or the home of nobody
-        raise OutputError(f"{str(path)[:200]!r} can't be used ({first_line(error)}): choose another path") from error
 
 
 def _refuse_nested(folder: Path, out: str | Path | None) -> None:
@@ -217,14 +209,6 @@ def _refuse_nested(folder: Path, out: str | Path | None) -> None:
             f"the folder '{folder}' for finished modules and the output '{out}' lie in each other: expected a folder of its own, which is "
             "deleted in the end; choose another, or leave it to be made beside the output (resume=True)"
         )
-
-
-def _delete_again(folder: Path) -> None:
-    try:
-        _delete(folder)
-    except KeyboardInterrupt:  # in the middle
-        _delete(folder)
-        raise
 
 
 def _delete(folder: Path) -> None:

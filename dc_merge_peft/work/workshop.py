@@ -41,15 +41,7 @@ def workshop(target: Path) -> Iterator[Path]:
         lock = claim(folder, target)
         yield folder
     finally:  # an interrupt between two lines above finds it, too
-        deleting(lock, lambda: _settle_again(folder, target))
-
-
-def _settle_again(folder: Path, target: Path) -> None:
-    try:
-        settle(folder, target)
-    except KeyboardInterrupt:  # in the middle of large files, perhaps
-        settle(folder, target)
-        raise
+        deleting(lock, lambda: settle(folder, target))
 
 
 def workshop_of(target: Path, token: str) -> Path:

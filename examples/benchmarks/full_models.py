@@ -131,8 +131,8 @@ def table(outcome: Outcome) -> str:
     text = (
         f"{settings['tasks']} models of {found['parameters'] / 1e9:.2f} billion numbers in bfloat16; task arithmetic the median of {settings['repeat']} "
         f"runs, the others one. Error: of the change of the weights, against the exact sum. The least any program needs for `ta` is "
-        f"{seconds(least)} ({parts}); `dc-merge` takes {times(ours['ta']['seconds'] / least)} times that, some three seconds of it "
-        f"to start.\n\n{markdown(HEAD, rows)}"
+        f"{seconds(least)} ({parts}); `dc-merge` takes {times(ours['ta']['seconds'] / least)} times that, its start "
+        f"included.\n\n{markdown(HEAD, rows)}"
     )
     if not theirs:
         return f"{text}\n\nmergekit was not measured."

@@ -106,15 +106,11 @@ def windows() -> Iterator[None]:
     """In the modules of this package, and in the calls that move and delete files."""
     import signal
 
-    plain = {name: getattr(os, name) for name in ("unlink", "remove", "rename", "replace", "rmdir")}
+    plain = {name: getattr(os, name) for name in ("unlink", "rename", "replace")}
 
-    def unlink(path: Any, *args: Any, **kwargs: Any) -> None:
-        if not args and not kwargs:
-            _refuse_open(path)
-        elif kwargs.get("dir_fd") is not None:
-            folder = os.readlink(f"/proc/self/fd/{kwargs['dir_fd']}")
-            _refuse_open(os.path.join(folder, path))
-        plain["unlink"](path, *args, **kwargs)
+    def unlink(path: Any, **kwargs: Any) -> None:
+        _refuse_open(path)
+        plain["unlink"](path, **kwargs)
 
     def rename(source: Any, target: Any, **kwargs: Any) -> None:
         _refuse_open(source, below=True)
