@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dc_merge_peft.dense import CACHED, Dense
 from dc_merge_peft.errors import MergeError
+from dc_merge_peft.paths import exists
 
 
 class FiledDense(Dense):
@@ -65,7 +66,7 @@ class FiledDense(Dense):
     def W(self) -> Tensor:  # type: ignore[override]
         """The (m, n) numbers, mapped from the file for as long as this tensor is held."""
         m, n = self.shape
-        if not self.file.exists():
+        if not exists(self.file):
             raise MergeError(
                 "this delta was kept on disk while a model was written, and is gone: expected to be read before; merge again to look at it"
             )

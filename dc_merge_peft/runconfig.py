@@ -16,6 +16,7 @@ from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OptionError, SourceError, unknown_name
 from dc_merge_peft.extras import POLICIES
 from dc_merge_peft.methods import EVERY_METHOD
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.sources.hub import RECORD_FILE
@@ -146,13 +147,11 @@ def check_adapters(path: str | Path, found: Mapping[Any, Any], adapters: Sequenc
         SourceError: one has other weights.
     """
     marks = recorded(found, "fingerprints")
-    if not isinstance(marks, Mapping):
-        return
-    for place in adapters:
+    for place in adapters if isinstance(marks, Mapping) else ():
         mark, own = marks.get(place), None
         with suppress(OSError, RuntimeError):  # what can't be looked at is left for the source to refuse
             folder = Path(place).expanduser()
-            own = fingerprint(folder) if folder.is_dir() else None
+            own = fingerprint(folder) if is_dir(folder) else None
         if None not in (mark, own) and own != mark:
             raise SourceError(
                 f"adapter '{place}' is not the one that '{path}' was made from: its weights are others. Paths there are relative to the "

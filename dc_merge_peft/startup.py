@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dc_merge_peft.paths import is_dir
+
 _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -36,5 +38,5 @@ def large_pages(system: Path = _LARGE_PAGES) -> None:
     Args:
         system: What Linux has where it knows such pages; without it torch would ask in vain, and warn.
     """
-    if system.is_dir():
+    if is_dir(system):
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -14,6 +14,7 @@ import torch
 
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, preview
 from dc_merge_peft.methods.options import plain
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo, Source
 from dc_merge_peft.sources.hub import HubId
 from dc_merge_peft.sources.refusals import unknown_fields
@@ -103,7 +104,7 @@ def base_place(name: str) -> str:
     """A base model's directory where there is one, so that two ways to write it are one; else its name."""
     with suppress(OSError, RuntimeError, ValueError):  # no path at all
         folder = Path(name).expanduser()
-        if folder.is_dir():
+        if is_dir(folder):
             return str(folder.resolve())
     return str(name).rstrip("/")  # a config in memory may have a Path
 
@@ -123,7 +124,7 @@ def another_base(base: str, infos: Sequence[AdapterInfo]) -> Iterator[str]:
 
 def _same_model(ours: str, theirs: str) -> bool:
     with suppress(OSError):  # a directory of somebody else's, who lets nobody look at it
-        if ours == theirs or (Path(ours).is_dir() and Path(theirs).is_dir()):
+        if ours == theirs or (is_dir(ours) and is_dir(theirs)):
             return ours == theirs
     if HubId.parse(ours) and HubId.parse(theirs):
         return ours.partition("@")[0].lower() == theirs.partition("@")[0].lower()

@@ -23,7 +23,7 @@ PACKAGE = "dc_merge_peft"
 
 # From the bottom up; a module may import from its own layer and those below. A name with ".*" is a whole subpackage.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "progress", "startup"),
+    ("errors", "_version", "paths", "progress", "startup"),
     ("hub_errors", "memory", "sizes"),
     ("linalg", "frames"),
     ("lowrank", "dense", "filed_dense", "spanned", "stacked"),
@@ -197,6 +197,14 @@ def test_peft_may_be_imported_by_this_package_first() -> None:
     code = "import dc_merge_peft.outputs.live"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("module", [name for name in sources() if name != "paths"])
+def test_places_are_asked_for_in_one_way(module: str) -> None:
+    """By ``paths``: pathlib's own questions take what they may not look at for nothing, since Python 3.14."""
+    for node in ast.walk(ast.parse(sources()[module].read_text(encoding="utf-8"))):
+        asked = isinstance(node, ast.Attribute) and node.attr in ("exists", "is_dir", "is_file")
+        assert not asked, f"'{module or PACKAGE}', line {node.lineno}: ask dc_merge_peft.paths"
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "tests", "examples"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import typer
+from tqdm.std import tqdm
 
 from dc_merge_peft.cli.demo import demo
 from dc_merge_peft.cli.fuse import fuse
@@ -50,4 +52,5 @@ def main() -> None:
     large_pages()
     gc.freeze()  # what is imported stays: looking through it again and again takes a tenth of a merge's time
     outlive_readers()
+    tqdm.set_lock(threading.RLock())  # its own spans processes, for which Python 3.14 starts one more
     app()

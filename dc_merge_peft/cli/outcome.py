@@ -14,6 +14,7 @@ from dc_merge_peft.cli.show import bytes_in_words, console, say, table
 from dc_merge_peft.full_plan import FullPlan
 from dc_merge_peft.fusing import FusePlan
 from dc_merge_peft.outputs.rows import from_to, group_columns, grouped_modules, things_of
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import RunConfig, run_record
@@ -164,4 +165,4 @@ def print_remarks(out: Console, remarks: Sequence[str]) -> None:
 def _size_of(folder: str) -> str:
     """Of its files, in words."""
     files = Path(folder).expanduser().rglob("*")
-    return bytes_in_words(sum(file.stat().st_size for file in files if file.is_file()))
+    return bytes_in_words(sum(file.stat().st_size for file in files if is_file(file)))

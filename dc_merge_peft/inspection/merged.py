@@ -19,6 +19,7 @@ from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.memory import memory_in_words
 from dc_merge_peft.metrics.energy import effective_rank_of
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.reading import checked_device, checked_factors
 from dc_merge_peft.result import MergedModule, MergeResult
@@ -120,7 +121,7 @@ def record_file(merged: str | Path) -> Path | None:
     """
     file = locate(merged).directory / FILE_NAME
     try:
-        return file if file.is_file() else None
+        return file if is_file(file) else None
     except OSError as error:
         raise SourceError(
             f"adapter '{merged}' can't be looked at ({first_line(error)}): expected a directory that you may read"

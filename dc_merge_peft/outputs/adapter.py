@@ -20,6 +20,7 @@ from dc_merge_peft.outputs.public import is_hub_id, public_copy, with_owned_base
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.outputs.room import scratch
 from dc_merge_peft.parallel import in_parallel, one_thread
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.progress import Progress, silent
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, as_yaml, run_record
@@ -80,7 +81,7 @@ def push_adapter(
             public_copy(result), folder, base=base, place=repo_id if is_hub_id(repo_id) else None, beside=beside
         )
         return publish(
-            {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()},
+            {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if is_file(file)},
             repo_id,
             commit_message=commit_message or f"Merge of {len(result.adapters)} adapters with {result.method}",
             private=private,

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dc_merge_peft.errors import OutputError
+from dc_merge_peft.paths import exists, is_dir, is_file
 
 
 def copy_companions(folder: Path, building: Path, patterns: Sequence[str]) -> None:
@@ -18,8 +19,8 @@ def copy_companions(folder: Path, building: Path, patterns: Sequence[str]) -> No
     Raises:
         OutputError: one of them is a link to a file elsewhere, which would be copied and perhaps published.
     """
-    found = sorted(file for file in folder.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in patterns))
-    found += [file for part in following(folder) for file in sorted(part.rglob("*")) if file.is_file()]
+    found = sorted(file for file in folder.iterdir() if is_file(file) and any(fnmatch(file.name, p) for p in patterns))
+    found += [file for part in following(folder) for file in sorted(part.rglob("*")) if is_file(file)]
     root = folder.resolve()
     # The Hub's cache keeps content beside its snapshots, and links to it.
     inside = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
@@ -32,7 +33,7 @@ def copy_companions(folder: Path, building: Path, patterns: Sequence[str]) -> No
             )
     for file in found:
         target = building / file.relative_to(folder)
-        if not target.exists():
+        if not exists(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 
@@ -45,5 +46,5 @@ def following(folder: Path) -> list[Path]:
         names = [module["path"] for module in modules]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # its own loader says what is wrong there
         return []
-    children = {child.name: child for child in folder.iterdir() if child.is_dir() and not child.is_symlink()}
+    children = {child.name: child for child in folder.iterdir() if is_dir(child) and not child.is_symlink()}
     return [children[name] for name in names if isinstance(name, str) and name in children]

@@ -14,6 +14,7 @@ from dc_merge_peft.errors import OutputError, first_line, path_in_words, warn
 from dc_merge_peft.outputs.beside import FOLDER
 from dc_merge_peft.outputs.companions import following
 from dc_merge_peft.outputs.placing import is_at_work_in, moved, place, to_disk
+from dc_merge_peft.paths import exists, is_dir, is_file
 from dc_merge_peft.work.place import unfinished, work_folder_around
 from dc_merge_peft.work.workshop import NEW, tidy, workshop
 
@@ -37,9 +38,9 @@ def check_target(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     """
     with path_in_words(path):
         target = resolved(path)
-        if target.exists() and not target.is_dir():
+        if exists(target) and not is_dir(target):
             raise OutputError(f"the output '{path}': '{target}' is a file, expected a directory; choose another path")
-        if target.is_dir() and any(target.iterdir()):
+        if is_dir(target) and any(target.iterdir()):
             _check_overwrite(path, target, overwrite)
             refuse_inputs(path, target, inputs)
             _check_owners(path, target)
@@ -58,8 +59,8 @@ def resolved(path: str | Path) -> Path:
         raise OutputError("the output is an empty name: expected a path")
     str(path).encode()
     target = Path(path).expanduser().resolve()
-    holder = next((parent for parent in target.parents if parent.exists()), target)  # of the root itself
-    if not holder.is_dir():
+    holder = next((parent for parent in target.parents if exists(parent)), target)  # of the root itself
+    if not is_dir(holder):
         raise OutputError(f"the output '{path}': '{holder}' is a file, expected a directory; choose another path")
     if (work := work_folder_around(target)) is not None:
         raise OutputError(
@@ -76,8 +77,8 @@ def _check_overwrite(path: str | Path, target: Path, overwrite: bool) -> None:
             "(overwrite=True, --overwrite)"
         )
     own = _OWN_FOLDERS | {folder.name for folder in following(target)}
-    folders = [child.name for child in target.iterdir() if child.is_dir() and child.name not in own]
-    if folders or not any((target / mark).is_file() for mark in _MARKS) or is_at_work_in(target):
+    folders = [child.name for child in target.iterdir() if is_dir(child) and child.name not in own]
+    if folders or not any(is_file(target / mark) for mark in _MARKS) or is_at_work_in(target):
         raise OutputError(
             f"the output '{path}' holds more than an adapter or a model, and is not overwritten: expected an earlier "
             "output; choose another path, or delete it yourself"
@@ -92,8 +93,8 @@ def _check_rights(path: str | Path, target: Path) -> None:
             f"'{Path(path) / 'merged'}'"
         )
     ours = os.access in os.supports_effective_ids
-    holder = next(parent for parent in target.parents if parent.exists())
-    for folder in (holder, target) if target.exists() else (holder,):
+    holder = next(parent for parent in target.parents if exists(parent))
+    for folder in (holder, target) if exists(target) else (holder,):
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=ours):
             raise OutputError(
                 f"the output '{path}': nothing can be written to '{folder}' (no permission, or a read-only disk): expected a directory "
@@ -130,10 +131,10 @@ def refuse_inputs(path: str | Path, target: Path, inputs: Iterable[str | Path]) 
         held, what = False, "is"
         with suppress(OSError, RuntimeError, ValueError):  # no path at all
             place = Path(name).expanduser().resolve()
-            held = place == target or (place.exists() and place.is_relative_to(target))
+            held = place == target or (exists(place) and place.is_relative_to(target))
             what = "is" if place == target else "holds"
         if held:
-            kind = "directory" if target.is_dir() else "file"
+            kind = "directory" if is_dir(target) else "file"
             raise OutputError(
                 f"the output '{path}' {what} '{name}', of which it is to be made: expected another {kind}, so that the original stays"
             )
@@ -176,7 +177,7 @@ def whole_directory(
             place(new, target, _MARKS)
         except BaseException:
             # Before the hidden folder goes; what has changed places with it already is another one.
-            if not copied and new.exists() and new.stat().st_ino == itself:
+            if not copied and exists(new) and new.stat().st_ino == itself:
                 new.rename(kept)
             raise
 
@@ -193,7 +194,7 @@ def hidden_beside(path: str | Path, target: Path | None = None) -> Iterator[Path
         OutputError: the file system refuses, in the block too.
     """
     target = target or Path(path).expanduser().resolve()
-    made = [parent for parent in target.parents if not parent.exists()]
+    made = [parent for parent in target.parents if not exists(parent)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with workshop(target) as folder:
@@ -207,7 +208,7 @@ def hidden_beside(path: str | Path, target: Path | None = None) -> Iterator[Path
             f"{f'; {left}' if left else ''}"
         ) from error
     finally:
-        if not target.exists():
+        if not exists(target):
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
@@ -242,4 +243,4 @@ def _give_ordinary_modes(folder: Path) -> None:
     probe_file.unlink()
     probe_folder.rmdir()
     for path in (folder, *folder.rglob("*")):
-        path.chmod(folder_mode if path.is_dir() else file_mode)
+        path.chmod(folder_mode if is_dir(path) else file_mode)

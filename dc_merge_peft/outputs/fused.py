@@ -15,6 +15,7 @@ from dc_merge_peft.outputs.directory import whole_directory
 from dc_merge_peft.outputs.fused_extras import extra_changes
 from dc_merge_peft.outputs.fused_papers import write_papers
 from dc_merge_peft.outputs.fused_targets import Target, find_targets, refuse_unless_finite
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base_files import COMPANIONS
 from dc_merge_peft.sources.base_model import injected_layer
@@ -148,4 +149,4 @@ def save_fused(
 def _folder(base: str | Path, token: str | bool | None) -> Path:
     """A base model's directory, or a snapshot of what belongs to it beside its weights."""
     folder = Path(base).expanduser()
-    return folder if folder.is_dir() else fetch_files(HubId.parse(str(base)) or HubId(str(base)), COMPANIONS, token)
+    return folder if is_dir(folder) else fetch_files(HubId.parse(str(base)) or HubId(str(base)), COMPANIONS, token)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dc_merge_peft.paths import exists, is_dir
 from dc_merge_peft.work.standing import about_to_stand
 from dc_merge_peft.work.workshop import OLD
 
@@ -26,7 +27,7 @@ def place(new: Path, target: Path, last: Sequence[str]) -> None:
         last: Files without which a directory counts for nothing.
     """
     about_to_stand(target, new, _in_order(new, last)[-1])
-    if not target.exists():
+    if not exists(target):
         new.rename(target)
     elif not any(target.iterdir()):
         if _alike(new, target):
@@ -53,7 +54,7 @@ def place_file(new: Path, target: Path, *, replace: bool) -> None:
         except OSError as error:
             if error.errno not in (*_NO_EXCHANGE, errno.EPERM):
                 raise
-            if target.exists():  # no links here: two runs at a time are not told apart
+            if exists(target):  # no links here: two runs at a time are not told apart
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
             new.rename(target)
     _flush(target.parent)
@@ -104,7 +105,7 @@ def _replace(new: Path, target: Path) -> None:
         target.rename(old)
         new.rename(target)
     except BaseException:
-        if old.exists() and not target.exists():
+        if exists(old) and not exists(target):
             old.rename(target)
         raise
 
@@ -140,13 +141,13 @@ def _fill(new: Path, target: Path, last: Sequence[str]) -> None:
     try:
         for child in _in_order(new, last):
             moved.append(child.name)
-            if (target / child.name).exists():
+            if exists(target / child.name):
                 moved.pop()
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / child.name))
             child.rename(target / child.name)
     except BaseException:
         for name in moved:
-            if not (new / name).exists():
+            if not exists(new / name):
                 (target / name).rename(new / name)
         raise
 
@@ -159,7 +160,7 @@ def _in_order(new: Path, last: Sequence[str]) -> list[Path]:
 def _flush(path: Path) -> None:
     """Raises OSError where a file's content can't be written; of a folder some file systems know no such thing, and some users may
     not look into one that they may write to."""
-    if path.is_dir():
+    if is_dir(path):
         if os.name == "posix":
             with suppress(OSError):
                 _sync(path, os.O_RDONLY)

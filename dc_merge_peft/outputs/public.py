@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TypeVar
 
+from dc_merge_peft.paths import exists
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.base import AdapterInfo
 from dc_merge_peft.sources.hub import HubId
@@ -21,7 +22,7 @@ _NO_OWNER = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a base model's name is a Hub id: spelled like one, and no directory here."""
-    return name is not None and HubId.parse(name) == HubId(name) and not Path(name).exists()
+    return name is not None and HubId.parse(name) == HubId(name) and not exists(name)
 
 
 def with_owned_base(result: R, token: str | bool | None) -> R:
@@ -30,7 +31,7 @@ def with_owned_base(result: R, token: str | bool | None) -> R:
     import huggingface_hub
 
     name, *others = {info.base_model for info in result.adapters}
-    if others or name is None or not _NO_OWNER.fullmatch(name) or Path(name).exists():
+    if others or name is None or not _NO_OWNER.fullmatch(name) or exists(name):
         return result
     try:
         owned = huggingface_hub.HfApi(token=token).model_info(name).id

@@ -18,6 +18,7 @@ from dc_merge_peft.outputs.fused_papers import fused_record
 from dc_merge_peft.outputs.public import is_hub_id, public_copy, with_owned_base
 from dc_merge_peft.outputs.publish import publish
 from dc_merge_peft.outputs.room import scratch
+from dc_merge_peft.paths import exists, is_file
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.runconfig import FILE_NAME, as_yaml
 from dc_merge_peft.sources.hub import CONFIG_FILE, HubId
@@ -63,7 +64,7 @@ def push_fused(
     owned = with_owned_base(result, token)
     facts = base_facts(owned, token=token, ask_hub=True)
     public = public_copy(owned)
-    known = base is not None and HubId.parse(str(base)) is not None and not Path(base).exists()
+    known = base is not None and HubId.parse(str(base)) is not None and not exists(base)
     record = fused_record(public, base if known else None)
     card = fused_card(public, record, facts, repo_id if is_hub_id(repo_id) else None)
     own: dict[str, Path | bytes] = {
@@ -75,7 +76,7 @@ def push_fused(
         if place is None:
             assert model is not None, "neither a model nor where it is saved"
             place = save_fused(model, result, folder / "model", base=base, token=token)
-        files = {file.relative_to(place).as_posix(): _public(file) for file in place.rglob("*") if file.is_file()}
+        files = {file.relative_to(place).as_posix(): _public(file) for file in place.rglob("*") if is_file(file)}
         try:
             return publish(
                 {**files, **own},

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dc_merge_peft.errors import OutputError, first_line
+from dc_merge_peft.paths import exists
 
 _PAPERS = 1_000_000  # bytes for cards, configs and records
 
@@ -21,7 +22,7 @@ def check_room(path: str | Path, needed: int) -> None:
     """
     try:
         target = Path(path).expanduser().resolve()
-        holder = next(parent for parent in (target, *target.parents) if parent.exists())
+        holder = next(parent for parent in (target, *target.parents) if exists(parent))
         free = shutil.disk_usage(holder).free
     except (OSError, RuntimeError, ValueError):  # what can't be asked is tried
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from dc_merge_peft.errors import OutputError, path_in_words
 from dc_merge_peft.outputs.directory import hidden_beside, refuse_inputs, resolved, tidy_up
 from dc_merge_peft.outputs.placing import place_file, to_disk
+from dc_merge_peft.paths import exists, is_dir, is_file
 from dc_merge_peft.work.workshop import NEW
 
 # An earlier output says what it is within so many bytes.
@@ -33,15 +34,15 @@ def check_file(
         raise OutputError(f"the output is an empty name: expected a file, as in {example}")
     with path_in_words(path):
         target = resolved(path)
-        if target.is_dir():
+        if is_dir(target):
             raise OutputError(f"the output '{path}' is a directory: expected a file, as in {Path(path) / example}")
-        if target.exists() and not overwrite:
+        if exists(target) and not overwrite:
             raise OutputError(
                 f"the output '{path}' already exists: expected a new file; choose another path, or overwrite it "
                 "(overwrite=True, --overwrite)"
             )
         refuse_inputs(path, target, inputs)
-        if target.exists() and not (target.is_file() and mark.encode() in _head(target)):
+        if exists(target) and not (is_file(target) and mark.encode() in _head(target)):
             raise OutputError(
                 f"the output '{path}' is something else than an earlier output, and is not overwritten: choose another path, "
                 "or delete it yourself"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dc_merge_peft.outputs.shards import Shard
+from dc_merge_peft.paths import is_dir
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Written:
             if mark.name not in ready:
                 mark.unlink()
         for child in self.building.iterdir():
-            if child.is_dir() and not child.is_symlink():
+            if is_dir(child) and not child.is_symlink():
                 shutil.rmtree(child)
             elif child.name not in ready:
                 child.unlink()

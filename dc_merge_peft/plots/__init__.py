@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dc_merge_peft.errors import OptionError, OutputError, first_line, path_in_words
 from dc_merge_peft.inspection.data import Inspection
 from dc_merge_peft.outputs.directory import resolved
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.plots.figures import cover_figure, dirsim_figure, overlap_figure, spectrum_figure
 from dc_merge_peft.plots.style import require_matplotlib
 from dc_merge_peft.plots.tuning import tuning_figure
@@ -72,7 +73,7 @@ def check_folder(folder: str | Path) -> None:
     """
     with path_in_words(folder):
         target = resolved(folder)
-        if any((target / name).is_file() for name in _OF_MODELS):
+        if any(is_file(target / name) for name in _OF_MODELS):
             raise OutputError(
                 f"the folder for figures '{folder}' holds an adapter or a model: expected one for figures alone; choose another, as in "
                 f"{Path(folder) / 'figures'}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import OptionError, SourceError, first_line
+from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.sources.hub import HubId, fetch_files
 from dc_merge_peft.sources.stored import CHANGED, StoredTensor, Unreadable, read_header
 
@@ -99,7 +100,7 @@ def is_directory(model: str | Path, what: str = "the base model") -> bool:
         folder = Path(model).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             (folder / CONFIG).stat()  # which says whether one may look into it
-        return folder.is_dir()
+        return is_dir(folder)
     except (OSError, RuntimeError) as error:
         raise SourceError(
             f"{what} {str(model)[:200]!r} can't be looked at ({first_line(error)}): expected a directory that you may read, or a Hub id "
@@ -137,12 +138,12 @@ def open_base_files(base: str | Path, token: str | bool | None = None, *, what: 
     config = _json(folder / CONFIG)
     if config is None:
         raise NotStreamable(f"'{base}' has no {CONFIG}")
-    index = None if (folder / SINGLE).is_file() else _json(folder / INDEX)  # transformers' own order
+    index = None if is_file(folder / SINGLE) else _json(folder / INDEX)  # transformers' own order
     names = _weight_files(index, folder)
     if hub_id is not None:
         code = ("*.py",) if config.get("auto_map") else ()
         folder = _fetched(hub_id, (*names, *code), token)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not is_file(folder / name)]
     if missing and index is None:
         raise NotStreamable(f"'{base}' has no {SINGLE}")
     if missing:
@@ -204,7 +205,7 @@ def _weight_files(index: Mapping[str, Any] | None, folder: Path) -> tuple[str, .
 
 def _json(file: Path) -> dict[str, Any] | None:
     """The content of a JSON file; None where there is none."""
-    if not file.is_file():
+    if not is_file(file):
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

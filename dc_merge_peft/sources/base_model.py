@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layout import Layout
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.sources.base_files import is_directory
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 from dc_merge_peft.sources.renames import fitting_rename
@@ -136,7 +137,7 @@ def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known:
         )
     if hub_id is not None and failed_at_the_hub(error):
         return f"the base model can't be loaded: {failure_in_words(error, hub_id, known)}"
-    if (hub_id is None or hub_id.subfolder) and not Path(base).expanduser().is_dir():
+    if (hub_id is None or hub_id.subfolder) and not is_dir(Path(base).expanduser()):
         return (
             f"there is no directory '{base}', and as a model of the Hub it can't be loaded ({in_words(error, known)}): expected an existing "
             "transformers model directory or a Hub id such as 'org/name'"

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.sources.base import CardFacts
 from dc_merge_peft.sources.hub import CARD_FILE, HubId
 
@@ -44,7 +45,7 @@ _NO_ANSWER = ("null", "none", "unknown", "na")
 
 def read_card(folder: Path) -> CardFacts:
     """The facts in the card of a directory; none where there is no card, or none that can be read."""
-    if not (folder / CARD_FILE).is_file():
+    if not is_file(folder / CARD_FILE):
         return CardFacts()
     try:
         with (folder / CARD_FILE).open(encoding="utf-8") as file:
@@ -67,7 +68,7 @@ def base_card(base: str | None, revision: str | None, *, token: str | bool | Non
     if not base:
         return CardFacts()
     try:
-        if (folder := Path(base).expanduser()).is_dir():
+        if is_dir(folder := Path(base).expanduser()):
             return read_card(folder)
         hub_id = HubId.parse(base)
         if hub_id is None or hub_id.subfolder:

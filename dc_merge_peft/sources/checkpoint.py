@@ -15,6 +15,7 @@ from torch import Tensor
 from dc_merge_peft.errors import SourceError, without_secrets
 from dc_merge_peft.layout import LEVEL, STORED_OUT_PROJ, Layout
 from dc_merge_peft.lowrank import LowRank
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source, text_or_none
 from dc_merge_peft.sources.cards import read_card
 from dc_merge_peft.sources.contents import instead_of_config
@@ -207,7 +208,7 @@ def _read_config(files: AdapterFiles, name: str) -> dict[str, Any]:
 
 def _is_file(path: Path, name: str) -> bool:
     try:
-        return path.is_file()
+        return is_file(path)
     except OSError as error:
         raise SourceError(
             f"adapter '{name}' can't be looked at ({error.strerror}): expected a directory that you may read"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dc_merge_peft.errors import first_line, preview
+from dc_merge_peft.paths import is_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -19,7 +20,7 @@ def instead_of_directory(path: Path) -> str:
         return f"unpack it, and give the folder that has the {CONFIG_FILE}"
     if path.suffix.lower() in (".yaml", ".yml"):
         return "a configuration of a merge is given by --config"
-    if (path.parent / CONFIG_FILE).is_file():
+    if is_file(path.parent / CONFIG_FILE):
         return f"give the folder '{path.parent}'"
     return f"there is no {CONFIG_FILE} beside it: {_OTHER_PROGRAM}"
 
@@ -28,7 +29,7 @@ def instead_of_config(directory: Path) -> str:
     """A directory without an adapter's config."""
     if inside := adapters_inside(directory):
         return inside
-    if (directory / "config.json").is_file():
+    if is_file(directory / "config.json"):
         return "is it a full model? dc-merge merge-full merges those, and dc-merge fuse takes one before the adapters"
     try:
         names = sorted(entry.name for entry in directory.iterdir())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dc_merge_peft.errors import SourceError, first_line
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.sources.contents import CONFIG_FILE, WEIGHT_FILES, instead_of_weights
 from dc_merge_peft.sources.fingerprint import fingerprint, fingerprint_of
 from dc_merge_peft.sources.stored import KNOWN, POINTER, Unreadable, is_pointer, read_header
@@ -42,7 +43,7 @@ def open_weights(directory: Path, name: str) -> Tensors:
     """safetensors first, then ``.bin``: PEFT's own order."""
     for file in WEIGHT_FILES:
         path = directory / file
-        if path.is_file():
+        if is_file(path):
             return SafetensorsFile(path, name) if path.suffix == ".safetensors" else PickleFile(path, name)
     raise SourceError(
         f"adapter '{name}' has no weights: expected {' or '.join(WEIGHT_FILES)} beside {CONFIG_FILE}; {instead_of_weights(directory)}"

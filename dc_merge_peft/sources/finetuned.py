@@ -13,6 +13,7 @@ from torch import Tensor
 from dc_merge_peft.dense import Dense
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError
 from dc_merge_peft.lowrank import all_finite
+from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
 from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, is_directory, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
@@ -46,7 +47,7 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
         SourceError: it can't be found, or its files don't allow to read it tensor by tensor.
     """
     here = isinstance(place, (str, Path)) and is_directory(place, what)
-    if here and (Path(place).expanduser() / CONFIG_FILE).is_file():
+    if here and is_file(Path(place).expanduser() / CONFIG_FILE):
         raise SourceError(
             f"{what} '{place}' is an adapter: expected full models; merge adapters with dc-merge merge, or into their base model "
             "with dc-merge fuse"
@@ -101,10 +102,10 @@ def open_models(
 def _describe(
     name: str, place: str | Path, model: FiledModel, base: FiledModel, token: str | bool | None
 ) -> AdapterInfo:
-    hub_id = None if Path(place).expanduser().is_dir() else HubId.parse(str(place))
+    hub_id = None if is_dir(Path(place).expanduser()) else HubId.parse(str(place))
     revision = model.files.folder.name if hub_id else None
     kind = type(base.skeleton)
-    base_id = None if Path(base.files.base).expanduser().is_dir() else HubId.parse(base.files.base)
+    base_id = None if is_dir(Path(base.files.base).expanduser()) else HubId.parse(base.files.base)
     return AdapterInfo(
         name=name,
         location=hub_id.repo if hub_id else str(place),

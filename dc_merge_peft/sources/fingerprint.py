@@ -7,6 +7,7 @@ import os
 from io import FileIO
 from pathlib import Path
 
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.sources.hub import WEIGHT_FILES
 
 SAMPLES, SAMPLE = 64, 4096  # pieces of a file that are looked at, and their bytes
@@ -14,7 +15,7 @@ SAMPLES, SAMPLE = 64, 4096  # pieces of a file that are looked at, and their byt
 
 def fingerprint(folder: Path) -> str | None:
     """Of the weights in an adapter's directory, by their size and by samples all over the file; None where there are none."""
-    file = next((file for name in WEIGHT_FILES if (file := folder / name).is_file()), None)
+    file = next((file for name in WEIGHT_FILES if is_file(file := folder / name)), None)
     if file is None:
         return None
     try:

@@ -20,6 +20,7 @@ from dc_merge_peft.hub_errors import (
     try_again,
     words_of_the_hub,
 )
+from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.sources.contents import CONFIG_FILE, WEIGHT_FILES, instead_of_directory
 
 MODEL_CONFIG_FILE = "config.json"  # of a full model
@@ -76,14 +77,14 @@ def locate(source: str | Path, token: str | bool | None = None) -> AdapterFiles:
     """
     try:
         path = Path(source).expanduser()
-        is_directory, is_file = bool(str(source)) and path.is_dir(), path.is_file()
+        directory, file = bool(str(source)) and is_dir(path), is_file(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(
             f"there is no adapter {str(source)[:200]!r} ({first_line(error)}): expected an existing directory or a Hub id"
         ) from error
-    if is_directory:
+    if directory:
         return AdapterFiles(path, str(source))
-    if is_file:
+    if file:
         raise SourceError(f"'{source}' is a file: expected an adapter directory; {instead_of_directory(path)}")
     hub_id = HubId.parse(source) if isinstance(source, str) else None
     if hub_id is None:
@@ -99,7 +100,7 @@ def _download(wanted: HubId, token: str | bool | None) -> AdapterFiles:
     prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
     patterns = [prefix + name for name in (CONFIG_FILE, *WEIGHT_FILES, CARD_FILE, RECORD_FILE, TRAINABLES_FILE)]
     snapshot = fetch_files(wanted, patterns, token, fallback=lambda: _from_cache(wanted, prefix))
-    if not (snapshot / prefix / CONFIG_FILE).is_file():
+    if not is_file(snapshot / prefix / CONFIG_FILE):
         raise _no_adapter(wanted, snapshot.name, token)
     return AdapterFiles(snapshot / prefix, f"{wanted.repo}/{prefix}".rstrip("/"), snapshot.name)
 
@@ -161,7 +162,7 @@ def _from_cache(wanted: HubId, prefix: str) -> Path | None:
     """The cached snapshot that holds config and weights, though not all that would have been asked for: other programs,
     PEFT among them, download these two and no card."""
     snapshot = cached_snapshot(wanted, prefix + CONFIG_FILE)
-    if snapshot is None or not any((snapshot / prefix / name).is_file() for name in WEIGHT_FILES):
+    if snapshot is None or not any(is_file(snapshot / prefix / name) for name in WEIGHT_FILES):
         return None
     return snapshot
 

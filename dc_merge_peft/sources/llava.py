@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dc_merge_peft.errors import SourceError, preview
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.sources.base import ExtraSpec
 from dc_merge_peft.sources.files import PickleFile, Tensors
 from dc_merge_peft.sources.hub import TRAINABLES_FILE
@@ -65,7 +66,7 @@ def open_trainables(directory: Path, stored: Collection[str], adapter: str) -> T
         SourceError: the file is unreadable, no plain state dict, or holds LoRA factors, or a parameter for the second time.
     """
     path = directory / TRAINABLES_FILE
-    if not path.is_file():
+    if not is_file(path):
         return Trainables(None, {})
     file = PickleFile(path, adapter)
     keys: dict[str, str] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dc_merge_peft.errors import OptionError
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.checkpoint import CheckpointSource
 from dc_merge_peft.sources.renamed import RenamedSource
@@ -131,7 +132,7 @@ def _parts(path: str, *, revision: bool = True) -> list[str]:
     """The parts of a directory's real path, or of a Hub id; what can't be looked at is left for the source to refuse."""
     try:
         folder = Path(path).expanduser()
-        if folder.is_dir():
+        if is_dir(folder):
             return list(folder.resolve().parts[1:])
         return (path if revision else path.partition("@")[0]).split("/")
     except (OSError, RuntimeError, ValueError):

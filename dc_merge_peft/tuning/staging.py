@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dc_merge_peft.errors import OptionError
 from dc_merge_peft.merged import MergedAdapter
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.reading import Devices, checked_devices
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.dora import DoraReading, DoraSource
@@ -145,7 +146,7 @@ def from_model(
         if not isinstance(source, str) or source not in tuner.peft_config:
             found.append(source)
             continue
-        if Path(source).is_dir():
+        if is_dir(source):
             raise OptionError(
                 f"'{source}' is an adapter of the model and a directory, too: expected one of them; write './{source}' for the directory, "
                 "or work in another folder"

@@ -23,6 +23,7 @@ from dc_merge_peft.dense import Delta, Dense
 from dc_merge_peft.filed_dense import FiledDense
 from dc_merge_peft.lowrank import LowRank
 from dc_merge_peft.methods.rescaling import AlphaFit, Rule
+from dc_merge_peft.paths import is_file
 from dc_merge_peft.plan import PlannedModule
 from dc_merge_peft.reading import Reader
 from dc_merge_peft.sources.dora import DoraSource
@@ -146,7 +147,7 @@ class WorkFolder:
 def tidy(folder: Path, keep: Callable[[Path], bool]) -> None:
     """Delete what interrupted processes have left behind half-written among the finished modules."""
     for file in folder.iterdir():
-        if file.is_file() and not _FILE.fullmatch(file.name) and not keep(file):
+        if is_file(file) and not _FILE.fullmatch(file.name) and not keep(file):
             file.unlink()
 
 

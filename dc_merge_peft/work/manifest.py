@@ -17,6 +17,7 @@ import torch
 from dc_merge_peft._version import __version__
 from dc_merge_peft.errors import OptionError, SourceError, first_line
 from dc_merge_peft.methods import Method
+from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.sources.base import Source
 from dc_merge_peft.sources.base_files import CONFIG, BaseFiles
@@ -148,7 +149,7 @@ def _files(source: Source) -> dict[str, Any]:
             "it, or merge without a work folder"
         )
     files = [source.directory / name for name in _ADAPTER_FILES]
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if is_file(file)]
     with ThreadPoolExecutor() as pool:
         found = {file.name: content for file, content in zip(files, pool.map(_whole, files), strict=True)}
     # An adapter that is open is read to its end, whatever stands in its place now.
@@ -169,7 +170,7 @@ def _base(base: BaseModel) -> dict[str, Any]:
     """The base model's place, and its files or its commit."""
     if isinstance(base, FiledModel):
         return {"location": base.location, "files": _model_files(base.files)}
-    if base.location is not None and Path(base.location).expanduser().is_dir():
+    if base.location is not None and is_dir(Path(base.location).expanduser()):
         folder = Path(base.location).expanduser()
         files = sorted(file for ending in ("json", "safetensors", "bin") for file in folder.glob(f"*.{ending}"))
     else:

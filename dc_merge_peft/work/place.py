@@ -15,6 +15,7 @@ from typing import Any
 
 from dc_merge_peft.errors import MergeError, OptionError, OutputError, first_line, path_in_words, warn
 from dc_merge_peft.methods import Method
+from dc_merge_peft.paths import exists, is_dir, is_file
 from dc_merge_peft.work.finished import WorkFolder, tidy
 from dc_merge_peft.work.locks import deleting, locked
 from dc_merge_peft.work.manifest import differences
@@ -77,7 +78,7 @@ class WorkPlace:
             if self.team is not None:
                 self.team.leave()
             if lock is not None:
-                kept = not done and self.resume and (self.folder / _MANIFEST).exists()
+                kept = not done and self.resume and exists(self.folder / _MANIFEST)
                 deleting(lock, lambda: None if kept else _delete(self.folder))
             for folder in new:
                 with suppress(OSError):
@@ -93,7 +94,7 @@ class WorkPlace:
     def _made(self, new: list[Path]) -> int:
         """Its lock, once the folder is there; ``new`` gets those that are made for it, the innermost first."""
         try:
-            new += [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+            new += [folder for folder in (self.folder, *self.folder.parents) if not exists(folder)]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._refuse_strangers()
             if self.target is not None:
@@ -163,7 +164,7 @@ class WorkPlace:
 
 
 def _same_disk(folder: Path, out: Path) -> bool:
-    holder = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    holder = next(parent for parent in (out, *out.resolve().parents) if exists(parent))
     return folder.stat().st_dev == holder.stat().st_dev
 
 
@@ -218,7 +219,7 @@ def _delete(folder: Path) -> None:
     for _ in range(20):
         with suppress(OSError):
             for child in folder.iterdir():
-                if child.is_dir() and not child.is_symlink():
+                if is_dir(child) and not child.is_symlink():
                     shutil.rmtree(child, ignore_errors=True)
                 elif child.name not in (_MANIFEST, _LOCK):
                     child.unlink(missing_ok=True)
@@ -227,14 +228,14 @@ def _delete(folder: Path) -> None:
                 for name in (_MANIFEST, _LOCK):
                     (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # not through a link
-        if not folder.exists() or (folder.is_symlink() and not any(folder.iterdir())):
+        if not exists(folder) or (folder.is_symlink() and not any(folder.iterdir())):
             return
         time.sleep(0.05)
 
 
 def work_folder_around(target: Path) -> Path | None:
     """The folder of finished modules that a path is, or lies in: it is deleted with all it holds when its merge is done."""
-    return next((folder for folder in (target, *target.parents) if (folder / _MANIFEST).is_file()), None)
+    return next((folder for folder in (target, *target.parents) if is_file(folder / _MANIFEST)), None)
 
 
 def unfinished(out: str | Path) -> str | None:
@@ -249,6 +250,6 @@ def left_of(out: str | Path) -> Path | None:
     """The folder beside an output that holds finished modules of a merge to it, if there is one."""
     with suppress(OSError, RuntimeError, ValueError):
         folder = WorkPlace.beside(out, resume=True).folder
-        if (folder / _MANIFEST).is_file():
+        if is_file(folder / _MANIFEST):
             return folder
     return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dc_merge_peft.errors import MergeError, first_line
+from dc_merge_peft.paths import is_dir
 from dc_merge_peft.work.meeting import meet
 from dc_merge_peft.work.whole import write_whole
 
@@ -66,7 +67,7 @@ class Team:
             with _in_words(folder):
                 own.mkdir()
         deadline = time.monotonic() + PATIENCE
-        while not own.is_dir():
+        while not is_dir(own):
             if time.monotonic() > deadline:
                 raise MergeError(
                     f"process {self.rank} on '{platform.node()}' does not see '{folder}', which process 0 has made: expected an "
@@ -89,7 +90,7 @@ class Team:
     def leave(self, failure: str | None = None) -> None:
         """The last sign of this process: that it has failed, or else nothing."""
         self._end()
-        if failure is not None and self._folder is not None and self._folder.is_dir():
+        if failure is not None and self._folder is not None and is_dir(self._folder):
             with suppress(OSError):
                 self._say("failed", failure.encode())
 
@@ -168,7 +169,7 @@ class Team:
         try:
             return (self._folder / f"{rank}.{what}").read_bytes()
         except FileNotFoundError:
-            if not self._folder.is_dir():
+            if not is_dir(self._folder):
                 raise MergeError(
                     f"'{self._folder.parent}' is gone: expected it to stay until all processes are done; process 0 has ended early, see "
                     "its own messages"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dc_merge_peft.paths import exists, is_dir
 from dc_merge_peft.work.locks import deleting, locked
 
 NEW, OLD = "new", "old"  # what is being made; what stood in its place, where that takes two steps
@@ -55,12 +56,12 @@ def settle(folder: Path, target: Path) -> bool:
     Raises:
         OSError: that can't be put back. It is not deleted then.
     """
-    homeless = (folder / OLD).exists() and not target.exists()
+    homeless = exists(folder / OLD) and not exists(target)
     if homeless:
         (folder / OLD).rename(target)
     with suppress(OSError):
         for child in folder.iterdir():  # the record goes last: after a kill in between it still says whose the rest is
-            if child.is_dir():
+            if is_dir(child):
                 shutil.rmtree(child, ignore_errors=True)
             elif child.name != _RECORD:
                 child.unlink()
@@ -162,7 +163,7 @@ def _boot() -> str:
 def _host() -> str:
     """A name that is still the same after a restart; empty where none is."""
     machine = _text("/etc/machine-id")
-    return f"{platform.node()} {machine}" if machine or not Path("/proc").exists() else ""
+    return f"{platform.node()} {machine}" if machine or not exists("/proc") else ""
 
 
 def _text(file: str) -> str:

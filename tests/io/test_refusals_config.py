@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,14 @@ def test_pissa_after_conversion_is_accepted(tmp_path: Path) -> None:
 
 def test_a_directory_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system says no where it is asked about a file in it."""
-    folder, is_file = write_checkpoint(tmp_path / "task"), Path.is_file
+    folder, stat = write_checkpoint(tmp_path / "task"), os.stat
 
-    def guarded(path: Path) -> bool:
-        if path.name == "adapter_config.json":
+    def guarded(path: str | Path | int, *arguments: object, **options: object) -> os.stat_result:
+        if not isinstance(path, int) and Path(path).name == "adapter_config.json":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return is_file(path)
+        return stat(path, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "is_file", guarded)
+    monkeypatch.setattr(os, "stat", guarded)
     with refused(
         SourceError, "'task' can't be looked at (Permission denied)", "expected a directory that you may read"
     ):

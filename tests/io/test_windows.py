@@ -52,7 +52,7 @@ def test_it_is_like_windows(place: Path) -> None:
     assert not Path("open").exists()
 
 
-@pytest.mark.parametrize("more", [[], ["--resume"], ["--max-memory", "1GB"]])
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--max-memory", "4GB"]])
 def test_merging(place: Path, more: list[str]) -> None:
     """An output, again with --overwrite, and nothing beside it."""
     before = names(place)
