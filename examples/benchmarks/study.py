@@ -2,7 +2,8 @@
 
 ``--p`` and ``--tau`` make ``dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T``, of which p = 1, tau = 1 is TSV-M; ``--ridge`` makes
 ``dW = U (G_u + lambda_u)^-1 diag(S) (G_v + lambda_v)^-1 V^T`` with smoothed S, ``--load`` the same with lambda_u = c k / m and lambda_v = c k / n, which
-is the library's ``rzf``; all are in ``accuracy/rules.py``. DC-Merge comes first, and the others are compared with it. Other rules: call ``accuracy.study.study`` with functions of
+is the library's ``rzf``; all are in ``accuracy/rules.py``. DC-Merge comes first, and the others are compared with it. ``--ideas`` measures those of
+``accuracy/ideas.py`` instead, compared with ``rzf``. Other rules: call ``accuracy.study.study`` with functions of
 your own, as this program does.
 """
 

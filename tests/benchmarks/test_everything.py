@@ -147,28 +147,6 @@ def test_guide_has_a_word_on_data() -> None:
     assert "training inputs" not in guide([other, models])
 
 
-def test_studies_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of benchmarks of adapters, each kind into a file of its own, which the page reads; what is there stays."""
-    made: list[list[str]] = []
-
-    def program(arguments: list[str]) -> None:
-        made.append(arguments)
-        line = {"tasks": 4, "label": "dc", "rule": "Schatten 2", "loss": 0.012, "merges": 1}
-        Path(arguments[-1]).write_text(json.dumps([line]), encoding="utf-8")
-
-    for kind in ("study", "study_alpha"):
-        monkeypatch.setattr(getattr(command, kind), "main", program)
-    arguments = ["study", "--cache", str(tmp_path / "cache"), "--docs", str(tmp_path), "--only", "text8", "text8_fft"]
-    assert main(arguments) == 0 and main(arguments) == 0
-    assert [Path(call[-1]).name for call in made] == ["study.json", "alpha.json"]
-    assert all(call[:3] == ["text8", "--cache", str(tmp_path / "cache/text8")] for call in made)
-    table = command.alphas_studied(tmp_path)
-    assert "| alpha by | text8 | text8, `rzf` |" in table and "| Schatten 2 | 1.2 |  |" in table
-    text = section([results("text8", 0.05)], {}, (), table)
-    assert text.index("## Alpha without data") < text.index(table) < text.index("## The defaults")
-    assert command.alphas_studied(tmp_path / "nowhere") == ""
-
-
 def test_figures_have_pages_and_one_table(tmp_path: Path) -> None:
     """What the paper says, adapters and full models apart, with the verdict of every benchmark that has the figure."""
     for name, models in (("text8", False), ("text8-fft", True)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from common.tables import markdown
 
 from accuracy.carrier import PRECISIONS
+from accuracy.ideas import IDEAS, C
 from accuracy.merging import Rule
 from accuracy.rules import by_default, by_load, gram_power, regularised
 from accuracy.study import study, table
@@ -47,10 +48,10 @@ def run(
     options = parse(doc, suites, arguments)
     usual = suites[options.suite]
     suite = maker(options.suite)(options.cache, tuple(options.seeds or usual.seeds))
-    chosen = rules(options.p, options.tau, options.ridge, options.load)
+    chosen = ideas() if options.ideas else rules(options.p, options.tau, options.ridge, options.load)
     lines = study(
         suite, chosen, options.counts or usual.counts, examples=options.examples or usual.examples, precision=options.precision, workers=options.workers,
-        apart=[label for label in chosen if label.startswith(REGULARISED)],
+        apart=[label for label in chosen if options.ideas or label.startswith(REGULARISED)],
     )  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
@@ -73,6 +74,9 @@ def parse(doc: str, suites: Mapping[str, Studied], arguments: Sequence[str] | No
         "--load", type=float, nargs="*", default=[0.2, 0.375, 0.75], metavar="C",
         help="of regularised: lambda = C times the load k / m of each side (default: 0.2 0.375 0.75)",
     )  # fmt: skip
+    parser.add_argument(
+        "--ideas", action="store_true", help="instead of the families what is in accuracy/ideas.py, compared with rzf"
+    )
     parser.add_argument(
         "--counts", type=int, nargs="+", metavar="T", help="numbers of tasks (default: those that the pages have)"
     )
@@ -106,3 +110,8 @@ def rules(
         label = f"{outputs:g}" if outputs == inputs else f"{outputs:g}, {inputs:g}"
         found[f"lambda {label}"] = partial(regularised, ridge=outputs, ridge_in=inputs)
     return found | {f"load {c:g}": partial(by_load, c=c) for c in loads}
+
+
+def ideas() -> Mapping[str, Rule]:
+    """The library's ``rzf``, with which they are compared, and the ideas around it."""
+    return {"rzf": partial(by_load, c=C), **IDEAS}

@@ -20,12 +20,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import study
 import study_alpha
@@ -40,6 +38,7 @@ from everything.drawn import figures_page
 from everything.found import Found, saved
 from everything.guide import caution, short, with_guide
 from everything.page import section, with_section
+from everything.studied import ALPHA_STUDY, IDEAS, STUDY, alphas_studied, studies
 from everything.tables import glance
 from everything.texts import glance_text, own_text
 
@@ -47,9 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # Folder of the docs by package, in the order in which they are made; full models come from the texts of the first.
 BENCHMARKS = {"text8": "text8", "vision": "vision", "language": "language", "text8_fft": "text8-fft"}
 DRAWN = ("text8", "vision", "text8_fft")  # of which figures are drawn
-CHOSEN = "load 0.375"  # of the study's rules: what the method `rzf` became
 DIRECTIONS = "rows-directions.jsonl"  # in the results of each benchmark's cache
-STUDY, ALPHA_STUDY = "study.json", "alpha.json"  # in the folder of each benchmark
 CHECK, CHECKED = "check", "rows-check.jsonl"  # a stage that is run where it is named, and its rows in each cache
 EVERY_STAGE = (*STAGES[:-1], "study", "figures", STAGES[-1], "directions", "pages")
 
@@ -135,12 +132,16 @@ def pages(docs: Path) -> dict[Path, str]:
     found = saved(docs, list(BENCHMARKS.values()))
     page, guide, readme = docs / "benchmarks.md", docs / "methods/index.md", docs.parent / "README.md"
     text = {place: place.read_text(encoding="utf-8") for place in (page, guide, readme)}
-    drawn = _drawn(docs)
+    drawn, folders = _drawn(docs), {name: docs / name for name in BENCHMARKS.values()}
     return {
         page: with_section(
             text[page],
             section(
-                found, drawn, studies(docs), alphas_studied(docs), saved_dir_sims(docs, [one.name for one in found])
+                found,
+                drawn,
+                studies(folders),
+                alphas_studied(folders),
+                saved_dir_sims(docs, [one.name for one in found]),
             ),
         ),
         guide: with_guide(text[guide], found),
@@ -153,34 +154,6 @@ def in_readme(found: Sequence[Found]) -> list[str]:
     """The paragraphs of the README: the first table, our own method, and what to take."""
     take = f"**What to take**, by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)). {short(found)} {caution(found)}"
     return [glance_text(found), glance(found, "auto"), own_text(found), take]
-
-
-def studies(docs: Path) -> list[str]:
-    """How the rule that was chosen does, a table of all benchmarks whose study is saved, and one for each."""
-    from accuracy.study import summary, table
-    from common.tables import markdown
-
-    found = _saved(docs, STUDY)
-    lines = [line for one in found.values() for line in one if line["label"] == CHOSEN]
-    won = sum(line["above_first"]["value"] > 0 for line in lines)
-    chosen = f"The rule that was chosen, {CHOSEN}, is ahead of `dc` on {won} of {len(lines)} rows."
-    tables = [f"#### {name}\n\n{markdown(*table(lines))}" for name, lines in found.items()]
-    return [chosen, markdown(*summary(found)), *tables] if found else []
-
-
-def alphas_studied(docs: Path) -> str:
-    """The table of rules for alpha of all benchmarks that have one; nothing where none has."""
-    from accuracy.alpha_study import APART, table
-    from common.tables import markdown
-
-    found = _saved(docs, ALPHA_STUDY)
-    return markdown(*table(found, APART)) if found else ""
-
-
-def _saved(docs: Path, file: str) -> dict[str, list[dict[str, Any]]]:
-    """The lines of every benchmark that has such a file."""
-    files = {name: docs / name / file for name in BENCHMARKS.values()}
-    return {name: json.loads(one.read_text(encoding="utf-8")) for name, one in files.items() if one.is_file()}
 
 
 def _drawn(docs: Path) -> dict[str, Path]:
@@ -202,17 +175,22 @@ def _draw(name: str, options: argparse.Namespace) -> None:
 
 
 def _study(name: str, options: argparse.Namespace) -> None:
-    """The default families of one benchmark, and what decides alpha; made where they have not been made."""
-    for main, file, smaller in (
-        (study.main, STUDY, brief.STUDY),
-        (study_alpha.main, ALPHA_STUDY, brief.ALPHA_STUDY),
-    ):
+    """The default families of one benchmark, ideas around the one that was chosen (not at the smaller scale), and what decides alpha; made where
+    they have not been made."""
+    programs: list[tuple[Callable[[Sequence[str]], object], str, Sequence[str], Sequence[str]]] = [
+        (study.main, STUDY, (), brief.STUDY),
+        (study.main, IDEAS, ("--ideas", "--counts", "4", "8"), ()),
+        (study_alpha.main, ALPHA_STUDY, (), brief.ALPHA_STUDY),
+    ]
+    for main, file, full, smaller in programs:
         out = options.docs / BENCHMARKS[name] / file
         if out.is_file():
             say(f"{name}: studied already; delete {out} to do it again")
             continue
+        scale = smaller if options.brief else full
+        if options.brief and not scale:
+            continue
         out.parent.mkdir(parents=True, exist_ok=True)
-        scale = smaller if options.brief else ()
         cache, workers = str(options.cache / name), str(options.workers)
         main([name, "--cache", cache, *scale, "--workers", workers, "--out", str(out)])
 

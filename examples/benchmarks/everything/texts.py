@@ -37,6 +37,19 @@ STUDY_TABLES_TEXT = """### On validation examples
 
 In brackets the difference from `dc` with its interval. Alpha is picked on the measured examples themselves, which favours all rules alike, or is the
 data-free one."""
+IDEAS_TEXT = """### Ideas around `rzf`
+
+Each changes one thing about `rzf`, again on validation examples. In brackets the difference from `rzf` with its interval. a and b are the eigenvalues of
+the Gram matrices, l_u = k / m and l_v = k / n the loads, and c is the ridge.
+
+- own response 1: `rzf` lets a direction answer itself less, the more others are near it; here each answers itself with exactly 1.
+- energy: strong directions are to be disturbed less than weak ones, `Y = (U D U^T + lambda)^-1 U` with `D = diag(S / mean S)`, own responses 1.
+- one ridge: one problem instead of one a side, `min ||U^T M V - diag(S)||^2 + lambda ||M||^2`, whose factor is `1 / (a b + lambda)`.
+- agreement: what tasks agree in is kept, where `rzf` turns it down: `min sum_i ||(M - W_i) V_i||^2 + ||U_i^T (M - W_i)||^2 + lambda ||M||^2`,
+  which is W if every task is W; its factor is `2 / (a + b + lambda)`.
+- equal tasks: the tasks are brought halfway to the same sum of singular values in each module.
+- module alpha: each module has an alpha of its own, with which it is nearest to every task inside the task's directions.
+- then DC-Merge: the separated tasks are merged by election and mask instead of added."""
 COST_TEXT = """Hours of one processor of the machine on which this was made, while a second one was busy too; the work is spread over all processors. Study, figures and
 pages take additional time. Stored results are not made again: after a change of the library merges are made again, but measured only if they differ."""
 ALPHA_STUDY_TEXT = """How the rule was chosen: what rules by size in several norms lose on **validation** examples compared with the best alpha there, in points, averaged
