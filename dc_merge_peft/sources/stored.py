@@ -143,7 +143,8 @@ def read_header(file: Path, opened: int) -> dict[str, StoredTensor]:
             raise
         if is_pointer(file):
             raise Unreadable(POINTER) from None
-        raise Unreadable(getattr(error, "strerror", None) or str(error)) from error
+        reason = _refusal(file) or error
+        raise Unreadable(getattr(reason, "strerror", None) or str(reason)) from error
     return {
         name: StoredTensor(
             file, 8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
@@ -185,6 +186,15 @@ def is_pointer(file: Path) -> bool:
             return start.read(len(_POINTER)) == _POINTER
     except OSError:
         return False
+
+
+def _refusal(file: Path) -> OSError | None:
+    """The system's, where it does not open a file; safetensors says of all of them that there is no such file."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        return error
+    return None
 
 
 def _read_at(opened: int, content: memoryview, offset: int) -> int:

@@ -156,12 +156,13 @@ def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_too_many_open_files(workspace: Path) -> None:
+@pytest.mark.parametrize("more", range(1, 7))
+def test_too_many_open_files(workspace: Path, more: int) -> None:
     """The files of all adapters are open while they are merged; their number is limited by the system, and no file is damaged."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     least = os.open(os.devnull, os.O_RDONLY)  # the next number that a file would get
     os.close(least)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (least + 2, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least + more, before[1]))
     try:
         with refused(SourceError, "Too many open files", "raise it (ulimit -n"):
             DCMergeAdapter().merge([ADAPTERS[0]] * 8)
