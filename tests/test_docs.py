@@ -213,3 +213,14 @@ def test_every_answer_leads_on() -> None:
     assert len(threads) > 50 and text.count("https://github.com/") == len(threads)
     for name, number, repository, linked in threads:
         assert number == linked and name.lower().replace("-", "") == repository.lower().replace("-", "")
+
+
+def test_oldest_versions_are_those_of_the_package() -> None:
+    """The table of versions says what pyproject.toml asks for."""
+    page = (ROOT / "docs/support.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:3] for row in page.partition("| | oldest |")[2].splitlines() if row.startswith("| ")]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert len(rows) == 7
+    for name, oldest in ((name.strip(), oldest.strip().split(";")[0]) for name, oldest in rows):
+        asked = f'requires-python = ">={oldest}"' if name == "Python" else f'"{name}>={oldest}"'
+        assert asked in project, asked
