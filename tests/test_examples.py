@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.versions import needs_v5
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ADAPTERS = ["--tasks", "2", "--rank", "4"]
 
@@ -72,6 +74,7 @@ def test_benchmark_of_other_programs(tmp_path: Path) -> None:
     assert same["error_of_dc_merge"] < 0.02 and same["error"] < 0.02 and same["equal_share"] > 0.5
 
 
+@needs_v5
 def test_benchmark_of_full_models(tmp_path: Path) -> None:
     """The exact sum to bfloat16's rounding of the weights, and every method that is there."""
     found = results("full_models", tmp_path, "--hidden", "64")
