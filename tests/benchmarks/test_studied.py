@@ -62,7 +62,10 @@ def test_ideas_on_the_page(tmp_path: Path) -> None:
     write(IDEAS, {"rzf": (0.0, 0.0), "energy": (0.02, 0.004), "agreement": (-0.03, -0.005)})
     text, summed, each = studies(folders)[-3:]
     assert studies(folders)[:3] == families and studies(folders)[3].startswith("### Ideas around `rzf`")
-    assert "Of 4 differences from `rzf` 1 are positive by more than their interval, and 1 negative." in text
+    assert (
+        "Of 4 differences from `rzf` 1 are positive by more than their interval, where chance alone gives 0, and 1 are"
+        in text
+    )
     assert text.endswith("The best of all on the mean is energy, which is 1.2 points ahead, and +0.4 at least.")
     assert "| agreement | -3.0 | -3.0 | 5.0 |" in summed and "#### text8" in each
     write(IDEAS, {"rzf": (0.0, 0.0), "agreement": (-0.03, -0.005)})

@@ -16,6 +16,7 @@ from everything.texts import IDEAS_TEXT
 
 CHOSEN = "load 0.375"  # of the study's rules: what the method `rzf` became
 STUDY, IDEAS, ALPHA_STUDY = "study.json", "ideas.json", "alpha.json"  # in the folder of each benchmark
+_BY_CHANCE = 0.025  # of a 95 % interval's ends
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -46,7 +47,8 @@ def ideas_text(found: Mapping[str, Lines]) -> str:
     best, cells = max(changes.items(), key=lambda pair: sum(cell["value"] for cell in pair[1]))
     mean = sum(cell["value"] for cell in cells) / len(cells)
     text = (
-        f"Of {len(all_of_them)} differences from `rzf` {won} are positive by more than their interval, and {lost} negative. "
+        f"Of {len(all_of_them)} differences from `rzf` {won} are positive by more than their interval, where chance alone gives {_BY_CHANCE * len(all_of_them):.0f}, "
+        f"and {lost} are negative by more. "
         f"The best of all on the mean is {best}"
     )
     least = min(cell["value"] for cell in cells)
