@@ -1,4 +1,4 @@
-"""How processes begin: importing the package leaves Python's garbage collector as it was, and the program asks for large pages."""
+"""How processes begin: importing the package leaves Python's garbage collector as it was; the program asks for large pages, and for no semaphores."""
 
 from __future__ import annotations
 
@@ -89,3 +89,16 @@ def test_nothing_is_asked_of_a_system_without_large_pages(tmp_path: Path, monkey
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     large_pages(tmp_path / "none")
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+
+
+def test_bars_of_the_program_span_no_processes() -> None:
+    """A bar whose lock other processes could take needs a semaphore, and since Python 3.14 a process that watches it."""
+    program = (
+        "import sys, dc_merge_peft.cli as cli\n"
+        "from dc_merge_peft.progress import progress_bar\n"
+        "cli.app = lambda: list(progress_bar(False)([1], 'one'))\n"
+        "cli.main()\n"
+        "print('multiprocessing.synchronize' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "False"
