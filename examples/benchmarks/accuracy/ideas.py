@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from accuracy.merging import Rule
-from accuracy.rules import by_load, stacked_bases
+from accuracy.rules import by_default, by_load, stacked_bases
 from dc_merge_peft.linalg import SVD
 from dc_merge_peft.lowrank import LowRank
-from dc_merge_peft.methods import method_named
 from dc_merge_peft.methods.rzf import RZFConfig, zero_forcing
 from dc_merge_peft.methods.smoothing import smooth_energy
 
@@ -24,22 +23,13 @@ C = RZFConfig().ridge
 
 def own_response(tasks: Sequence[LowRank]) -> LowRank:
     """Each direction answers itself with exactly 1: ``y_j / (y_j . u_j)``. In ``rzf`` it answers less, the more others are near it."""
-    U, S, V = smoothed_bases(tasks)
-    load_u, load_v = loads(tasks)
-    return LowRank(to_one(zero_forcing(U, C * load_u), U) * S, to_one(zero_forcing(V, C * load_v), V).mT)
+    return answering(tasks, torch.ones_like)
 
 
 def energy(tasks: Sequence[LowRank]) -> LowRank:
     """Strong directions are to be disturbed less than weak ones: with ``D = diag(S / mean S)``, ``Y = (U D U^T + lambda)^-1 U``, whose
     columns answer themselves with 1. In radio: the Capon beamformer, with the interference as it is instead of unit vectors."""
-    U, S, V = smoothed_bases(tasks)
-    load_u, load_v = loads(tasks)
-    root = (S / S.mean()).sqrt()
-
-    def side(X: Tensor, ridge: float) -> Tensor:
-        return to_one(zero_forcing(X * root, ridge) * root, X)
-
-    return LowRank(side(U, C * load_u) * S, side(V, C * load_v).mT)
+    return answering(tasks, lambda S: S / S.mean())
 
 
 def one_ridge(tasks: Sequence[LowRank]) -> LowRank:
@@ -66,7 +56,7 @@ def module_alpha(tasks: Sequence[LowRank]) -> LowRank:
     merged, inner, square = by_load(tasks, C), 0.0, 0.0
     for task in tasks:
         svd = task.svd
-        block = (svd.U.mT @ merged.B) @ (merged.A @ svd.Vh.mT)
+        block = merged.project(svd.U, svd.Vh.mT)
         inner += float(block.diagonal() @ smooth_energy(svd.S, "linear"))
         square += float(block.square().sum())
     return merged.scaled(inner / square)
@@ -74,8 +64,7 @@ def module_alpha(tasks: Sequence[LowRank]) -> LowRank:
 
 def then_dc(tasks: Sequence[LowRank]) -> LowRank | Tensor:
     """``rzf`` separates the tasks, and DC-Merge, which need not smooth any more, merges them by election and mask."""
-    found = method_named("dc", {"alpha": 1.0, "smoothing": "none"}).merge(separated(tasks), [1.0] * len(tasks))
-    return found if isinstance(found, LowRank) else found.dense()
+    return by_default(separated(tasks), "dc", smoothing="none")
 
 
 IDEAS: Mapping[str, Rule] = {
@@ -111,9 +100,18 @@ def loads(tasks: Sequence[LowRank]) -> tuple[float, float]:
     return k / m, k / n
 
 
-def to_one(Y: Tensor, X: Tensor) -> Tensor:
-    """The columns of Y scaled to answer those of X with 1."""
-    return Y / (Y * X).sum(dim=0)
+def answering(tasks: Sequence[LowRank], weigh: Callable[[Tensor], Tensor]) -> LowRank:
+    """``Y_u diag(S) Y_v^T`` with ``Y_u = (U D U^T + lambda_u)^-1 U`` and Y_v likewise, columns scaled to answer their own directions with 1; D
+    are the weights of the interference, which ``weigh`` makes of S."""
+    U, S, V = smoothed_bases(tasks)
+    root = weigh(S).sqrt()
+
+    def side(X: Tensor, load: float) -> Tensor:
+        Y = zero_forcing(X * root, C * load)
+        return Y / (Y * X).sum(dim=0)
+
+    load_u, load_v = loads(tasks)
+    return LowRank(side(U, load_u) * S, side(V, load_v).mT)
 
 
 def filtered(tasks: Sequence[LowRank], factor: Callable[[Tensor, Tensor, float, float], Tensor]) -> LowRank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ def by_load(tasks: Sequence[LowRank], c: float) -> LowRank:
     return regularised(tasks, c * k / m, c * k / n)
 
 
-def by_default(tasks: Sequence[LowRank], method: str) -> LowRank | Tensor:
-    """One of the library's methods at its defaults, before alpha."""
-    found = method_named(method, {"alpha": 1.0}).merge(tasks, [1.0] * len(tasks))
+def by_default(tasks: Sequence[LowRank], method: str, **options: Any) -> LowRank | Tensor:
+    """One of the library's methods at its defaults but for these options, before alpha."""
+    found = method_named(method, {"alpha": 1.0, **options}).merge(tasks, [1.0] * len(tasks))
     return found if isinstance(found, LowRank) else found.dense()
 
 
