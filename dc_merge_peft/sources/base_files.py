@@ -86,7 +86,7 @@ class BaseFiles:
         (folder / CONFIG).write_bytes(content)
 
 
-def is_directory(model: str | Path, what: str = "the base model") -> bool:
+def is_here(model: str | Path, what: str = "the base model") -> bool:
     """Whether a model is a directory here, rather than one of the Hub.
 
     Args:
@@ -128,7 +128,7 @@ def open_base_files(base: str | Path, token: str | bool | None = None, *, what: 
         )
     if sys.byteorder != "little":
         raise NotStreamable("this machine stores numbers the other way round than safetensors files do")
-    here = is_directory(base, what)
+    here = is_here(base, what)
     folder = Path(base).expanduser()
     hub_id = None if here else HubId.parse(str(base))
     if hub_id is None and not here:

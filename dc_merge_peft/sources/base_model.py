@@ -13,7 +13,7 @@ from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.paths import is_dir
-from dc_merge_peft.sources.base_files import is_directory
+from dc_merge_peft.sources.base_files import is_here
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 from dc_merge_peft.sources.renames import fitting_rename
 
@@ -88,7 +88,7 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     """
     import transformers
 
-    here = is_directory(base)
+    here = is_here(base)
     hub_id = None if here else HubId.parse(str(base))
     options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
     if hub_id is not None and hub_id.revision:

@@ -15,7 +15,7 @@ from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceE
 from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.sources.base import AdapterInfo, ModuleSpec, Source
-from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, is_directory, open_base_files
+from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, NotThere, TooOld, is_here, open_base_files
 from dc_merge_peft.sources.base_names import FiledModel
 from dc_merge_peft.sources.cards import base_card, read_card
 from dc_merge_peft.sources.full_kinds import StoredMatrix
@@ -46,7 +46,7 @@ def open_model(place: str | Path, token: str | bool | None, *, trust_remote_code
     Raises:
         SourceError: it can't be found, or its files don't allow to read it tensor by tensor.
     """
-    here = isinstance(place, (str, Path)) and is_directory(place, what)
+    here = isinstance(place, (str, Path)) and is_here(place, what)
     if here and is_file(Path(place).expanduser() / CONFIG_FILE):
         raise SourceError(
             f"{what} '{place}' is an adapter: expected full models; merge adapters with dc-merge merge, or into their base model "
