@@ -32,6 +32,7 @@ from accuracy.evaluate import Rows
 from accuracy.workers import ending_together, say
 
 from everything import brief
+from everything.charts import FOLDER, KEPT, write_charts
 from everything.check import Checked, check, checked_tasks, table
 from everything.directions import saved_dir_sims, write_dir_sims
 from everything.drawn import figures_page
@@ -122,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_pages(docs: Path) -> None:
-    """The page of all benchmarks, its first table in the README, the guide, and pages of figures, from what is saved in the docs."""
+    """The page of all benchmarks with its pictures, its first table in the README, the guide, and pages of figures, from what is saved in the docs."""
+    write_charts(saved(docs, list(BENCHMARKS.values())), docs)
     for page, text in pages(docs).items():
         page.write_text(text, encoding="utf-8")
 
@@ -151,9 +153,10 @@ def pages(docs: Path) -> dict[Path, str]:
 
 
 def in_readme(found: Sequence[Found]) -> list[str]:
-    """The paragraphs of the README: the first table, our own method, and what to take."""
+    """The paragraphs of the README: the first picture and table, our own method, and what to take."""
     take = f"**What to take**, by the number of adapters ([how they rank](docs/methods/index.md#what-to-take)). {short(found)} {caution(found)}"
-    return [glance_text(found), glance(found, "auto"), own_text(found), take]
+    picture = f"![{KEPT.alt}](docs/{FOLDER}/{KEPT.name}.svg)"
+    return [picture, glance_text(found), glance(found, "auto"), own_text(found), take]
 
 
 def _drawn(docs: Path) -> dict[str, Path]:

@@ -9,13 +9,16 @@ from accuracy.report import RULE_NAMES
 from accuracy.results import RULES
 from common.marks import rewritten
 
+from everything.charts import ACROSS, KEPT, METHODS
 from everything.drawn import figures_text
 from everything.found import Found
 from everything.tables import all_methods, alphas, beyond, costs, defaults, glance, losses
 from everything.texts import (
     ALPHA_STUDY_TEXT,
     COST_TEXT,
+    CURVES_TEXT,
     DEFAULTS_TEXT,
+    DOTS_TEXT,
     HEADINGS,
     METHODS_TEXT,
     STUDY_TABLES_TEXT,
@@ -53,9 +56,11 @@ def section(
         alphas_studied: The table of rules for alpha without data; empty where there is none.
         similar: DirSim by benchmark, number of tasks and method, as far as it was measured.
     """
-    parts = ["## At a glance", glance_text(found)]
+    parts = ["## At a glance", CURVES_TEXT, KEPT.markdown, glance_text(found)]
     for rule in reversed(RULES):
         parts += [f"### {HEADINGS[rule]}", glance(found, rule)]
+    if METHODS.lines(found):
+        parts += [f"### Every method with {ACROSS} tasks", DOTS_TEXT, METHODS.markdown]
     for kind, title in (("adapter", "LoRA adapters (Table 1)"), ("model", "Models fine-tuned in full (Table 2)")):
         if these := [one for one in found if one.kind == kind]:
             parts += [f"## {title}", METHODS_TEXT, alike_text(these)]

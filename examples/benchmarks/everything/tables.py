@@ -8,7 +8,7 @@ from accuracy.report import against, bounds, percent
 from accuracy.results import REFERENCE, RULES
 from common.tables import markdown as table
 
-from everything.found import Found, ahead, value
+from everything.found import Found, Line, ahead, value
 
 GOAL = 0.005  # what alpha without data may lose
 SAME_DIRECTIONS = 0.005  # DirSims that are alike
@@ -50,17 +50,21 @@ def glance(found: Sequence[Found], rule: str) -> str:
 def all_methods(one: Found, rule: str) -> str:
     """Every method of one benchmark, best first by the mean over the numbers of tasks that it has."""
     lines = {count: one.methods(count, rule) for count in one.counts}
-
-    def mean(label: str) -> tuple[int, float]:
-        there = [value(lines[count][label]) for count in one.counts if label in lines[count]]
-        return len(there), sum(there) / len(there)
-
-    labels = sorted(dict.fromkeys(label for found in lines.values() for label in found), key=mean, reverse=True)
     rows = [["base model", *(percent(value(one.lines[count, "base model", ""])) for count in one.counts)]]
-    for label in labels:
+    for label in ranked(list(lines.values())):
         found = [lines[count].get(label) for count in one.counts]
         rows.append([f"`{label}`", *("" if line is None else bounds(line["normalized"]) for line in found)])
     return table(["method", *(f"{count} tasks" for count in one.counts)], rows)
+
+
+def ranked(tables: Sequence[Mapping[str, Line]]) -> list[str]:
+    """The labels of several tables of methods: those in most of them first, then by their mean over those that have them, best first."""
+
+    def key(label: str) -> tuple[int, float]:
+        there = [value(lines[label]) for lines in tables if label in lines]
+        return len(there), sum(there) / len(there)
+
+    return sorted(dict.fromkeys(label for lines in tables for label in lines), key=key, reverse=True)
 
 
 def losses(found: Sequence[Found], similar: Mapping[tuple[str, int, str], float]) -> str:

@@ -18,6 +18,14 @@ DEFAULTS_TEXT = (
     '`density="auto"` is the paper\'s 0.001.'
 )
 METHODS_TEXT = "In brackets the 95 % interval. Only Fisher merging and RegMean use training examples."
+CURVES_TEXT = (
+    'What merging keeps as tasks are added, at the data-free `alpha="auto"`. Panels have scales of their own. Intervals are in the tables, those of '
+    "differences too, which are narrower: every method is measured on the same examples."
+)
+DOTS_TEXT = (
+    "Filled dots: the data-free alpha; rings: alpha picked on validation examples; lines: 95 % intervals. A star marks the methods that use "
+    "training examples. From the best on, by the mean over the benchmarks at the data-free alpha."
+)
 HEADINGS = {"auto": 'Without data: `alpha="auto"`', "validation": "Alpha picked on validation examples"}
 STUDY_TEXT = """Merging keeps less of LoRA adapters than of fully fine-tuned models, and less the more tasks there are. We compared two families of
 rules, which need no TIES and no mask, with DC-Merge, on **validation** examples only:
