@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dc_merge_peft.markup import Html, element
 from dc_merge_peft.report.chart import Curve, line_chart
 from dc_merge_peft.report.colours import LINES, STEPS, contrast, theme
 from dc_merge_peft.report.heat import MOST_COLUMNS, MOST_ROWS, heat_map, ranges
-from dc_merge_peft.report.html import Html, element
 from dc_merge_peft.report.page import page
 
 from .support.pages import HOSTILE, SECTIONS, checked, made_up, parsed

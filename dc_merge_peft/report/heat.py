@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dc_merge_peft.inspection.data import fixed
+from dc_merge_peft.markup import Html, element
 from dc_merge_peft.report.colours import STEPS
-from dc_merge_peft.report.html import Html, element
 from dc_merge_peft.report.tables import clipped, scrolling, short
 
 # Beyond these the page would grow without telling more: rows are joined, columns left out.

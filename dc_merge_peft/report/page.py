@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 
 from dc_merge_peft.inspection.data import fixed
+from dc_merge_peft.markup import Child, Html, element
 from dc_merge_peft.methods import EVERY_METHOD
 from dc_merge_peft.outputs.card_facts import versions
 from dc_merge_peft.report import sections, spectra
 from dc_merge_peft.report.data import MergeReport
-from dc_merge_peft.report.html import Child, Html, element
 from dc_merge_peft.report.style import style_sheet
 from dc_merge_peft.report.tables import clipped
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dc_merge_peft.errors import message
 from dc_merge_peft.inspection.data import AdapterReport
 from dc_merge_peft.inspection.summary import KEPT_COLUMNS, by_kind, group_means, kept_rows
+from dc_merge_peft.markup import Child, Html, element
 from dc_merge_peft.outputs.card_facts import HUB, hub_page
 from dc_merge_peft.outputs.public import is_hub_id
 from dc_merge_peft.outputs.rows import from_to
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.heat import heat_map
-from dc_merge_peft.report.html import Child, Html, element
 from dc_merge_peft.report.numbers import largest, layers_by_adapter, pair_matrix
 from dc_merge_peft.report.tables import clipped, data_table
 from dc_merge_peft.runconfig import printable_yaml

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dc_merge_peft.inspection.data import ModuleSpectrum, landmarks, median
+from dc_merge_peft.markup import Child, Html, element
 from dc_merge_peft.outputs.rows import from_to
 from dc_merge_peft.report.chart import Curve, line_chart, swatch
 from dc_merge_peft.report.colours import LINES
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.report.heat import heat_map
-from dc_merge_peft.report.html import Child, Html, element
 from dc_merge_peft.report.numbers import energy_curve, kinds_of, largest, spectrum_curve, truncation_by_layer
 from dc_merge_peft.report.sections import UNKNOWN, section, what
 from dc_merge_peft.report.tables import clipped, data_table

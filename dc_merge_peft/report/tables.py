@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from dc_merge_peft.report.html import Child, Html, element
+from dc_merge_peft.markup import Child, Html, element
 
 # Of a table; the rest is in the JSON of `dc-merge inspect`.
 MOST_ROWS = 200
