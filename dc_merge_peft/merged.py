@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_merge_peft.outputs.adapter import inputs_of, push_adapter, write_adapter
 from dc_merge_peft.outputs.directory import check_target
 from dc_merge_peft.outputs.publish import check_repository
+from dc_merge_peft.outputs.rows import in_a_line, merged_table
 from dc_merge_peft.progress import progress_bar
 from dc_merge_peft.result import MergeResult
+from dc_merge_peft.shown import Shown, Table, first_of
 from dc_merge_peft.sources.base import Source
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class MergedAdapter(MergeResult):
-    """A merged adapter in memory: a :class:`MergeResult` with ways out."""
+class MergedAdapter(Shown, MergeResult):
+    """A merged adapter in memory: a :class:`MergeResult` with ways out. A notebook shows its modules as a table."""
+
+    def _shown(self) -> Iterable[Table | str]:
+        yield merged_table(self)
+        yield in_a_line(self)
+        yield from first_of([f"note: {remark}" for remark in self.remarks], "merged.remarks")
 
     def save_pretrained(
         self,

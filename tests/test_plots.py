@@ -241,7 +241,7 @@ def test_no_display_is_needed() -> None:
     """Importing the plots imports no matplotlib, and drawing no pyplot."""
     code = (
         "import sys, dc_merge_peft.plots as p; assert 'matplotlib' not in sys.modules; "
-        "from dc_merge_peft.inspection.data import *; k = Kept(projected_dir_sim=.5, projected_cos_sim=0., "
+        "from dc_merge_peft.inspection.data import Kept; from dc_merge_peft.inspection import MergeInspection; k = Kept(projected_dir_sim=.5, projected_cos_sim=0., "
         "retained_energy=1., strength=1.); p.dirsim_figure(MergeInspection(merged='m', adapters=('a',), overall={}, "
         "modules={'l.0.q': {'a': k}}, findings=())); assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -10,10 +10,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from dc_merge_peft.cli.show import bytes_in_words, console, say, table
+from dc_merge_peft.cli.show import bytes_in_words, console, drawn, say, table
 from dc_merge_peft.full_plan import FullPlan
 from dc_merge_peft.fusing import FusePlan
-from dc_merge_peft.outputs.rows import from_to, group_columns, grouped_modules, things_of
+from dc_merge_peft.outputs.rows import from_to, in_a_line, merged_table
 from dc_merge_peft.paths import is_file
 from dc_merge_peft.plan import MergePlan
 from dc_merge_peft.result import MergeResult
@@ -145,15 +145,8 @@ def _print_adapters(out: Console, plan: MergePlan) -> None:
 
 def _print_merged(out: Console, merged: MergeResult, seconds: float) -> None:
     """The table of modules, and the merge in a line."""
-    columns, things = group_columns(merged), things_of(merged)
-    merged_things = things.removesuffix("s") if len(merged.adapters) == 1 else things
-    out.print(table("Merged modules", columns, grouped_modules(merged), right=columns[1:]))
-    out.print(
-        f"\n{len(merged.adapters)} {merged_things}, method {merged.method}, alpha {merged.alpha:.4g}"
-        f"{' (auto)' if merged.options.get('alpha') == 'auto' else ''}, "
-        f"truncation error {merged.truncation_error:.2%}, {merged.seconds:.2f} s to read and merge, {seconds:.2f} s in all",
-        markup=False,
-    )
+    out.print(drawn(merged_table(merged)))
+    out.print(f"\n{in_a_line(merged)}, {seconds:.2f} s in all", markup=False)
 
 
 def print_remarks(out: Console, remarks: Sequence[str]) -> None:

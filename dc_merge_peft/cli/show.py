@@ -17,6 +17,7 @@ from dc_merge_peft.cli.pipes import print_no_more
 from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
 from dc_merge_peft.errors import MergeError, first_line, preview, printable
 from dc_merge_peft.memory import memory_in_words
+from dc_merge_peft.shown import Table as Shown
 from dc_merge_peft.work.place import left_of
 from dc_merge_peft.work.standing import Standing
 
@@ -39,6 +40,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     for row in rows:
         made.add_row(*(escape(printable(cell)) for cell in row))
     return made
+
+
+def drawn(shown: Shown) -> Table:
+    """What a result shows of itself, as :func:`table` draws it."""
+    return table(shown.title, shown.columns, shown.rows, right=shown.right)
 
 
 def reports_errors(command: F) -> F:

@@ -6,15 +6,11 @@ import json
 from collections.abc import Mapping
 
 import typer
-from rich.console import Console
 
 from dc_merge_peft.cli.outcome import print_remarks
-from dc_merge_peft.cli.show import console, say, table
+from dc_merge_peft.cli.show import console, drawn, say, table
 from dc_merge_peft.tuning import Search, TuneResult
-from dc_merge_peft.tuning.search import value_in_words
-from dc_merge_peft.tuning.space import Choices, Range
-
-SHOWN = 20  # of the best trials
+from dc_merge_peft.tuning.space import Choices, Range, value_in_words
 
 
 def print_search(search: Search, *, as_json: bool) -> None:
@@ -61,7 +57,7 @@ def print_tuned(result: TuneResult, files: Mapping[str, str | None], *, as_json:
         typer.echo(json.dumps(plain))
         return
     out = console()
-    _print_trials(out, result)
+    out.print(drawn(result.table))
     print_remarks(out, result.remarks)
     out.print()
     say(out, f"written to {files['output']}: dc-merge merge --config {files['output']} -o merged")
@@ -70,25 +66,6 @@ def print_tuned(result: TuneResult, files: Mapping[str, str | None], *, as_json:
     if files["plot"] is not None:
         say(out, f"figure: {files['plot']}")
     say(out, f"all trials: {files['journal']}")
-
-
-def _print_trials(out: Console, result: TuneResult) -> None:
-    ordered = sorted(result.trials, key=lambda trial: (trial.score if result.minimize else -trial.score, trial.number))
-    names = [name for name in result.best.settings if name != "alpha"]
-    rows = [
-        (
-            trial.number,
-            f"{trial.score:.6g}",
-            f"{trial.alpha:.4g}{' (auto)' if trial.settings['alpha'] == 'auto' else ''}",
-            *(value_in_words(trial.settings[name]) for name in names),
-            f"{trial.seconds:.1f}",
-        )
-        for trial in ordered[:SHOWN]
-    ]
-    whole = len(ordered) <= SHOWN
-    title = f"{len(ordered)} trials, best first" if whole else f"The best {SHOWN} of {len(ordered)} trials"
-    columns = ("trial", "score", "alpha", *names, "seconds")
-    out.print(table(title, columns, rows, right=("trial", "score", "alpha", "seconds")))
 
 
 def _values(found: Choices | Range) -> str:

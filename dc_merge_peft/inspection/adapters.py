@@ -18,12 +18,12 @@ from dc_merge_peft.errors import MergeError
 from dc_merge_peft.inspection.data import (
     AdapterReport,
     CoverReport,
-    Inspection,
     ModuleSpectrum,
     PairNumbers,
     PairReport,
 )
 from dc_merge_peft.inspection.findings import findings_before
+from dc_merge_peft.inspection.outcome import Inspection
 from dc_merge_peft.inspection.pairs import pair_numbers
 from dc_merge_peft.inspection.reading import Opened, open_leniently
 from dc_merge_peft.linalg import compute_device

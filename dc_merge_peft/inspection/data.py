@@ -1,4 +1,4 @@
-"""What an inspection finds, as plain values: of each adapter, of each pair, and in words."""
+"""What an inspection finds, as plain values: of each adapter, of each pair, of a merge, and in words."""
 
 from __future__ import annotations
 
@@ -151,54 +151,6 @@ class CoverReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What can be known of adapters before they are merged."""
-
-    adapters: tuple[AdapterReport, ...]
-    pairs: tuple[PairReport, ...]
-    cover: Mapping[str, CoverReport] = field(repr=False)
-    findings: tuple[Finding, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the adapters."""
-        return tuple(adapter.name for adapter in self.adapters)
-
-    @property
-    def modules(self) -> dict[str, list[int]]:
-        """Every module with the adapters that have it."""
-        found: dict[str, list[int]] = {}
-        for index, adapter in enumerate(self.adapters):
-            for name in adapter.modules:
-                found.setdefault(name, []).append(index)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; docs/inspect.md has the shape."""
-        names = self.names
-        return {
-            "adapters": [adapter.to_dict() for adapter in self.adapters],
-            "pairs": [
-                {
-                    "adapters": [names[pair.first], names[pair.second]],
-                    "overall": asdict(pair.overall) if pair.overall else None,
-                    "modules": {name: asdict(numbers) for name, numbers in pair.modules.items()},
-                }
-                for pair in self.pairs
-            ],
-            "cover": {
-                module: {
-                    "adapters": [names[index] for index in report.adapters],
-                    "blocks": plain(report.blocks),
-                    "mask_keeps": plain(report.mask_keeps),
-                }
-                for module, report in self.cover.items()
-            },
-            "findings": [plain(asdict(finding)) for finding in self.findings],
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class Kept:
     """What a merged delta keeps of one adapter, in one module or over all: see :mod:`dc_merge_peft.metrics`."""
 
@@ -206,37 +158,6 @@ class Kept:
     projected_cos_sim: float
     retained_energy: float
     strength: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeInspection:
-    """What a merge keeps of each adapter."""
-
-    merged: str  # a name for people
-    adapters: tuple[str, ...]
-    # DirSim and CosSim averaged over the adapter's modules, the other two over its energy
-    overall: Mapping[str, Kept]
-    modules: Mapping[str, Mapping[str, Kept]] = field(repr=False)  # module: adapter that changes it: numbers
-    findings: tuple[Finding, ...]
-    # of the merged delta itself, by module
-    spectra: Mapping[str, MergedSpectrum] = field(default_factory=dict, repr=False)
-
-    @property
-    def measured(self) -> list[MergedSpectrum]:
-        """Those that have singular values."""
-        return [spectrum for spectrum in self.spectra.values() if spectrum.S]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; docs/inspect.md has the shape."""
-        return {
-            "merged": self.merged,
-            "adapters": {name: asdict(kept) for name, kept in self.overall.items()},
-            "spectra": {name: plain(spectrum.to_dict()) for name, spectrum in self.spectra.items()},
-            "modules": {
-                module: {name: asdict(kept) for name, kept in row.items()} for module, row in self.modules.items()
-            },
-            "findings": [plain(asdict(finding)) for finding in self.findings],
-        }
 
 
 def landmarks(modules: Sequence[ModuleSpectrum]) -> tuple[float, float, float] | None:

@@ -13,8 +13,9 @@ from torch import nn
 from dc_merge_peft import metrics
 from dc_merge_peft.dense import Delta
 from dc_merge_peft.errors import IncompatibleAdaptersError, OptionError, SourceError, first_line
-from dc_merge_peft.inspection.data import Finding, Kept, MergedSpectrum, MergeInspection
+from dc_merge_peft.inspection.data import Finding, Kept, MergedSpectrum
 from dc_merge_peft.inspection.findings import findings_after
+from dc_merge_peft.inspection.outcome import MergeInspection
 from dc_merge_peft.linalg import compute_device
 from dc_merge_peft.lowrank import LowRank, SharedSpace
 from dc_merge_peft.memory import memory_in_words

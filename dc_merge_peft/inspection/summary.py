@@ -5,27 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from dc_merge_peft.inspection.data import MergeInspection, fixed
 from dc_merge_peft.inspection.grouping import places
+from dc_merge_peft.inspection.outcome import MergeInspection
 
 OUTSIDE = "(outside layers)"
-
-
-KEPT_COLUMNS = ("adapter", "projected DirSim", "projected CosSim", "retained energy", "strength")
-
-
-def kept_rows(merge: MergeInspection) -> list[tuple[str, ...]]:
-    """What is kept of each adapter over all modules, a row each under :data:`KEPT_COLUMNS`."""
-    return [
-        (
-            name,
-            fixed(kept.projected_dir_sim, 3),
-            fixed(kept.projected_cos_sim, 3),
-            f"{kept.retained_energy:.1%}",
-            fixed(kept.strength, 2),
-        )
-        for name, kept in merge.overall.items()
-    ]
 
 
 def by_layer(merge: MergeInspection) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dc_merge_peft.result import MergeResult, common_truncation_error
+from dc_merge_peft.shown import Table
 
 
 def from_to(ascending: Sequence[object], unknown: str = "?") -> str:
@@ -21,6 +22,23 @@ def things_of(result: MergeResult) -> str:
 def group_columns(result: MergeResult) -> tuple[str, ...]:
     """The heads of :func:`grouped_modules`."""
     return ("module", "count", "shape", things_of(result), "rank", "largest error")
+
+
+def merged_table(result: MergeResult) -> Table:
+    """Modules by name and shape."""
+    columns = group_columns(result)
+    return Table(title="Merged modules", columns=columns, rows=list(grouped_modules(result)), right=columns[1:])
+
+
+def in_a_line(result: MergeResult) -> str:
+    """``2 adapters, method dc, alpha 0.9 (auto), truncation error 0.00%, 0.01 s to read and merge``."""
+    things = things_of(result)
+    merged_things = things.removesuffix("s") if len(result.adapters) == 1 else things
+    return (
+        f"{len(result.adapters)} {merged_things}, method {result.method}, alpha {result.alpha:.4g}"
+        f"{' (auto)' if result.options.get('alpha') == 'auto' else ''}, "
+        f"truncation error {result.truncation_error:.2%}, {result.seconds:.2f} s to read and merge"
+    )
 
 
 def grouped_modules(result: MergeResult) -> Iterator[tuple[object, ...]]:

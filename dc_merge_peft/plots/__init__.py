@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dc_merge_peft.errors import OptionError, OutputError, first_line, path_in_words
-from dc_merge_peft.inspection.data import Inspection
+from dc_merge_peft.inspection.outcome import Inspection
 from dc_merge_peft.outputs.directory import resolved
 from dc_merge_peft.paths import is_file
 from dc_merge_peft.plots.figures import cover_figure, dirsim_figure, overlap_figure, spectrum_figure

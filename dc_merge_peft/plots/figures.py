@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dc_merge_peft.inspection.data import Inspection, MergeInspection, ModuleSpectrum
+from dc_merge_peft.inspection.data import ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
+from dc_merge_peft.inspection.outcome import Inspection, MergeInspection
 from dc_merge_peft.inspection.summary import energy_curves, quartiles
 from dc_merge_peft.plots.style import heat_map, label_height, line_style, literal, new_figure, settled
 

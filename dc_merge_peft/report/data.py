@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dc_merge_peft.inspection.data import Finding, Inspection, MergeInspection
+from dc_merge_peft.inspection.data import Finding
+from dc_merge_peft.inspection.outcome import Inspection, MergeInspection
 from dc_merge_peft.runconfig import recorded
 
 _ORDER = ("refused", "warning", "note")

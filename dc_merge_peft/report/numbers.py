@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from dc_merge_peft.inspection.data import Inspection, MergedSpectrum, MergeInspection, ModuleSpectrum
+from dc_merge_peft.inspection.data import MergedSpectrum, ModuleSpectrum
 from dc_merge_peft.inspection.grouping import places
+from dc_merge_peft.inspection.outcome import Inspection, MergeInspection
 from dc_merge_peft.inspection.summary import OUTSIDE, by_layer, energy_curves, group_means, quartiles
 from dc_merge_peft.report.heat import ranges
 

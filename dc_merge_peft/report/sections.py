@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from dc_merge_peft.errors import message
 from dc_merge_peft.inspection.data import AdapterReport
-from dc_merge_peft.inspection.summary import KEPT_COLUMNS, by_kind, group_means, kept_rows
+from dc_merge_peft.inspection.summary import by_kind, group_means
+from dc_merge_peft.inspection.tables import kept_table
 from dc_merge_peft.markup import Child, Html, element
 from dc_merge_peft.outputs.card_facts import HUB, hub_page
 from dc_merge_peft.outputs.public import is_hub_id
@@ -102,6 +103,7 @@ def kept(report: MergeReport) -> Html:
     """What the merge keeps of each adapter: over all, by layer, by kind of module."""
     merge = report.after
     layers, kinds = layers_by_adapter(merge), group_means(merge, by_kind(merge))
+    table = kept_table("the merge", merge.overall)
     return section(
         "kept",
         "What is kept of each adapter",
@@ -110,7 +112,7 @@ def kept(report: MergeReport) -> Html:
             "with the lowest is the first to lose accuracy. Retained energy: the share of its squared singular values inside "
             "the merged delta's spaces. Strength: the factor at which it acts."
         ),
-        data_table("What is kept of each adapter", KEPT_COLUMNS, kept_rows(merge), right=KEPT_COLUMNS[1:]),
+        data_table("What is kept of each adapter", table.columns, table.rows, right=table.right),
         element(
             "div",
             heat_map(

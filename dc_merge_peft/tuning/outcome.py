@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from dc_merge_peft.merged import MergedAdapter
 from dc_merge_peft.outputs.single import check_file, write_file
 from dc_merge_peft.reading import Devices
 from dc_merge_peft.runconfig import RunConfig, as_yaml
+from dc_merge_peft.shown import MOST_ROWS, Shown, Table
 from dc_merge_peft.sources.base import IN_MEMORY
 from dc_merge_peft.tuning.merges import Merges, Recipe
-from dc_merge_peft.tuning.space import Choices, Settings, Space
+from dc_merge_peft.tuning.space import Choices, Settings, Space, value_in_words
 
 # The first line of a configuration that a search has written, by which it is known again.
 MARK = "# found by dc-merge tune"
@@ -47,13 +49,42 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class TuneResult:
-    """The trials of a search, in their order, and the best of them."""
+class TuneResult(Shown):
+    """The trials of a search, in their order, and the best of them. A notebook shows the best ones as a table."""
 
     trials: tuple[Trial, ...]
     minimize: bool
     remarks: tuple[str, ...] = ()
     _recipe: Recipe = field(repr=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        return f"TuneResult(trials={len(self.trials)}, minimize={self.minimize}, best={self.best})"
+
+    def _shown(self) -> Iterable[Table | str]:
+        return (self.table, *(f"note: {remark}" for remark in self.remarks))
+
+    @property
+    def table(self) -> Table:
+        """The trials, best first, the first of equals before the others; those that have room."""
+        ordered = sorted(self.trials, key=partial(_place, minimize=self.minimize))
+        names = [name for name in self.best.settings if name != "alpha"]
+        rows = [
+            (
+                trial.number,
+                f"{trial.score:.6g}",
+                f"{trial.alpha:.4g}{' (auto)' if trial.settings['alpha'] == 'auto' else ''}",
+                *(value_in_words(trial.settings[name]) for name in names),
+                f"{trial.seconds:.1f}",
+            )
+            for trial in ordered[:MOST_ROWS]
+        ]
+        whole = len(ordered) <= MOST_ROWS
+        return Table(
+            title=f"{len(ordered)} trials, best first" if whole else f"The best {MOST_ROWS} of {len(ordered)} trials",
+            columns=("trial", "score", "alpha", *names, "seconds"),
+            rows=rows,
+            right=("trial", "score", "alpha", "seconds"),
+        )
 
     @property
     def best(self) -> Trial:
@@ -141,7 +172,12 @@ def check_place(path: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
 
 def best_of(trials: Iterable[Trial], *, minimize: bool) -> Trial:
     """The first trial of the best score."""
-    return min(trials, key=lambda trial: (trial.score if minimize else -trial.score, trial.number))
+    return min(trials, key=partial(_place, minimize=minimize))
+
+
+def _place(trial: Trial, *, minimize: bool) -> tuple[float, int]:
+    """By which trials are sorted, best first."""
+    return (trial.score if minimize else -trial.score, trial.number)
 
 
 def run_config(recipe: Recipe, settings: Settings) -> RunConfig:

@@ -25,7 +25,7 @@ from dc_merge_peft.tuning.journal import Journal, opened
 from dc_merge_peft.tuning.merges import Merges, Recipe
 from dc_merge_peft.tuning.outcome import Trial, TuneResult, edge_remark, flat_remark
 from dc_merge_peft.tuning.sampling import Grid, Sampler, optuna_version, sampler_for
-from dc_merge_peft.tuning.space import Choices, Settings, Space, read_space
+from dc_merge_peft.tuning.space import Choices, Settings, Space, read_space, value_in_words
 from dc_merge_peft.tuning.staging import from_model, staged
 from dc_merge_peft.tuning.stamps import header
 
@@ -247,12 +247,3 @@ def _naming(number: int, settings: Settings) -> Iterator[None]:
 def in_words(settings: Settings) -> str:
     """``smoothing none, alpha 0.5``."""
     return ", ".join(f"{name} {value_in_words(value)}" for name, value in settings.items())
-
-
-def value_in_words(value: Any) -> str:
-    """One value for people."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(value_in_words, value)) + "]"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -201,3 +201,12 @@ def _takes_fractions(number: float, checked: Any) -> bool:
     except OptionError:
         return False
     return True
+
+
+def value_in_words(value: Any) -> str:
+    """One value of a dimension for people."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(value_in_words, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

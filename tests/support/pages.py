@@ -11,14 +11,13 @@ from typing import Any
 from dc_merge_peft.inspection.data import (
     AdapterReport,
     Finding,
-    Inspection,
     Kept,
     MergedSpectrum,
-    MergeInspection,
     ModuleSpectrum,
     PairNumbers,
     PairReport,
 )
+from dc_merge_peft.inspection.outcome import Inspection, MergeInspection
 from dc_merge_peft.report.data import MergeReport
 from dc_merge_peft.sources.base import AdapterInfo
 
