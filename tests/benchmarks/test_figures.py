@@ -172,6 +172,22 @@ def test_a_caption_follows_its_numbers(drawn: Path, tmp_path: Path) -> None:
         assert cut.verdict == verdict_then and "by +10.0 points" in cut.seen
 
 
+def test_energy_is_compared_where_turning_costs_something(drawn: Path, tmp_path: Path) -> None:
+    """Figure 3b: where neither perturbation costs anything, noise decided that spread energy costs less."""
+    for turned, spread, expected in (
+        (0.8, 0.95, AGREES),
+        (0.8, 0.85, PARTLY),
+        (1.01, 1.03, PARTLY),
+        (0.99, 1.0, PARTLY),
+    ):
+        nai = {"directions": {1.0: 1.0, 0.9: turned, 0.25: 0.3, 0.0: 0.0}, "energy": {1.0: 1.0, 0.9: spread}}
+        found = doctored(
+            drawn, tmp_path, "figure-03b-perturbation", balanced=0.8,
+            nai=lambda line, nai=nai: nai[line["changed"]].get(line["p"], 0.5),
+        )  # fmt: skip
+        assert found.verdict == expected and f"p = 0.9: {turned:.2f} and {spread:.2f}" in found.seen
+
+
 def test_an_accuracy_within_the_interval_does_not_rise() -> None:
     """Figure 4: below whitening by more than the interval at first, and near it at the end; in between nobody can tell."""
     whitening = {"basis": "whitening", "step": "", "alignment": 0.7, "normalized": 0.8}

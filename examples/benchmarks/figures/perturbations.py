@@ -24,6 +24,7 @@ LEVELS = (1.0, 0.95, 0.9, 0.75, 0.5, 0.25, 0.0)
 KINDS_OF_CHANGE = {"directions": "DirSim, directions turned", "energy": "CosSim, energy spread"}
 # Tasks that gain less than this over the base model: what is kept of so little is noise.
 SMALLEST_GAIN = 0.05
+SMALLEST_COST = 0.05  # of mean NAI: less is noise
 
 
 def trial(scope: Scope, task: str, kind: str, p: float) -> Alone:
@@ -121,9 +122,10 @@ def caption(lines: Lines) -> Caption:
         "perturbation of Appendix E.3 turns the leading directions round."
     )
     falls = turned[0.25] < 0.75 and turned[0.0] < turned[0.25]
-    # As far as energy is only spread it must cost less than half of what turning directions by as much does.
+    # As far as energy is only spread it must cost less than half of what turning directions by as much does, if that costs anything.
     reached = min(p for p in spread if p >= balanced)
-    stable = 1 - spread[reached] < (1 - turned[reached]) / 2
+    cost = 1 - turned[reached]
+    stable = cost >= SMALLEST_COST and 1 - spread[reached] < cost / 2
     return Caption(seen, verdict(falls, stable))
 
 
