@@ -149,7 +149,7 @@ def test_a_caption_follows_its_numbers(drawn: Path, tmp_path: Path) -> None:
     tilted = doctored(drawn, tmp_path, "figure-13-rho", normalized=lambda line: 0.1 + 0.8 * (line["setting"] == "'1'"))
     assert tilted.verdict == DIFFERS and "1: 90.0" in tilted.seen
     straight = doctored(drawn, tmp_path, "figure-03c-correlation", nai=lambda line: line["dir_sim"])
-    assert straight.seen.startswith("Pearson R = 1.00")
+    assert straight.seen.startswith("Pearson R = 1.00") and "as if all points were independent" in straight.seen
     falling = doctored(drawn, tmp_path, "figure-03c-correlation", nai=lambda line: 1 / (2 + line["dir_sim"]))
     assert falling.verdict == DIFFERS
     diagonal = doctored(drawn, tmp_path, "figure-14-cover", energy=lambda line: 0.2 * (line["row"] == line["column"]))

@@ -137,7 +137,7 @@ def caption(lines: Lines) -> Caption:
     by_method, *_ = pearson(*means)
     within, *_ = pearson(*(centred(lines, name) for name in ("dir_sim", "nai")))
     seen = (
-        f"Pearson R = {overall:.2f} (95 % interval {low:.2f} to {high:.2f}) over {len(lines)} points of {len(labels)} methods and "
+        f"Pearson R = {overall:.2f} (95 % interval {low:.2f} to {high:.2f} by Fisher's z, as if all points were independent) over {len(lines)} points of {len(labels)} methods and "
         f"{len(distinct(lines, 'task'))} tasks; of the methods' means R = {by_method:.2f}, and {within:.2f} once each task's own mean is taken off. The paper has R = 0.64 with ViT-B-32."
     )
     return Caption(seen, {1: AGREES, 0: OPEN, -1: DIFFERS}[sign(low, high)])
