@@ -27,8 +27,8 @@ DOTS_TEXT = (
     "training examples. From the best on, by the mean over the benchmarks at the data-free alpha."
 )
 HEADINGS = {"auto": 'Without data: `alpha="auto"`', "validation": "Alpha picked on validation examples"}
-STUDY_TEXT = """Merging keeps less of LoRA adapters than of fully fine-tuned models, and less the more tasks there are. We compared two families of
-rules, which need no TIES and no mask, with DC-Merge, on **validation** examples only:
+STUDY_TEXT = """With most methods merging keeps less of LoRA adapters than of fully fine-tuned models, and mostly less the more tasks there are. We
+compared two families of rules, which need no TIES and no mask, with DC-Merge, on **validation** examples only:
 
 - `dW = U G_u^(-p/2) diag(tau S + (1 - tau) mean S) G_v^(-p/2) V^T` with G the Gram matrices of the stacked bases: p says how far
   directions that tasks share are separated. p = 0 is the sum, p = 1 orthogonal bases, which at tau = 1 is TSV-M, p = 2 the dual bases, in
