@@ -46,6 +46,7 @@ def test_ideas_on_the_page(tmp_path: Path) -> None:
                 "tasks": 4,
                 "label": label,
                 "alpha_by": by,
+                "alpha": [1.0, 1.4],
                 "normalized": {"value": 0.9 + gain, "low": 0.8, "high": 1.0},
                 "above_first": {"value": gain, "low": gain - 0.01, "high": gain + 0.01},
             }
@@ -58,7 +59,8 @@ def test_ideas_on_the_page(tmp_path: Path) -> None:
     assert studies(folders) == []
     write(STUDY, {"dc": (0.0, 0.0), "load 0.375": (0.01, -0.02)})
     families = studies(folders)
-    assert families[0].endswith("is ahead of `dc` on 1 of 2 rows.") and len(families) == 3
+    assert "is ahead of `dc` on 1 of 2 rows." in families[0] and len(families) == 3
+    assert families[0].endswith("Merges behind a number, by the number of tasks: text8 2 with 4.")
     write(IDEAS, {"rzf": (0.0, 0.0), "energy": (0.02, 0.004), "agreement": (-0.03, -0.005)})
     text, summed, each = studies(folders)[-3:]
     assert studies(folders)[:3] == families and studies(folders)[3].startswith("### Ideas around `rzf`")

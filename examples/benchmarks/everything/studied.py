@@ -30,10 +30,17 @@ def studies(folders: Mapping[str, Path]) -> list[str]:
     found = saved_lines(folders, STUDY)
     lines = [line for one in found.values() for line in one if line["label"] == CHOSEN]
     won = sum(line["above_first"]["value"] > 0 for line in lines)
-    chosen = f"The rule that was chosen, {CHOSEN}, is ahead of `dc` on {won} of {len(lines)} rows."
+    chosen = f"The rule that was chosen, {CHOSEN}, is ahead of `dc` on {won} of {len(lines)} rows. {merges_text(found)}"
     parts = [chosen, *_tables(found)] if found else []
     tried = saved_lines(folders, IDEAS)
     return [*parts, IDEAS_TEXT, ideas_text(tried), *_tables(tried)] if tried else parts
+
+
+def merges_text(found: Mapping[str, Lines]) -> str:
+    """Over how many merges, of groups and seeds, a number of the tables is the mean; each has an alpha."""
+    merges = {name: {line["tasks"]: len(line["alpha"]) for line in lines} for name, lines in found.items()}
+    words = [f"{name} {', '.join(f'{n} with {tasks}' for tasks, n in one.items())}" for name, one in merges.items()]
+    return f"Merges behind a number, by the number of tasks: {'; '.join(words)}."
 
 
 def ideas_text(found: Mapping[str, Lines]) -> str:
