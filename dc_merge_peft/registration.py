@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +90,10 @@ def _with_door(original: Callable[..., None]) -> Callable[..., None]:
 
             add_merged_adapter(self, *args, **kwargs)
             return
+        adapters = kwargs.get("adapters", args[0] if args else None)
+        if isinstance(kind, str) and _is_taken_unknown(kind, adapters, original):
+            kinds = unknown_name("type", kind, combination_types())
+            raise ValueError(f"Invalid combination_type: {kind}; of dc_merge_peft: {kinds}")
         try:
             original(self, *args, **kwargs)
         except (
@@ -104,3 +108,11 @@ def _with_door(original: Callable[..., None]) -> Callable[..., None]:
 
     setattr(add_weighted_adapter, _ORIGINAL, original)
     return add_weighted_adapter
+
+
+def _is_taken_unknown(kind: str, adapters: Any, original: Callable[..., None]) -> bool:
+    """Whether PEFT takes a type that it does not know: any at all for one adapter, which it merges by ``linear``, and any that ends in
+    svd, which leaves zeros. Its documentation lists those that it knows."""
+    if kind in PEFT_TYPES or f"`{kind}`" in (original.__doc__ or ""):
+        return False
+    return kind.endswith("svd") or (isinstance(adapters, Sized) and len(adapters) == 1)

@@ -239,6 +239,22 @@ def test_default_and_unknown_types_are_pefts(model: Any) -> None:
     assert "dc_merge_peft" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("kind", "adapters"), [("dc_svd", NAMES), ("ties_dw_svd", NAMES), ("DC", NAMES[:1])])
+def test_types_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, model: Any, kind: str, adapters: list[str]) -> None:
+    """PEFT takes any type that ends in svd, whose adapter holds zeros, and any at all for one adapter: they are refused as the others
+    are. One that PEFT's documentation lists is PEFT's."""
+    with pytest.raises(
+        ValueError, match=rf"^Invalid combination_type: {kind}; of dc_merge_peft: unknown type '{kind}'"
+    ):
+        model.add_weighted_adapter(adapters, [1.0] * len(adapters), "new", combination_type=kind)
+    assert set(model.peft_config) == set(NAMES)
+    unregister()
+    listing = f"{LoraModel.add_weighted_adapter.__doc__}, `{kind}`"
+    monkeypatch.setattr(LoraModel.add_weighted_adapter, "__doc__", listing)
+    register()
+    model.add_weighted_adapter(adapters, [1.0] * len(adapters), "new", combination_type=kind)
+
+
 @pytest.mark.filterwarnings("ignore:in 2 of 4 modules .* fewer than min_tasks=2")
 def test_every_method_is_a_type(model: Any) -> None:
     """Every method of the library whose name PEFT does not have is a combination type."""
