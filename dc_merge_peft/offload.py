@@ -17,7 +17,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dc_merge_peft.errors import SourceError, first_line
+from dc_merge_peft.errors import OutputError, SourceError, first_line
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,14 @@ def unreadable(parameter: object, place: Offloaded | None, path: str) -> str | N
     if parameter.is_meta and place is None:
         return "is a meta tensor without numbers, and no offload hook knows any"
     return None
+
+
+def split_by_peft(path: str) -> OutputError:
+    """The refusal to write into a layer whose new factors PEFT has split."""
+    return OutputError(
+        f"'{path}' is split over devices by tensor parallelism in the model, and so are new factors there (DTensors): expected whole "
+        "layers; save the merged adapter and load it (load_adapter), which splits it"
+    )
 
 
 def _offload_hooks(module: nn.Module) -> Iterator[AlignDevicesHook]:

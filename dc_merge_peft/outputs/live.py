@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 
 from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
 from dc_merge_peft.layers import place_of
-from dc_merge_peft.offload import Offloaded, Offloading
+from dc_merge_peft.offload import Offloaded, Offloading, split_by_peft
 from dc_merge_peft.outputs.extras import lora_biases
 from dc_merge_peft.outputs.live_extras import check_extras, write_extras
 from dc_merge_peft.outputs.live_state import own_layers_on_failure, unchanged_but_for
@@ -214,13 +214,12 @@ def check_modules(result: MergeResult, seen: LiveModel) -> None:
 
 
 def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> None:
-    """Replace the freshly made parameters of the adapter by the merged factors, and biases on lora_B, on the devices of their
-    layers.
+    """Replace the freshly made parameters of the adapter by the merged factors, and biases on lora_B, where their layers are.
 
     On an offloaded layer PEFT makes them meta tensors. The merged ones are real: nothing would bring their numbers.
 
     Raises:
-        OutputError: PEFT wrapped other modules than the merged ones.
+        OutputError: PEFT wrapped other modules than the merged ones, or splits new factors over devices.
     """
     seen = LiveModel.of(model)  # PEFT has just put layers into it
     layers, offloading = seen.layers(adapter_name), seen.offloading
@@ -237,6 +236,8 @@ def write_factors(result: MergeResult, model: nn.Module, adapter_name: str) -> N
             holders, factors = [*holders, (layer.lora_B[adapter_name], "bias")], [*factors, biases[path]]
         for (holder, key), factor in zip(holders, factors, strict=True):
             fresh: nn.Parameter = getattr(holder, key)
+            if hasattr(fresh, "device_mesh"):
+                raise split_by_peft(path)
             if fresh.shape != factor.shape:
                 raise OutputError(
                     f"'{path}' takes factors of shape {tuple(fresh.shape)} in the model, the merged adapter has "

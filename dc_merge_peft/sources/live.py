@@ -199,6 +199,8 @@ class LiveSource(Source):
     def _refuse_unreadable(self, name: str, layer: LoraLayer, layout: Layout) -> None:
         for (holder, key), factor in zip(factor_holders(layer, self._adapter), layout.factor_names, strict=True):
             reason = unreadable(getattr(holder, key), self._offloading.find(holder, key), name)
+            if hasattr(layer, "_tp_info"):  # before transformers 5.17, whose parts are DTensors
+                reason = "belongs to one process's part of the layer, which tensor parallelism has split"
             if reason is not None:
                 raise UnsupportedAdapterError(
                     f"{factor} of '{name}' in adapter '{self._adapter}' {reason}: expected whole factors; load all adapters "

@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft.tuners.lora import model as lora_model
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.torch_version import TorchVersion
 
-from dc_merge_peft import DCMergeAdapter, SourceError, UnsupportedAdapterError
+from dc_merge_peft import DCMergeAdapter, OutputError, SourceError, UnsupportedAdapterError
 from dc_merge_peft.offload import Offloading
 from dc_merge_peft.outputs import live
 from tests.support import models
@@ -101,6 +102,40 @@ def test_dtensor() -> None:
     holder(model).weight = nn.Parameter(DTensor.from_local(holder(model).weight.detach(), mesh, [Replicate()]))
     words = (f"lora_A of '{QUERY}'", "is a DTensor, sharded over devices", "from disk")
     still_refused(model, UnsupportedAdapterError, *words)
+
+
+def test_tensor_parallel() -> None:
+    """PEFT's mark on a layer that transformers before 5.17 has split: its factors are plain tensors, of one process."""
+    model = two()
+    models.layers(model, "topic")[QUERY]._tp_info = object()
+    words = (f"lora_A of '{QUERY}'", "one process's part of the layer", "tensor parallelism", "from disk")
+    still_refused(model, UnsupportedAdapterError, *words)
+
+
+@NEW_TORCH
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.skipif(not hasattr(lora_model, "add_lora_tp_hooks_dtensor"), reason="newer PEFT")
+@pytest.mark.parametrize("wraps", [True, False])
+def test_into_a_tensor_parallel_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wraps: bool) -> None:
+    """Since transformers 5.17 PEFT makes DTensors of new factors, which whole ones can't replace: they would not fit what the layer
+    computes."""
+    from torch.distributed.tensor import distribute_module
+
+    merged = DCMergeAdapter().merge(models.save_adapters(two(), tmp_path, NAMES))
+    model = models.bert() if wraps else two()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mesh = init_device_mesh("cpu", (1,))
+    monkeypatch.setattr(lora_model, "is_transformers_dtensor_tp", True)
+    monkeypatch.setattr(lora_model, "get_tp_plan_and_mesh", lambda *_: ("colwise", mesh))
+    monkeypatch.setattr(
+        lora_model, "add_lora_tp_hooks_dtensor", lambda module, *_, **__: distribute_module(module, mesh)
+    )
+    with refused(
+        OutputError, "'encoder.layer.", "query' is split over devices", "expected whole layers", "load_adapter"
+    ):
+        merged.add_to(model, "new")
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @NEW_TORCH
