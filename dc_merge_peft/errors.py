@@ -28,10 +28,11 @@ from contextlib import contextmanager
 HIDDEN = "<hidden>"
 _BETWEEN = {"dc_merge_peft", "torch", "contextlib"}  # what may stand between a warning and the line of its user
 
-# What gives access in a text: user and password of a URL, its query (signatures of storage addresses), tokens of the Hub.
+# What gives access in a text: user and password of a URL, its query (signatures of storage addresses), tokens of the Hub. Each
+# looks at a letter of a text, which may be a stranger's and long, a few times at most.
 _SECRETS = (
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^/?#\s'\"]*@"), rf"\1{HIDDEN}@"),
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://[^?\s'\"]+\?)[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(://)[^/?#\s'\"]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(://(?:(?!://)[^?\s'\"])+\?)[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(\bBearer )[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}|\bhf_(?:oauth|jwt)_[\w.-]{20,}"), HIDDEN),
 )
