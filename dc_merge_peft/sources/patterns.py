@@ -18,6 +18,7 @@ from dc_merge_peft.errors import SourceError
 LONGEST_PATTERN = 50_000  # characters
 _SECONDS, _SLOW = 1.0, 1e-3  # that all slow matches of a pattern may take; ordinary ones take microseconds
 _REPEATS = 10_000  # product of all counts in braces: counted parts are unrolled
+_DIGITS = 1000  # of a layer's number; Python makes no number of more than 4300
 _CACHED = 20_000  # patterns: adapters with a rank of their own for each module have thousands
 
 # Nothing in it can be tried in two ways. Most patterns are names of modules.
@@ -46,7 +47,13 @@ def check_pattern(pattern: str, field: str, adapter: str) -> None:
             _compiled(pattern)
             _compiled(_ending(pattern))
         _bounded(pattern)
-    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+    except (
+        re.error,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+        ValueError,
+    ) as error:  # ValueError: a count of 5000 digits
         raise SourceError(
             f"adapter '{adapter}' has the pattern '{pattern[:200]}' in {field}, which is no regular expression ({error}): "
             "correct its adapter_config.json"
@@ -79,7 +86,8 @@ def layer_number(pattern: str | None, name: str) -> str | None:
         name: The path.
 
     Raises:
-        SourceError: that would take too long, or the pattern has a group, which PEFT would take for the number.
+        SourceError: that would take too long, the pattern has a group, which PEFT would take for the number, or the number is
+            endless.
     """
     rule = r".*?\.[^.]*\.(\d+)\." if pattern is None else rf"(?:^|.*?\.){pattern}\.(\d+)\."
     if _compiled(rule).groups != 1:
@@ -88,6 +96,11 @@ def layer_number(pattern: str | None, name: str) -> str | None:
             "layer's number; write (?:...) in its adapter_config.json"
         )
     found = _match(rule, name, plain=pattern is None or _is_plain(pattern))
+    if found is not None and len(found[1]) > _DIGITS:
+        raise SourceError(
+            f"the module '{name[:200]}' of an adapter has a layer's number of {len(found[1])} digits: expected one of a layer of the base "
+            "model; the checkpoint is damaged, save or download it again"
+        )
     return None if found is None else found[1]
 
 

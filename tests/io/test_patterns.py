@@ -108,7 +108,19 @@ def test_patterns_of_two_readings(tmp_path: Path, pattern: str) -> None:
         DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "one", target_modules=pattern)])
 
 
-BROKEN = ["(" * 5000, "(", "a{2,1}", "*", "[", "(?P<x>a)(?P<x>b)", "a(?i)b", "\\", "(?P=x)", "x{99999999999}"]
+BROKEN = [
+    "(" * 5000,
+    "(",
+    "a{2,1}",
+    "*",
+    "[",
+    "(?P<x>a)(?P<x>b)",
+    "a(?i)b",
+    "\\",
+    "(?P=x)",
+    "x{99999999999}",
+    f"x{{{'9' * 5000}}}",
+]
 
 
 @pytest.mark.parametrize("pattern", BROKEN)
@@ -169,6 +181,17 @@ def test_groups_in_a_layers_pattern(tmp_path: Path) -> None:
     targets = Targets(frozenset({"q_proj"}), layers_to_transform=(3,), layers_pattern=("(layers)",))
     with refused(SourceError, "'(layers)'", "has groups"):
         targets.matches("model.layers.3.q_proj")
+
+
+def test_endless_numbers_of_layers(tmp_path: Path) -> None:
+    """Python makes no number of so many digits."""
+    tensors = {
+        f"model.layers.{'9' * 5000}.q.lora_{side}.weight": value
+        for side, value in zip("AB", factors(6, 5, 2), strict=True)
+    }
+    folder = write_checkpoint(tmp_path / "one", tensors, layers_to_transform=[1])
+    with refused(SourceError, "'model.layers.999", "a layer's number of 5000 digits", "the checkpoint is damaged"):
+        DCMergeAdapter(method="ta").merge([folder])
 
 
 def test_the_first_of_many_patterns() -> None:
