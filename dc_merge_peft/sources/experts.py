@@ -8,9 +8,9 @@ checkpoint alone that order can't be seen. It matters only where ranks or alphas
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import islice, permutations
 from typing import Any
 
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
@@ -24,6 +24,9 @@ SEPARATE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # The order of these two is known: transformers registers them so, and PEFT's own conversion of checkpoints counts on it.
 _INNER, _OUTER = "gate_up_proj", "down_proj"
+
+# Parameters of one module whose orders are tried one by one.
+_MOST_IN_ORDER = 6
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,20 @@ def expert_stacks(rows: Mapping[str, int], config: Mapping[str, Any], adapter: s
 def _stacks(holder: str, rows: list[int], config: Mapping[str, Any], adapter: str) -> tuple[Stack, ...]:
     """The stacks of one module, the outermost first: the one reading that every order which fits the shapes agrees on."""
     names = parameters_at(holder, target_parameters(config))
-    readings = set(_readings(holder, names, rows, config))
+    ranks = {name: expected_rank(config, f"{holder}.{name}") for name in names}
+    own = {name: (rank, lora_scaling(config, f"{holder}.{name}", rank)) for name, rank in ranks.items()}
+    differ = len(set(own.values())) > 1
+    untold = UnsupportedAdapterError(
+        f"adapter '{adapter}' has other ranks or alphas for some of the parameters {preview(names)} of '{holder}', and its "
+        "checkpoint does not say which factors belong to which: expected one rank and alpha for them; load the adapter "
+        "into its base model and merge it there with add_weighted_adapter"
+    )
+    if differ and len(names) > _MOST_IN_ORDER:
+        raise untold
+    orders = islice(
+        permutations(names, len(rows)), None if differ else 1
+    )  # the outermost first; the first one is a possible one
+    readings = set(_readings(names, orders, rows, own))
     # The parameters of one module have the same experts, unless biases are among them.
     readings = {reading for reading in readings if len({stack.experts for stack in reading}) == 1} or readings
     if not readings:
@@ -97,25 +113,17 @@ def _stacks(holder: str, rows: list[int], config: Mapping[str, Any], adapter: st
             "which its ranks do not divide: expected experts * rank; expected config and weights of one training run"
         )
     if len(readings) > 1:
-        raise UnsupportedAdapterError(
-            f"adapter '{adapter}' has other ranks or alphas for some of the parameters {preview(names)} of '{holder}', and its "
-            "checkpoint does not say which factors belong to which: expected one rank and alpha for them; load the adapter "
-            "into its base model and merge it there with add_weighted_adapter"
-        )
+        raise untold
     return readings.pop()
 
 
 def _readings(
-    holder: str, names: tuple[str, ...], rows: list[int], config: Mapping[str, Any]
+    names: tuple[str, ...], orders: Iterable[tuple[str, ...]], rows: list[int], own: Mapping[str, tuple[int, float]]
 ) -> Iterator[tuple[Stack, ...]]:
-    """For every order of the names that fits the shapes: what the stored pairs then are."""
-    for order in permutations(names, len(rows)):  # the outermost first
+    """For every order of the names that fits the shapes: what the stored pairs then are; ``own`` are the rank and the scaling of each."""
+    for order in orders:
         if _INNER in order and _OUTER in order and order.index(_INNER) < order.index(_OUTER):
             continue
-        paths = [f"{holder}.{name}" for name in order]
-        ranks = [expected_rank(config, path) for path in paths]
-        if all(count % rank == 0 for count, rank in zip(rows, ranks, strict=True)):
-            yield tuple(
-                Stack(names, count // rank, rank, lora_scaling(config, path, rank))
-                for path, count, rank in zip(paths, rows, ranks, strict=True)
-            )
+        pairs = [(count, *own[name]) for count, name in zip(rows, order, strict=True)]
+        if all(count % rank == 0 for count, rank, _ in pairs):
+            yield tuple(Stack(names, count // rank, rank, scaling) for count, rank, scaling in pairs)
