@@ -26,7 +26,7 @@ from dc_merge_peft.sources.files import open_weights
 from dc_merge_peft.sources.hub import CONFIG_FILE, AdapterFiles, locate
 from dc_merge_peft.sources.keys import FactorKeys, factor_keys, other_keys
 from dc_merge_peft.sources.llava import open_trainables
-from dc_merge_peft.sources.patterns import check_pattern
+from dc_merge_peft.sources.patterns import LONGEST_PATTERN, check_pattern
 from dc_merge_peft.sources.refusals import dora_without_base, refuse_unless_plain_lora
 from dc_merge_peft.sources.scaling import Patterns, expected_rank, lora_scaling
 from dc_merge_peft.sources.targeting import Targets
@@ -228,6 +228,11 @@ def _check_targets(config: Mapping[str, Any], name: str) -> None:
         ):
             words = "text or a list of text" if kind is str else "a whole number or a list of them"
             raise SourceError(f"adapter '{name}' has {field} {value!r} in its {CONFIG_FILE}: expected {words}")
+        if isinstance(value, list) and any(isinstance(item, str) and len(item) > LONGEST_PATTERN for item in value):
+            raise SourceError(
+                f"adapter '{name}' has a name of more than {LONGEST_PATTERN} characters in {field}: expected names of modules; correct its "
+                f"{CONFIG_FILE}"
+            )
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str):  # a list holds names
             check_pattern(config[field], field, name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dc_merge_peft.errors import SourceError, UnsupportedAdapterError, preview
 
 PREFIX = "base_model.model."
+_LONGEST = 10_000  # characters of a key; every part of a path is looked at together with all that follow it
 
 # "x.lora_A.weight", "x.lora_A.default.weight", "x.lora_embedding_A", "x.lora_embedding_A.default"; a module of the
 # model itself may be called anything, so the factor is looked for from the right.
@@ -48,13 +49,18 @@ def factor_keys(keys: Iterable[str], adapter: str) -> dict[str, FactorKeys]:
         By module path in the base model, in the order of the file.
 
     Raises:
-        SourceError: no LoRA factors, a factor without its partner, or factors of several adapters in one file.
+        SourceError: no LoRA factors, a factor without its partner, factors of several adapters in one file, or an endless name.
         UnsupportedAdapterError: tensors that make the delta more than ``B @ A``.
     """
     found: dict[tuple[str, bool], dict[str, str]] = {}
     infixes: set[str | None] = set()
     others = []
     for key in keys:
+        if len(key) > _LONGEST:
+            raise SourceError(
+                f"adapter '{adapter}' stores a tensor under a name of {len(key)} characters ('{key[:100]}...'): expected at most "
+                f"{_LONGEST}; the checkpoint is damaged, save or download it again"
+            )
         match = _FACTOR.fullmatch(key)
         if match is None:
             others.append(key)

@@ -74,13 +74,10 @@ class Targets:
         names = self.target_modules if isinstance(self.target_modules, frozenset) else ()
         if isinstance(self.exclude_modules, str):
             return []
-        excluded = self.exclude_modules or ()
-        found = {end for module in modules for end in _ends(module)} if names else set()
-        return sorted(
-            name
-            for name in names
-            if name not in found and not any(ends_in(name, other) or ends_in(other, name) for other in excluded)
-        )
+        excluded = self.exclude_modules or frozenset()
+        found = {end for module in modules for end in _ends(module) if end in names} if names else set()
+        found |= {end for other in excluded for end in _ends(other) if end in names}
+        return sorted(name for name in names if name not in found and not _named(excluded, name))
 
     def untargeted(self, modules: Collection[str]) -> list[str]:
         """Those of these modules that PEFT would not wrap; none where the config leaves the choice to PEFT."""

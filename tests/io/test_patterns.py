@@ -139,9 +139,14 @@ def test_endless_patterns(tmp_path: Path) -> None:
     """Length is limited, and many patterns are no trouble."""
     with refused(SourceError, "a pattern of 300000 characters in rank_pattern", "at most 50000"):
         DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "one", rank_pattern={"q" * 300_000: 2})])
+    with refused(SourceError, "a name of more than 50000 characters in exclude_modules", "expected names of modules"):
+        DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "one", exclude_modules=["q" * 300_000])])
     many = {f"layers.{index}.q_proj": 2 for index in range(2000)}
     start = time.process_time()
-    DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "two", alpha_pattern=many)])
+    targets, excluded = ["q", *(f"a{index}" for index in range(20_000))], [f"b{index}" for index in range(20_000)]
+    fields = {"alpha_pattern": many, "target_modules": targets, "exclude_modules": excluded}
+    with pytest.warns(UserWarning, match="no factors"):
+        DCMergeAdapter(method="ta").merge([write_checkpoint(tmp_path / "two", **fields)])
     assert time.process_time() - start < 10
 
 

@@ -74,6 +74,13 @@ def test_adapter_names_are_no_paths(tmp_path: Path, name: str) -> None:
     assert tree(tmp_path) - before == {"out", *(f"out/{name}" for name in PUBLISHED)} and out.is_dir()
 
 
+def test_endless_module_names(tmp_path: Path) -> None:
+    """One of a megabyte in a file of two filled the memory with its endings."""
+    tensors = {f"{'a.' * 500_000}q.lora_{f}.weight": value for f, value in zip("AB", factors(6, 5, 2), strict=True)}
+    with refused(SourceError, "'one'", "a name of 1000015 characters", "expected at most 10000"):
+        merge(write_checkpoint(tmp_path / "one", tensors, target_modules=["q"]))
+
+
 IDS = [
     "org/name/../../etc", "org/name/..", "org/../name", "org/name/sub/../..", "../org/name", "/org/name", "org//name",
     "org/name/", "org/name/./x", "org/name/.git", "org/name/x\0y", "org/name/x\ny", "org/na%2e%2eme", "org/name/%2e%2e",
