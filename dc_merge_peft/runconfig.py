@@ -21,12 +21,12 @@ from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.sources.hub import RECORD_FILE
 from dc_merge_peft.together import base_place
+from dc_merge_peft.yaml_files import bounded_yaml
 
 FILE_NAME = RECORD_FILE
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
-# PyYAML's at values that are not what their tag says, as !!int '' or !!timestamp x
-_OF_TAGS = (LookupError, AttributeError)
-LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
+# PyYAML's at values that are not what their tag says, as !!int '' or !!timestamp x, and at 1:1:1:....5, which counts in sixties
+_OF_TAGS = (LookupError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,49 +181,13 @@ def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:
         SourceError: the file is missing, or holds no YAML mapping.
     """
     try:
-        values = _loaded(Path(path).expanduser())
+        values = bounded_yaml(Path(path).expanduser())
     except (OSError, ValueError, RuntimeError, yaml.YAMLError, *_OF_TAGS) as error:
         reason = str(error).replace("\n", " ")
         raise SourceError(f"the {what} '{path}' can't be read ({reason}): expected a YAML file") from error
     if not isinstance(values, dict):
         raise SourceError(f"the {what} '{path}' is no mapping: expected lines such as '{example}'")
     return values
-
-
-def _loaded(path: Path) -> object:
-    """The content of a YAML file that is no larger than it looks: aliases and merge keys can stand for billions of values.
-
-    Raises:
-        ValueError: it is larger.
-    """
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {LARGEST}")
-    text = path.read_text(encoding="utf-8")
-    tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    if _unfolded(tree, {}) > LARGEST:
-        raise ValueError("its aliases stand for too many values")
-    if twice := _repeated(tree):
-        raise ValueError(f"it gives '{twice}' twice")
-    return yaml.safe_load(text)
-
-
-def _repeated(node: yaml.Node | None) -> str | None:
-    """A name that a mapping gives twice, of which YAML would take the last; mappings in mappings, too."""
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    names = [key.value for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return twice or next(filter(None, (_repeated(value) for _, value in node.value)), None)
-
-
-def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """How many values a node stands for; infinitely many where it holds itself."""
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # until it is known
-        children = node.value if isinstance(node, yaml.CollectionNode) else ()
-        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
-        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
-    return known[id(node)]
 
 
 def with_exponents(value: Any) -> Any:

@@ -24,7 +24,7 @@ PACKAGE = "dc_merge_peft"
 # From the bottom up; a module may import from its own layer and those below. A name with ".*" is a whole subpackage.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "paths", "progress", "startup"),
-    ("hub_errors", "markup", "memory", "shown", "sizes"),
+    ("hub_errors", "markup", "memory", "shown", "sizes", "yaml_files"),
     ("linalg", "frames"),
     ("lowrank", "dense", "filed_dense", "spanned", "stacked"),
     ("layout", "methods.*"),

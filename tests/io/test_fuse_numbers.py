@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -100,5 +101,21 @@ def test_configurations_that_unfold_without_end(tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text("a: &a [*a]")
     with refused(SourceError, "self.yaml", "too many values"):
         RunConfig.read(tmp_path / "self.yaml")
+    for number in ("0x" + "f" * 300_000, "1" + ":1" * 200_000, "1" + ":1" * 200_000 + ".5", "9" * 5000):
+        for line in (f"svd_rank: {number}", f"record: [{number}]", f"? {number}", f"base: !!int '{number}'"):
+            (tmp_path / "number.yaml").write_text(line)
+            with refused(SourceError, "number.yaml", f"a number of {len(number)} characters"):
+                RunConfig.read(tmp_path / "number.yaml")
+    (tmp_path / "number.yaml").write_text("svd_rank: 1" + ":1" * 1000 + ".5")
+    with refused(SourceError, "number.yaml", "too large", "expected a YAML file"):
+        RunConfig.read(tmp_path / "number.yaml")
     (tmp_path / "fine.yaml").write_text("adapters: &x [one, two]\nmodels: *x\noptions: {}\n")
     assert RunConfig.read(tmp_path / "fine.yaml").models == ("one", "two")
+
+
+def test_configurations_of_many_names(tmp_path: Path) -> None:
+    """Whether one is given twice takes no time that grows with the square of their number."""
+    (tmp_path / "run.yaml").write_text("record: {" + ", ".join(f"{index:x}n: 1" for index in range(50_000)) + "}")
+    start = time.process_time()
+    RunConfig.read(tmp_path / "run.yaml")
+    assert time.process_time() - start < 30

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dc_merge_peft import DCMergeAdapter, OutputError, SourceError
+from dc_merge_peft import DCMergeAdapter, OutputError, SourceError, UnsupportedAdapterError
 from dc_merge_peft.sources import CheckpointSource, base_model
 from tests.support import models
 from tests.support.hub_adapters import ONE, PUBLISHED, adapter_hub, merge
@@ -79,6 +79,26 @@ def test_endless_module_names(tmp_path: Path) -> None:
     tensors = {f"{'a.' * 500_000}q.lora_{f}.weight": value for f, value in zip("AB", factors(6, 5, 2), strict=True)}
     with refused(SourceError, "'one'", "a name of 1000015 characters", "expected at most 10000"):
         merge(write_checkpoint(tmp_path / "one", tensors, target_modules=["q"]))
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_many_parameters_of_one_module(tmp_path: Path, differ: bool) -> None:
+    """Their orders are not tried one by one, of which 12 have half a billion."""
+    names, tensors = [f"moe.p{index}" for index in range(12)], {}
+    for depth in range(12):
+        pair = factors(5, 6, 2 * 3, depth)
+        path = "moe" + ".base_layer" * depth
+        tensors |= {f"{path}.lora_{side}.weight": value for side, value in zip("AB", pair, strict=True)}
+    fields = {"target_modules": [], "target_parameters": names, "alpha_pattern": {"moe.p3": 1} if differ else {}}
+    folder = write_checkpoint(tmp_path / "one", tensors, **fields)
+    if differ:
+        with refused(UnsupportedAdapterError, "other ranks or alphas", "which factors belong to which"):
+            merge(folder)
+    else:
+        assert len(merge(folder).modules) == 12 * 3
+    write_checkpoint(tmp_path / "one", tensors, **{**fields, "r": 5})
+    with refused(UnsupportedAdapterError if differ else SourceError, "the parameters 'p0', 'p1'", "of 'moe'"):
+        merge(folder)
 
 
 IDS = [

@@ -44,26 +44,6 @@ def stored(
     return write_checkpoint(folder, tensors, **{**names, **fields})
 
 
-@pytest.mark.parametrize("differ", [False, True])
-def test_many_parameters_of_one_module(tmp_path: Path, differ: bool) -> None:
-    """Their orders are not tried one by one, of which 12 have half a billion."""
-    names, tensors = [f"moe.p{index}" for index in range(12)], {}
-    for depth in range(12):
-        pair = factors(5, 6, 2 * EXPERTS, depth)
-        path = "moe" + ".base_layer" * depth
-        tensors |= {f"{path}.lora_{side}.weight": value for side, value in zip("AB", pair, strict=True)}
-    fields = {"target_modules": [], "target_parameters": names, "alpha_pattern": {"moe.p3": 1} if differ else {}}
-    folder = write_checkpoint(tmp_path / "one", tensors, **fields)
-    if differ:
-        with refused(UnsupportedAdapterError, "other ranks or alphas", "which factors belong to which"):
-            DCMergeAdapter(method="ta").merge([folder])
-    else:
-        assert len(DCMergeAdapter(method="ta").merge([folder]).modules) == 12 * EXPERTS
-    write_checkpoint(tmp_path / "one", tensors, **{**fields, "r": 5})
-    with refused(UnsupportedAdapterError if differ else SourceError, "the parameters 'p0', 'p1'", "of 'moe'"):
-        DCMergeAdapter(method="ta").merge([folder])
-
-
 def test_each_expert_has_its_own_factors(tmp_path: Path) -> None:
     """lora_A stacks experts, lora_B interleaves them; every expert is merged by itself."""
     folders = [stored(tmp_path / name, (2, 2), seed=seed) for name, seed in (("one", 0), ("two", 9))]
