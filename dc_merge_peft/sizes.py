@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from dc_merge_peft.errors import OptionError
@@ -22,7 +23,8 @@ def checked_size(size: int | str, option: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", size.strip().upper()) if isinstance(size, str) else None
     found: object = size
     if match and not (match[3] and not match[2]):
-        found = int(float(match[1]) * (1024 if match[3] else 1000) ** _THOUSANDS[match[2] or ""])
+        count = float(match[1]) * (1024 if match[3] else 1000) ** _THOUSANDS[match[2] or ""]
+        found = int(count) if math.isfinite(count) else size
     if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
         raise OptionError(f"{option} is {size!r}: expected a size as in 8GB, 500MB or 4GiB, or a number of bytes")
     return found
