@@ -40,11 +40,11 @@ def copy_companions(folder: Path, building: Path, patterns: Sequence[str]) -> No
 
 def following(folder: Path) -> list[Path]:
     """The folders of what sentence-transformers puts after a model: pooling, dense layers. Without them another pooling would be taken,
-    without a word."""
+    without a word. Never a hidden one: the list may be a stranger's, and .git knows with which token it was cloned."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         names = [module["path"] for module in modules]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # its own loader says what is wrong there
         return []
     children = {child.name: child for child in folder.iterdir() if is_dir(child) and not child.is_symlink()}
-    return [children[name] for name in names if isinstance(name, str) and name in children]
+    return [children[name] for name in names if isinstance(name, str) and name in children and not name.startswith(".")]

@@ -17,7 +17,7 @@ TA = DCMergeAdapter(method="ta")
 def test_what_sentence_transformers_puts_after_a_model_comes_along(tmp_path: Path) -> None:
     """Its pooling and dense layers, in the folders that its list names; without them it would pool otherwise, without a word."""
     base, folders = saved(tmp_path, models.bert(), BERT)
-    names = ["", "1_Pooling", "2_Dense", "../elsewhere", "3_Gone"]
+    names = ["", "1_Pooling", "2_Dense", "../elsewhere", "3_Gone", ".git"]  # the list may be a stranger's
     (base / "modules.json").write_text(json.dumps([{"idx": place, "path": name} for place, name in enumerate(names)]))
     kept = (
         "config_sentence_transformers.json",
@@ -25,7 +25,7 @@ def test_what_sentence_transformers_puts_after_a_model_comes_along(tmp_path: Pat
         "1_Pooling/config.json",
         "2_Dense/deep/weights",
     )
-    for name in (*kept, "onnx/model.onnx", "../elsewhere/file"):
+    for name in (*kept, "onnx/model.onnx", "../elsewhere/file", ".git/config"):
         (base / name).parent.mkdir(exist_ok=True, parents=True)
         (base / name).write_text(name)
     TA.fuse_to_disk(base, folders, tmp_path / "out")
