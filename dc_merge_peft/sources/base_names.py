@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dc_merge_peft.errors import SourceError, preview
+from dc_merge_peft.errors import SourceError, first_line, preview
 from dc_merge_peft.sources.base_files import BaseFiles, NotStreamable, TooOld
 from dc_merge_peft.sources.base_model import BaseModel, cannot_load, model_class
 from dc_merge_peft.sources.stored import StoredTensor, same
@@ -158,7 +158,11 @@ def _stored(model: Any, keys: Iterable[str]) -> Mapping[str, Stored]:
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     made_of: dict[str, list[str]] = {}
     converted: set[str] = set()
-    for key in sorted(keys, key=dot_natural_key):
+    try:
+        ordered = sorted(keys, key=dot_natural_key)
+    except ValueError as error:  # a digit that counts nothing, as in x.², or thousands of them
+        raise NotStreamable(f"transformers can't sort the names of its tensors ({first_line(error)})") from error
+    for key in ordered:
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:
             name, pattern = rename_source_key(key, [], [], prefix, known)

@@ -119,3 +119,15 @@ def test_configurations_of_many_names(tmp_path: Path) -> None:
     start = time.process_time()
     RunConfig.read(tmp_path / "run.yaml")
     assert time.process_time() - start < 30
+
+
+@pytest.mark.parametrize("name", ["x.²", "x." + "9" * 5000])
+@needs_v5
+def test_tensors_that_can_not_be_sorted(tmp_path: Path, name: str) -> None:
+    """transformers sorts by numbers in names: a digit that counts nothing, and thousands of them, are refused."""
+    base, folders = saved(tmp_path, models.bert(), BERT)
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, name: torch.zeros(2)}, base / "model.safetensors", metadata={"format": "pt"})
+    for call in (TA.fuse_to_disk, TA.fuse):
+        with refused(SourceError, "the base model", "can't be loaded", "expected a transformers model directory"):
+            call(base, folders, tmp_path / "out")
