@@ -13,6 +13,8 @@ from dc_merge_peft.report.chart import Curve, line_chart
 from dc_merge_peft.report.colours import LINES, STEPS, contrast, theme
 from dc_merge_peft.report.heat import MOST_COLUMNS, MOST_ROWS, heat_map, ranges
 from dc_merge_peft.report.page import page
+from dc_merge_peft.report.weights import assigned
+from dc_merge_peft.sources.base import AdapterInfo
 
 from .support.pages import HOSTILE, SECTIONS, checked, made_up, parsed
 
@@ -88,10 +90,19 @@ def test_a_record_of_a_stranger_is_not_believed() -> None:
         {},
         {"method": 3, "record": [1]},
         {"method": None, "options": 3, "record": {"alpha": "<b>", "truncation_error": float("nan")}},
+        {"record": {"alpha": 10**400, "truncation_error": -(10**4000)}},
     ):
         root = checked(page(dataclasses.replace(report, record=record, weights=None)))
         facts = {row.one("dt").text: row.one("dd").text for row in root.one("dl").all("div")}
         assert facts["alpha"] == facts["truncation error"] == facts["method"] == "\N{EN DASH}"
+
+
+@pytest.mark.parametrize("weight", ["x", [1], {"a": 1}, True, 10**400, float("inf")])
+def test_weights_of_a_stranger_are_unknown(weight: Any) -> None:
+    """Others than finite numbers."""
+    infos = [AdapterInfo(name, name, fingerprint="ab") for name in "ab"]
+    assert assigned(infos, infos, (weight, 1.0)) == (None, ())
+    assert assigned(infos, infos, (2, 1.0)) == ((2, 1.0), ())
 
 
 def test_element_escapes_what_is_not_markup() -> None:

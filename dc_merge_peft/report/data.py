@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dc_merge_peft.inspection.data import Finding
 from dc_merge_peft.inspection.outcome import Inspection, MergeInspection
-from dc_merge_peft.runconfig import recorded
+from dc_merge_peft.runconfig import is_number, recorded
 
 _ORDER = ("refused", "warning", "note")
 
@@ -49,6 +48,4 @@ class MergeReport:
     def _outcome(self, name: str) -> float | None:
         """A number of the record."""
         found = recorded(self.record, name)
-        if not isinstance(found, (int, float)) or isinstance(found, bool):
-            return None
-        return float(found) if math.isfinite(found) else None
+        return float(found) if is_number(found) else None

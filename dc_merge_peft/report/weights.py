@@ -7,7 +7,7 @@ from typing import Any
 
 from dc_merge_peft.errors import preview
 from dc_merge_peft.inspection.data import Finding
-from dc_merge_peft.runconfig import recorded
+from dc_merge_peft.runconfig import is_number, recorded
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo
 
 
@@ -27,9 +27,10 @@ def assigned(
     Args:
         given: In any order.
         merged: Those of the merge, in its order.
-        weights: In that order; None where all are 1.
+        weights: In that order; None where all are 1. Others than numbers are unknown.
     """
     weights = (1.0,) * len(merged) if weights is None else tuple(weights)
+    weights = weights if all(map(is_number, weights)) else ()  # a stranger's record may say anything
     owners = _owners(given, merged, weights)
     strangers = [info.name for info, owner in zip(given, owners, strict=True) if owner is None]
     if strangers:
