@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
+_DEEPEST = 100  # mappings and lists in each other; one of a merge has five
 _LONGEST_NUMBER = (
     3500  # characters, of which 0xfff... has 4215 digits; Python makes no text of a number of more than 4300
 )
@@ -28,15 +29,18 @@ def bounded_yaml(path: Path) -> object:
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is larger, gives a name twice, or has an endless number.
+        ValueError: it is larger, or nested too deep, gives a name twice, or has an endless number.
         yaml.YAMLError: it is no YAML.
     """
     if path.stat().st_size > LARGEST:
         raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {LARGEST}")
     text = path.read_text(encoding="utf-8")
     tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    if _unfolded(tree, {}) > LARGEST:
+    count, depth = _unfolded(tree, {})
+    if count > LARGEST:
         raise ValueError("its aliases stand for too many values")
+    if depth > _DEEPEST:
+        raise ValueError("it is nested too deep")
     if twice := _repeated(tree):
         raise ValueError(f"it gives '{twice}' twice")
     return yaml.load(text, Loader=_Loader)
@@ -51,11 +55,12 @@ def _repeated(node: yaml.Node | None) -> str | None:
     return twice or next(filter(None, (_repeated(value) for _, value in node.value)), None)
 
 
-def _unfolded(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """How many values a node stands for; infinitely many where it holds itself."""
+def _unfolded(node: yaml.Node | None, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values a node stands for, and how deep they lie in each other; both without end where it holds itself."""
     if id(node) not in known:
-        known[id(node)] = float("inf")  # until it is known
+        known[id(node)] = float("inf"), float("inf")  # until it is known
         children = node.value if isinstance(node, yaml.CollectionNode) else ()
         parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
-        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+        found = [_unfolded(part, known) for part in parts]
+        known[id(node)] = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
     return known[id(node)]

@@ -101,6 +101,11 @@ def test_configurations_that_unfold_without_end(tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text("a: &a [*a]")
     with refused(SourceError, "self.yaml", "too many values"):
         RunConfig.read(tmp_path / "self.yaml")
+    chain = "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' * bool(i)}]" for i in range(500))  # each in the one before
+    for deep in ("record: " + "[" * 200 + "]" * 200, chain):
+        (tmp_path / "deep.yaml").write_text(deep)
+        with refused(SourceError, "deep.yaml", "nested too deep"):
+            RunConfig.read(tmp_path / "deep.yaml")
     for number in ("0x" + "f" * 300_000, "1" + ":1" * 200_000, "1" + ":1" * 200_000 + ".5", "9" * 5000):
         for line in (f"svd_rank: {number}", f"record: [{number}]", f"? {number}", f"base: !!int '{number}'"):
             (tmp_path / "number.yaml").write_text(line)
