@@ -26,8 +26,11 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-# Fields of configs that say how many parts of a model, or labels, are made.
-_COUNTS = re.compile(r"(?:num|n)_(?:\w+_)?(?:layers?|blocks)|depth|\w+_layers|num_(?P<labels>labels)")
+# Fields of configs that say how many parts of a model, or labels, are made; of those that are many in a module, a larger number is fine.
+_COUNTS = re.compile(
+    r"(?:num|n)_(?:\w+_)?(?:layers?|blocks)|depths?|\w+_layers|num_hidden_groups|inner_group_num"
+    r"|(?P<many>num_labels|(?:\w+_)?(?:num|n)_(?:\w+_)?experts)"
+)
 
 
 class NotStreamable(Exception):
@@ -171,9 +174,10 @@ def _refuse_endless(config: Mapping[str, Any], tensors: int, base: str | Path) -
         if isinstance(value, dict):
             _refuse_endless(value, tensors, base)
         match = _COUNTS.fullmatch(name)
-        if match and isinstance(value, int) and value > (1_000_000 if match["labels"] else max(tensors, 1000)):
+        counts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)]
+        if match and max(counts, default=0) > (1_000_000 if match["many"] else max(tensors, 1000)):
             raise SourceError(
-                f"the base model '{base}' has {name} {str(value)[:40]} in its {CONFIG}, and {tensors} tensors: expected a config of "
+                f"the base model '{base}' has {name} {str(max(counts))[:40]} in its {CONFIG}, and {tensors} tensors: expected a config of "
                 "these weights; download or save the model again"
             )
 

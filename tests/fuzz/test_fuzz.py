@@ -48,12 +48,19 @@ def test_damaged_inputs(pristine: Path, tmp_path: Path, part: int) -> None:
     assert set(ends) == {"error", "result"} and ends["error"] > ends["result"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**5), ("num_labels", 10**9)])
-def test_endless_base_models(inputs: Path, field: str, value: int) -> None:
+ENDLESS = [
+    ("num_hidden_layers", 10**5), ("num_labels", 10**9), ("depths", [2, 10**5]), ("num_local_experts", 10**8),
+    ("n_routed_experts", 10**8), ("inner_group_num", 10**5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), ENDLESS)
+def test_endless_base_models(inputs: Path, field: str, value: int | list[int]) -> None:
     """A config whose class would never be built."""
     file = inputs / "base-model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    with refused(SourceError, f"has {field} {value} in its config.json", "expected a config of these weights"):
+    count = max(value) if isinstance(value, list) else value
+    with refused(SourceError, f"has {field} {count} in its config.json", "expected a config of these weights"):
         DCMergeAdapter().fuse_to_disk("base-model", ADAPTERS, "out")
 
 
