@@ -164,20 +164,30 @@ def open_base_files(base: str | Path, token: str | bool | None = None, *, what: 
             f"the base model '{base}' has no '{lost[0]}' in {placed[lost[0]]}, where its {INDEX} places it: expected files of "
             "one model; download or save it again"
         )
-    _refuse_endless(config, len(tensors), base)
+    refuse_endless(config, base, len(tensors))
     return BaseFiles(str(base), folder, config, tensors)
 
 
-def _refuse_endless(config: Mapping[str, Any], tensors: int, base: str | Path) -> None:
-    """A class with a billion layers or labels is not built in a lifetime."""
+def refuse_endless(config: Mapping[Any, Any], base: str | Path, tensors: int | None = None) -> None:
+    """A class with a billion layers or labels is not built in a lifetime.
+
+    Args:
+        config: The base model's, as plain values.
+        base: How it is named.
+        tensors: How many it has, where that is known.
+
+    Raises:
+        SourceError: it is one.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
-            _refuse_endless(value, tensors, base)
-        match = _COUNTS.fullmatch(name)
+            refuse_endless(value, base, tensors)
+        match = _COUNTS.fullmatch(str(name))
         counts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)]
-        if match and max(counts, default=0) > (1_000_000 if match["many"] else max(tensors, 1000)):
+        if match and max(counts, default=0) > (1_000_000 if match["many"] else max(tensors or 0, 1000)):
+            beside = "" if tensors is None else f", and {tensors} tensors"
             raise SourceError(
-                f"the base model '{base}' has {name} {str(max(counts))[:40]} in its {CONFIG}, and {tensors} tensors: expected a config of "
+                f"the base model '{base}' has {name} {str(max(counts))[:40]} in its {CONFIG}{beside}: expected a config of "
                 "these weights; download or save the model again"
             )
 

@@ -13,7 +13,7 @@ from dc_merge_peft.errors import OptionError, SourceError, preview
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.paths import is_dir
-from dc_merge_peft.sources.base_files import is_here
+from dc_merge_peft.sources.base_files import is_here, refuse_endless
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 from dc_merge_peft.sources.renames import fitting_rename
 
@@ -84,7 +84,7 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
         trust_remote_code: Run the Python code that the repository or directory brings along.
 
     Raises:
-        SourceError: it can't be loaded, brings code that is not trusted, or lacks weights.
+        SourceError: it can't be loaded, brings code that is not trusted, lacks weights, or is endless.
     """
     import transformers
 
@@ -97,8 +97,11 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
         hub_id.repo if hub_id is not None and not hub_id.subfolder else str(Path(base).expanduser() if here else base)
     )
     try:
+        refuse_endless(transformers.PretrainedConfig.get_config_dict(place, **options)[0], base)
         config = transformers.AutoConfig.from_pretrained(place, **options)
         model, found = model_class(config).from_pretrained(place, dtype="auto", output_loading_info=True, **options)
+    except SourceError:
+        raise
     except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
         known = secrets(token)
         raise SourceError(cannot_load(error, base, hub_id, known)) from harmless(error, known)
