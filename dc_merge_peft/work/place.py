@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -117,6 +118,7 @@ class WorkPlace:
 
     def _refuse_strangers(self) -> None:
         """A folder that holds anything but an interrupted merge, all of which would be deleted in the end."""
+        self._refuse_others()
         children = sorted(child.name for child in self.folder.iterdir())
         stranger = next((name for name in children if not _BEFORE_IT.fullmatch(name)), None)
         if stranger is not None and _MANIFEST not in children:
@@ -124,6 +126,17 @@ class WorkPlace:
                 f"the folder '{self.folder}' for finished modules holds other things ('{stranger}'): expected a new or empty folder, "
                 "which is deleted in the end, or one that an interrupted merge has left; choose another"
             )
+
+    def _refuse_others(self) -> None:
+        """In a directory such as /tmp anybody may have made it, under a name that can be known, to give modules for finished ones."""
+        holder = self.folder.parent.stat()
+        if os.name == "posix" and holder.st_mode & stat.S_ISVTX:
+            owners = {self.folder.stat().st_uid, self.folder.lstat().st_uid}
+            if owners - {os.geteuid(), 0}:
+                raise OutputError(
+                    f"the folder '{self.folder}' for finished modules is another user's, who could put others into it: expected none there, or "
+                    "your own; choose another place for the output"
+                )
 
     def prepared(self, manifest: Mapping[str, Any], work: WorkFolder, method: Method) -> Modules:
         """The modules of a merge, of which those that were finished before are taken from here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 import zlib
@@ -24,6 +25,35 @@ from tests.support.many import many_modules
 from tests.support.program import run
 from tests.support.refused import listing, refused
 from tests.support.versions import needs_v5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no users here")
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool) -> None:
+    """In a directory such as /tmp somebody may have put finished modules where they would be looked for."""
+    sources = many_modules(tmp_path, 2)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    folder = tmp_path / "shared" / ".out.dc-merge-work"
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere") if linked else folder.mkdir()
+    before = listing(tmp_path)
+    stat, lstat = Path.stat, Path.lstat
+    monkeypatch.setattr(Path, "lstat", lambda path: owned(lstat(path)) if path == folder else lstat(path))
+    if not linked:
+        monkeypatch.setattr(
+            Path, "stat", lambda path, **o: owned(stat(path, **o)) if path == folder else stat(path, **o)
+        )
+    with refused(OutputError, f"the folder '{folder}' for finished modules is another user's", "choose another place"):
+        DCMergeAdapter().merge(sources, resume=folder)
+    assert listing(tmp_path) == before
+    (tmp_path / "shared").chmod(0o777)
+    DCMergeAdapter().merge(sources, resume=folder)
+
+
+def owned(found: os.stat_result) -> os.stat_result:
+    """The same of another user."""
+    return os.stat_result((*found[:4], os.geteuid() + 1, *found[5:]))
 
 
 def no_room(*_: object) -> None:
