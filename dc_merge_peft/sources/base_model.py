@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from dc_merge_peft.errors import OptionError, SourceError, preview
+from dc_merge_peft.errors import OptionError, SourceError, preview, printable
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.paths import is_dir
 from dc_merge_peft.sources.base_files import is_here, refuse_endless
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 from dc_merge_peft.sources.renames import fitting_rename
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 class BaseModel:
@@ -98,8 +103,9 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
     )
     try:
         refuse_endless(transformers.PretrainedConfig.get_config_dict(place, **options)[0], base)
-        config = transformers.AutoConfig.from_pretrained(place, **options)
-        model, found = model_class(config).from_pretrained(place, dtype="auto", output_loading_info=True, **options)
+        with _printable_log():
+            config = transformers.AutoConfig.from_pretrained(place, **options)
+            model, found = model_class(config).from_pretrained(place, dtype="auto", output_loading_info=True, **options)
     except SourceError:
         raise
     except Exception as error:  # transformers, the Hub's client and code of the model's own can raise anything
@@ -111,6 +117,25 @@ def load_base(base: str | Path, *, token: str | bool | None = None, trust_remote
             "numbers: expected all of them; download or save it again, or give a model object"
         )
     return model
+
+
+@contextmanager
+def _printable_log() -> Iterator[None]:
+    """transformers reports which tensors it has no use for, under the names that a stranger has given them: without control characters."""
+
+    def clean(record: logging.LogRecord) -> bool:
+        lines = _COLOUR.sub("", record.getMessage()).expandtabs().split("\n")
+        record.msg, record.args = "\n".join(map(printable, lines)), None
+        return True
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(clean)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(clean)
 
 
 def model_class(config: Any) -> Any:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import html
+import io
 import json
+import logging
 import re
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dc_merge_peft import DCMergeAdapter, MergeError
 from dc_merge_peft.cli import app
 from dc_merge_peft.outputs.markdown import code, fenced, text
+from dc_merge_peft.sources.base_model import load_base
+from tests.support import models
 from tests.support.hub_adapters import merge
 from tests.support.models import factors, write_checkpoint
 
@@ -147,3 +153,19 @@ def test_long_names_take_no_time(tmp_path: Path, part: str) -> None:
     with pytest.raises(MergeError):
         merge(write_checkpoint(tmp_path / "two", peft_type=part * 100_000))
     assert time.perf_counter() - start < 10
+
+
+def test_tensors_of_a_base_model_in_a_log(tmp_path: Path) -> None:
+    """transformers says on the terminal which tensors it has no use for."""
+    models.bert().save_pretrained(tmp_path)
+    name = "a\x1b[31mb\x1b]0;t\x07\u202ec"
+    tensors = {**load_file(tmp_path / "model.safetensors"), name: torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stream, shown = io.StringIO(), logging.getLogger("transformers").handlers[0]
+    before = shown.setStream(stream)  # type: ignore[attr-defined]
+    try:
+        load_base(tmp_path)
+    finally:
+        shown.setStream(before)  # type: ignore[attr-defined]
+    assert "b\\x1b]0;t\\x07\\u202ec" in stream.getvalue()
+    assert all(c.isprintable() or c == "\n" for c in stream.getvalue())
