@@ -103,6 +103,15 @@ def place_of(module: str, layer: nn.Module, expected: Layout, shape: tuple[int, 
     return Place(parameter, layout, delta_shape(layer), transposed)
 
 
+def other_size(module: str, place: Place, expected: Layout) -> str:
+    """What an embedding or output head of another shape than in the merge may need; empty for other layers."""
+    if place.layout != expected or not (expected.kind == "embedding" or module.endswith("lm_head")):
+        return ""
+    return (
+        "; if they were trained with a resized vocabulary, give a model that is resized (model.resize_token_embeddings)"
+    )
+
+
 def _expert_place(module: str, layer: nn.Module, expected: Layout, shape: tuple[int, int]) -> Place:
     """PEFT wraps the targeted parameters of a module in the module's own order, the last one outermost."""
     _, depth = holder_and_depth(expected.layer(module))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dc_merge_peft.errors import OutputError, UnsupportedAdapterError, preview
-from dc_merge_peft.layers import Place, place_of
+from dc_merge_peft.layers import Place, other_size, place_of
 from dc_merge_peft.layout import Layout
 from dc_merge_peft.lowrank import all_finite
 from dc_merge_peft.own_forward import multiplies_by_its_weight, own_pass
@@ -100,7 +100,7 @@ def find_targets(
         if place.layout != layout or place.shape != shape or weight is None:
             raise OutputError(
                 f"'{name}' is of type {place.layout} and shape {place.shape} in the base model, {layout} and {shape} in the merged "
-                "adapter: expected the base model of the adapters"
+                "adapter: expected the base model of the adapters" + other_size(name, place, layout)
             )
         _refuse_unchangeable(target, weight, unreadable(target))
         if others := [other for other in shared.get(path, ()) if other != path]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from dc_merge_peft.errors import OptionError, OutputError, first_line, preview
-from dc_merge_peft.layers import place_of
+from dc_merge_peft.layers import other_size, place_of
 from dc_merge_peft.offload import Offloaded, Offloading, split_by_peft
 from dc_merge_peft.outputs.extras import lora_biases
 from dc_merge_peft.outputs.live_extras import check_extras, write_extras
@@ -203,7 +203,7 @@ def check_modules(result: MergeResult, seen: LiveModel) -> None:
         if place.layout != merged.layout or (place.shape is not None and place.shape != merged.delta.shape):
             raise OutputError(
                 f"'{name}' is of type {place.layout} and shape {place.shape} in the model, {merged.layout} and {merged.delta.shape} in the merged "
-                "adapter: expected the base model of the adapters"
+                "adapter: expected the base model of the adapters" + other_size(name, place, merged.layout)
             )
         hook = seen.offloading.find(base, place.parameter) if paths[name] not in wrapped else None
         if hook and hook.key != place.parameter:

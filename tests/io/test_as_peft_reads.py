@@ -64,6 +64,9 @@ def test_new_rows_come_along(tmp_path: Path) -> None:
     for key, value in beside(both).items():
         assert torch.equal(value, beside(one)[key]) and not torch.equal(value, beside(half)[key].float())
     merged.add_to(PeftModel.from_pretrained(resized(7, torch.bfloat16), str(half)), "new")
+    for use in (lambda: DCMergeAdapter().fuse(models.llama(), [one]), lambda: merged.add_to(models.llama(), "new")):
+        with refused(OutputError, "(40, 16)", "(45, 16)", "resize_token_embeddings"):
+            use()
 
 
 @needs_v5
