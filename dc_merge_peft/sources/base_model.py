@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dc_merge_peft.errors import OptionError, SourceError, preview, printable
 from dc_merge_peft.hub_errors import harmless, in_words, secrets
 from dc_merge_peft.layout import Layout
-from dc_merge_peft.paths import is_dir
+from dc_merge_peft.paths import is_dir, is_file
 from dc_merge_peft.sources.base_files import is_here, refuse_endless
+from dc_merge_peft.sources.contents import CONFIG_FILE
 from dc_merge_peft.sources.hub import HubId, failed_at_the_hub, failure_in_words
 from dc_merge_peft.sources.renames import fitting_rename
 
@@ -169,6 +170,11 @@ def cannot_load(error: Exception, base: str | Path, hub_id: HubId | None, known:
         return (
             f"there is no directory '{base}', and as a model of the Hub it can't be loaded ({in_words(error, known)}): expected an existing "
             "transformers model directory or a Hub id such as 'org/name'"
+        )
+    if is_file(Path(base).expanduser() / CONFIG_FILE):
+        return (
+            f"the base model '{base}' is an adapter: expected a transformers model directory or a Hub id; dc-merge fuse takes the "
+            "base model first, then the adapters"
         )
     return (
         f"the base model '{base}' can't be loaded ({in_words(error, known)}): expected a transformers model directory or a "

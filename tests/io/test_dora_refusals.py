@@ -110,7 +110,7 @@ def test_base_models_that_are_none(folders: list[Path]) -> None:
     words = ("the base model has adapters of its own", "expected a plain model", "unload()", "add_weighted_adapter")
     wrapped = models.with_lora(models.bert(), {"own": {"target_modules": ["query"]}})
     merge_refused(root, folders, SourceError, *words, base=wrapped)
-    words = ("the base model", "can't be loaded", "expected a transformers model directory or a Hub id")
+    words = ("the base model", "is an adapter", "expected a transformers model directory or a Hub id")
     merge_refused(root, folders, SourceError, *words, base=folders[2])
 
 

@@ -197,7 +197,7 @@ def test_refusals_come_before_any_change(tmp_path: Path) -> None:
 def test_bases_that_are_none(tmp_path: Path) -> None:
     """A missing directory, an adapter directory, and a quantised weight."""
     folder = write_checkpoint(tmp_path / "task")
-    for base, words in ((tmp_path / "nowhere", "there is no directory"), (folder, "can't be loaded")):
+    for base, words in ((tmp_path / "nowhere", "there is no directory"), (folder, "is an adapter")):
         with refused(SourceError, words, f"'{base}'", "transformers model"):
             DCMergeAdapter(method="ta").fuse(base, [folder], tmp_path / "out")
     model = nn.Module()
