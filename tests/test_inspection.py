@@ -157,7 +157,7 @@ TASK, OTHER = random_tasks(2, (24, 20), (4, 4), overlap=0.0)
 @pytest.mark.parametrize(
     ("tasks", "level", "words"),
     [
-        ([TASK, TASK.scaled(3.0)], "warning", "near copies: merging both counts their task twice"),
+        ([TASK, TASK.scaled(3.0)], "warning", "near copies: a sum counts their task twice, and dc loses"),
         ([TASK, TASK.scaled(-0.5)], "warning", "near opposites: merging them cancels both"),
         ([TASK, OTHER.scaled(20.0)], "warning", "'task1' dwarfs the others"),
         ([TASK, OTHER, zero_task((24, 20), 4)], "refused", "in 'task2' 1 of 1 modules can't be measured"),

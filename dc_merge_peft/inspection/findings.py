@@ -130,7 +130,7 @@ def _pairs(adapters: Sequence[AdapterReport], pairs: Sequence[PairReport]) -> It
         cosine, conflict = pair.overall.cos_sim, pair.overall.sign_conflict
         if abs(cosine) >= COPY:
             what = (
-                "are near copies: merging both counts their task twice. Leave one out"
+                "are near copies: a sum counts their task twice, and dc loses many of its directions. Leave one out, or use average"
                 if cosine > 0
                 else "are near opposites: merging them cancels both. Was one negated on purpose?"
             )
