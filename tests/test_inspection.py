@@ -159,7 +159,7 @@ TASK, OTHER = random_tasks(2, (24, 20), (4, 4), overlap=0.0)
     [
         ([TASK, TASK.scaled(3.0)], "warning", "near copies: a sum counts their task twice, and dc loses"),
         ([TASK, TASK.scaled(-0.5)], "warning", "near opposites: merging them cancels both"),
-        ([TASK, OTHER.scaled(20.0)], "warning", "'task1' dwarfs the others"),
+        ([TASK, OTHER.scaled(20.0)], "warning", "times their median. With equal weights it decides"),
         ([TASK, OTHER, zero_task((24, 20), 4)], "refused", "in 'task2' 1 of 1 modules can't be measured"),
         ([TASK, LowRank(OTHER.B * float("nan"), OTHER.A)], "refused", "holds NaN or Inf"),
         (random_tasks(1, (24, 20), (9, 12)), "warning", "more than min(m, n)"),

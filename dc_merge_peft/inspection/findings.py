@@ -153,8 +153,8 @@ def _sizes(adapters: Sequence[AdapterReport]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 (name,),
-                f"'{name}' dwarfs the others: its norm {norm:.3g} is {ratio:.1f} times their median. It will decide what "
-                f"comes out; give it a weight of about {1 / ratio:.2g} if it should count like the others",
+                f"'{name}' dwarfs the others: its norm {norm:.3g} is {ratio:.1f} times their median. With equal weights it "
+                f"decides what comes out; with a weight of about {1 / ratio:.2g} it counts like the others",
             )
 
 
