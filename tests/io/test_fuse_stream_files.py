@@ -264,7 +264,7 @@ def test_conversions_that_can_not_be_turned_round(tmp_path: Path, monkeypatch: p
 def test_bases_that_are_none(tmp_path: Path) -> None:
     """A missing directory and an adapter directory."""
     folder = write_checkpoint(tmp_path / "task")
-    for base, words in ((tmp_path / "nowhere", "there is no directory"), (folder, "can't be loaded")):
+    for base, words in ((tmp_path / "nowhere", "there is no directory"), (folder, "is an adapter")):
         with refused(SourceError, words, f"'{base}'", "transformers model"):
             TA.fuse_to_disk(base, [folder], tmp_path / "out")
     shutil.rmtree(folder)
