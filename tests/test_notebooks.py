@@ -144,11 +144,9 @@ def test_llava(execute: Execute, folder: Path, monkeypatch: pytest.MonkeyPatch) 
         text = execute(LLAVA, parameters)
         published = server.files("me/llava-merged")
     assert re.search(r"vqa, ocr +14 +-?0\.\d{3}", text) and "refused: adapter 'ocr' has non_lora_trainables.bin" in text
-    assert (
-        "2 adapters, method dc, alpha " in text
-        and "note: kept outside B and A" in text
-        and "multi_modal_projector" in text
-    )
+    kinds = re.findall(r"^\w+ (\d+) \d+ x \d+ 2 8 of 8 ", text, re.MULTILINE)
+    assert sum(map(int, kinds)) == 14 and "2 adapters, method dc, alpha " in text, "14 modules of rank 8"
+    assert "note: kept outside B and A" in text and "multi_modal_projector" in text
     assert re.search(r"What dc \(alpha .+\n.*\nvqa +0\.\d{3}", text), "the table of what is kept"
     assert text.count("[image/png]") == 5, "spectrum, overlap, DirSim, cover space, and what is asked about"
     answers = dict(re.findall(r"(base model|with merged|fused): +(.*)", text))
