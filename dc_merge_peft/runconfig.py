@@ -20,7 +20,7 @@ from dc_merge_peft.paths import is_dir
 from dc_merge_peft.result import MergeResult
 from dc_merge_peft.sources.fingerprint import fingerprint
 from dc_merge_peft.sources.hub import RECORD_FILE
-from dc_merge_peft.together import base_place, is_finite
+from dc_merge_peft.together import base_place
 from dc_merge_peft.yaml_files import bounded_yaml
 
 FILE_NAME = RECORD_FILE
@@ -172,11 +172,6 @@ def recorded(found: Mapping[Any, Any], name: str) -> Any:
     """What an output's ``record`` in such a file says under a name; None where it says nothing. It may be a stranger's."""
     record = found.get("record")
     return record.get(name) if isinstance(record, Mapping) else None
-
-
-def is_number(value: object) -> bool:
-    """Whether a recorded value is a finite number, as a float too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
 
 
 def loaded_yaml(path: str | Path, what: str, example: str) -> dict[Any, Any]:

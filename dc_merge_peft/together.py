@@ -64,6 +64,11 @@ def is_finite(number: numbers.Real | float) -> bool:
         return False
 
 
+def is_number(value: object) -> bool:
+    """Whether a plain value is a finite number, as a float too; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
+
+
 def refuse_repeated(infos: Sequence[AdapterInfo]) -> None:
     """Each adapter once.
 

@@ -9,9 +9,8 @@ import yaml
 
 LARGEST = 500_000  # bytes of a configuration, and values in it; one of a large merge has some thousands
 _DEEPEST = 100  # mappings and lists in each other; one of a merge has five
-_LONGEST_NUMBER = (
-    3500  # characters, of which 0xfff... has 4215 digits; Python makes no text of a number of more than 4300
-)
+# Characters, of which 0xfff... has 4215 digits; Python makes no text of a number of more than 4300.
+_LONGEST_NUMBER = 3500
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 

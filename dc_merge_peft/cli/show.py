@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dc_merge_peft import shown
 from dc_merge_peft.cli.pipes import print_no_more
 from dc_merge_peft.cli.signals import Stopped, stopped_by_signals
 from dc_merge_peft.errors import MergeError, first_line, preview, printable
 from dc_merge_peft.memory import memory_in_words
-from dc_merge_peft.shown import Table as Shown
 from dc_merge_peft.work.place import left_of
 from dc_merge_peft.work.standing import Standing
 
@@ -42,9 +42,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     return made
 
 
-def drawn(shown: Shown) -> Table:
+def drawn(part: shown.Table) -> Table:
     """What a result shows of itself, as :func:`table` draws it."""
-    return table(shown.title, shown.columns, shown.rows, right=shown.right)
+    return table(part.title, part.columns, part.rows, right=part.right)
 
 
 def reports_errors(command: F) -> F:

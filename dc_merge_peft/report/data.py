@@ -8,7 +8,8 @@ from typing import Any
 
 from dc_merge_peft.inspection.data import Finding
 from dc_merge_peft.inspection.outcome import Inspection, MergeInspection
-from dc_merge_peft.runconfig import is_number, recorded
+from dc_merge_peft.runconfig import recorded
+from dc_merge_peft.together import is_number
 
 _ORDER = ("refused", "warning", "note")
 

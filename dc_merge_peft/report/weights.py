@@ -7,8 +7,9 @@ from typing import Any
 
 from dc_merge_peft.errors import preview
 from dc_merge_peft.inspection.data import Finding
-from dc_merge_peft.runconfig import is_number, recorded
+from dc_merge_peft.runconfig import recorded
 from dc_merge_peft.sources.base import IN_MEMORY, AdapterInfo
+from dc_merge_peft.together import is_number
 
 
 def recorded_adapters(record: Mapping[str, Any], places: Sequence[str]) -> list[AdapterInfo]:

@@ -101,9 +101,8 @@ def _stacks(holder: str, rows: list[int], config: Mapping[str, Any], adapter: st
     )
     if differ and len(names) > _MOST_IN_ORDER:
         raise untold
-    orders = islice(
-        permutations(names, len(rows)), None if differ else 1
-    )  # the outermost first; the first one is a possible one
+    # The outermost first. Where all are alike every order says the same, and the first is a possible one: the names are sorted.
+    orders = islice(permutations(names, len(rows)), None if differ else 1)
     readings = set(_readings(names, orders, rows, own))
     # The parameters of one module have the same experts, unless biases are among them.
     readings = {reading for reading in readings if len({stack.experts for stack in reading}) == 1} or readings

@@ -47,13 +47,8 @@ def check_pattern(pattern: str, field: str, adapter: str) -> None:
             _compiled(pattern)
             _compiled(_ending(pattern))
         _bounded(pattern)
-    except (
-        re.error,
-        RecursionError,
-        OverflowError,
-        MemoryError,
-        ValueError,
-    ) as error:  # ValueError: a count of 5000 digits
+    # ValueError: a count of 5000 digits
+    except (re.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
         raise SourceError(
             f"adapter '{adapter}' has the pattern '{pattern[:200]}' in {field}, which is no regular expression ({error}): "
             "correct its adapter_config.json"

@@ -13,7 +13,7 @@ from dc_merge_peft.errors import OptionError, unknown_name
 from dc_merge_peft.methods import Method, method_named
 from dc_merge_peft.methods.options import coerce
 from dc_merge_peft.sources.base import AdapterInfo
-from dc_merge_peft.together import check_weights, is_finite
+from dc_merge_peft.together import check_weights, is_number
 
 # The paper's grid for alpha on validation data: 0.1, 0.2 .. 3.0.
 ALPHAS = tuple(round(step / 10, 1) for step in range(1, 31))
@@ -166,9 +166,7 @@ def _dimension(name: str, spec: Any, checked: Any) -> Choices | Range:
 def _range(name: str, spec: Mapping[str, Any], checked: Any) -> Choices | Range:
     found = f"'{name}' in the search space is {dict(spec)!r}"
     numbers = [spec.get(key) for key in ("min", "max", "step") if spec.get(key) is not None]
-    ordinary = all(
-        isinstance(number, (int, float)) and not isinstance(number, bool) and is_finite(number) for number in numbers
-    )
+    ordinary = all(map(is_number, numbers))
     if not set(spec) <= _RANGE or spec.get("min") is None or spec.get("max") is None or not ordinary:
         raise OptionError(f"{found}: expected numbers for min and max, and perhaps step, or log: true")
     low, high, step, log = spec["min"], spec["max"], spec.get("step"), spec.get("log", False)

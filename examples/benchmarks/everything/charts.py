@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accuracy.report import RULE_NAMES
 from accuracy.results import REFERENCE, RULES
 from figures.kind import Lines, chosen, distinct, write_lines
-from figures.look import COLOURS, GREY, QUIET, save, tidy
+from figures.look import COLOURS, GREY, drawn, save, tidy
 
 from dc_merge_peft.plots.style import new_figure
 from everything.found import WITH_DATA, Found
@@ -152,15 +152,9 @@ CHARTS = (KEPT, METHODS)
 
 def write_charts(found: Sequence[Found], docs: Path) -> None:
     """Every picture as SVG, and its numbers as CSV beside it, as far as there are some."""
-    import matplotlib
-
     folder = docs / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for chart in CHARTS:
-        if not (lines := chart.lines(found)):
-            continue
-        write_lines(lines, folder / f"{chart.name}.csv")
-        with matplotlib.rc_context(QUIET):
-            figure = chart.draw(lines)
-            figure.draw_without_rendering()
-        save(figure, chart.name, folder)
+        if lines := chart.lines(found):
+            write_lines(lines, folder / f"{chart.name}.csv")
+            save(drawn(chart.draw, lines), chart.name, folder)

@@ -110,5 +110,5 @@ def make(suite: Suite, scope: Scope, work: Path, out: Path, kinds: Sequence[Kind
             lines = kind.numbers(bank)
         if lines:
             write_lines(lines, table)
-            save(drawn(kind, read_lines(table)), kind.name, out)
+            save(drawn(kind.draw, read_lines(table)), kind.name, out)
             say(f"{kind.name}: drawn")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from dc_merge_peft.plots.style import DASHES, LINES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from figures.kind import Kind, Lines
+    from figures.kind import Lines
 
 # On white and on the dark page of GitHub its contrast is 4 to 1 at least.
 GREY = "#7b7d83"
@@ -38,12 +38,12 @@ COLOURS = tuple(colour for colour in LINES if colour != "#000000")  # black can'
 LARGEST = 150_000  # bytes of a picture in the docs
 
 
-def drawn(kind: Kind, lines: Lines) -> Figure:
-    """A figure's picture."""
+def drawn(draw: Callable[[Lines], Figure], lines: Lines) -> Figure:
+    """The picture that a function makes of its numbers."""
     import matplotlib
 
     with matplotlib.rc_context(QUIET):
-        figure = kind.draw(lines)
+        figure = draw(lines)
         figure.draw_without_rendering()  # the layout is done with these sizes of letters
         return figure
 
